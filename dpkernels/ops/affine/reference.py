@@ -1,0 +1,66 @@
+"""Plain and slow: products formed in full, then summed."""
+
+from __future__ import annotations
+
+import torch
+
+from dpkernels.ops.checks import kept_samples, result_dtype
+
+
+def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    dtype = result_dtype(normalized, grad_output)
+    return (normalized.to(dtype) * grad_output.to(dtype)).sum(2)
+
+
+def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    return affine_grad_sample(normalized.transpose(1, 2), grad_output.transpose(1, 2))
+
+
+def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    return grad_output.to(result_dtype(grad_output)).sum(2)
+
+
+def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    return bias_grad_sample(grad_output.transpose(1, 2))
+
+
+def normalization_grad_sample(
+    input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> torch.Tensor:
+    """See the contract."""
+    dtype = result_dtype(input, grad_output)
+    channels = input.shape[1] // mean.shape[1]
+    mean, rstd = (
+        stat.to(dtype).repeat_interleave(channels, dim=1).unsqueeze(2) for stat in (mean, rstd)
+    )
+    normalized = (input.to(dtype) - mean) * rstd
+    return torch.stack([affine_grad_sample(normalized, grad_output), bias_grad_sample(grad_output)])
+
+
+def normalization_last_grad_sample(
+    input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> torch.Tensor:
+    """See the contract."""
+    dtype = result_dtype(input, grad_output)
+    normalized = (input.to(dtype) - mean.to(dtype).unsqueeze(2)) * rstd.to(dtype).unsqueeze(2)
+    return torch.stack(
+        [affine_last_grad_sample(normalized, grad_output), bias_last_grad_sample(grad_output)]
+    )
+
+
+def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    return affine_grad_sample(normalized, grad_output).square().sum(1)
+
+
+def affine_clipped_grad(
+    normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
+) -> torch.Tensor:
+    """See the contract."""
+    factor, operands = kept_samples(clip_factor, normalized, grad_output)
+    grads = affine_grad_sample(*operands)
+    return factor.to(grads.dtype) @ grads

@@ -1,0 +1,69 @@
+"""Argument checks and the dtype rule that all op families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
+
+
+def checked_by(check: Callable[..., None]) -> Callable[[Function], Function]:
+    """Attach `check` (same arguments, raises ``ValueError``) to a contract function."""
+
+    def attach(function: Function) -> Function:
+        function.check = check  # type: ignore[attr-defined]
+        return function
+
+    return attach
+
+
+def result_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of every result and accumulator: float64 if an input is float64, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def require_float(name: str, tensor: torch.Tensor, ndim: int) -> None:
+    """Raise unless `tensor` is a dense real floating tensor with `ndim` axes."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name}: dtype {tensor.dtype}, expected one of {FLOAT_DTYPES}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: layout {tensor.layout}, expected a strided tensor")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {ndim} axes")
+
+
+def require_shape(name: str, tensor: torch.Tensor, expected: list[int]) -> None:
+    """Raise unless `tensor` has exactly the `expected` shape."""
+    if list(tensor.shape) != expected:
+        raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {expected}")
+
+
+def require_clip_factor(clip_factor: torch.Tensor, batch: int) -> None:
+    """Raise unless `clip_factor` is [batch] in float32 or float64 (bf16 factors can exceed C)."""
+    require_shape("clip_factor", clip_factor, [batch])
+    if clip_factor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"clip_factor: dtype {clip_factor.dtype}, expected float32 or float64")
+
+
+def kept_samples(
+    clip_factor: torch.Tensor, *operands: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Drop the samples whose factor is 0, so that 0 * NaN cannot reach a sum over samples.
+
+    Args:
+        clip_factor: [B].
+        operands: tensors with B on the first axis.
+
+    Returns:
+        The factors that are left and the operands' rows that go with them (views when none is 0).
+    """
+    kept = clip_factor != 0
+    if bool(kept.all()):
+        return clip_factor, operands
+    return clip_factor[kept], tuple(operand[kept] for operand in operands)

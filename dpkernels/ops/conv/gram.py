@@ -1,0 +1,106 @@
+"""`channel_gram`: a convolution's gradient norm from Grams over channels only.
+
+norm_sq = sum_{t,s} <g_t, g_s> * sum_k <a_{t+k}, a_{s+k}>. The inner sum over taps is a box sum of
+shifted diagonals of the input's Gram over channels, taken axis by axis (docs/math.md section 2).
+"""
+
+from __future__ import annotations
+
+import torch
+
+SCRATCH_ELEMENTS = 1 << 21
+
+
+def is_cheaper(
+    input_shape: torch.Size,
+    grad_shape: torch.Size,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> bool:
+    """Whether the Gram form needs fewer floating-point operations than forming the gradient.
+
+    Counts one sample: two Grams, the box sums (one pass per tap and axis over the widest array)
+    and the product, against 2 * positions * weights.
+    """
+    positions, inputs = grad_shape[2:].numel(), input_shape[2:].numel()
+    padded = torch.Size(n + 2 * p for n, p in zip(input_shape[2:], padding)).numel()
+    boxes = groups * sum(weight_shape[2:]) * padded * max(positions, padded)
+    grams = 2 * (inputs**2 * input_shape[1] + positions**2 * grad_shape[1])
+    fits = groups * padded**2 <= SCRATCH_ELEMENTS
+    return fits and grams + 4 * boxes < 2 * positions * torch.Size(weight_shape).numel()
+
+
+def channel_gram_norm_sq(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """Squared norms [B]; arguments as `conv_norm_sq`, operands float32 or float64.
+
+    Works on a few samples at a time: scratch is a small multiple of SCRATCH_ELEMENTS, or of one
+    sample's padded Gram where that is larger.
+    """
+    padded = torch.Size(n + 2 * p for n, p in zip(input.shape[2:], padding)).numel()
+    chunk = max(1, SCRATCH_ELEMENTS // max(1, groups * padded**2))
+    parts = [
+        (_box_gram(seen, weight_shape, grad.shape[2:], stride, padding, dilation, groups))
+        .mul_(_gram(grad, groups))
+        .sum((1, 2, 3))
+        for seen, grad in zip(input.split(chunk), grad_output.split(chunk))
+    ]
+    return torch.cat(parts).clamp_(min=0)
+
+
+def _gram(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """[B, C, *S] -> [B, groups, T, T], inner products over a group's channels."""
+    rows = tensor.reshape(tensor.shape[0], groups, tensor.shape[1] // groups, -1)
+    return rows.transpose(2, 3) @ rows
+
+
+def _box_gram(
+    input: torch.Tensor,
+    weight_shape: list[int],
+    spatial: torch.Size,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """sum_k <a_{t+k}, a_{s+k}> for all output positions: [B, groups, T, T]."""
+    axes = len(stride)
+    sizes = input.shape[2:]
+    gram = _gram(input, groups).view(input.shape[0], groups, *sizes, *sizes)
+    for axis in range(axes):
+        left, right = 2 + axis, 2 + axes + axis
+        shape = list(gram.shape)
+        shape[left] = shape[right] = spatial[axis]
+        total = gram.new_zeros(shape)
+        for tap in range(weight_shape[2 + axis]):
+            offset = tap * dilation[axis] - padding[axis]
+            out, seen = _overlap(offset, stride[axis], sizes[axis], spatial[axis])
+            window = gram[_at(left, seen)][_at(right, seen)]
+            total[_at(left, out)][_at(right, out)] += window
+        gram = total
+    positions = spatial.numel()
+    return gram.reshape(input.shape[0], groups, positions, positions)
+
+
+def _at(axis: int, part: slice) -> tuple[slice, ...]:
+    return (*[slice(None)] * axis, part)
+
+
+def _overlap(offset: int, stride: int, size: int, positions: int) -> tuple[slice, slice]:
+    """Output positions t with 0 <= t * stride + offset < size, and the inputs that they see."""
+    first = max(0, -(offset // stride))
+    last = min(positions, (size - 1 - offset) // stride + 1)
+    if last <= first:
+        return slice(0, 0), slice(0, 0)
+    start = first * stride + offset
+    return slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)
