@@ -1,0 +1,348 @@
+"""Capture: how a layer's activations and backprops reach the engine while the model runs as usual.
+
+Each layer that owns trainable parameters gets an instance ``forward`` that runs the layer's own
+forward with those parameters taken out of autograd, and marks the output with a node whose backward
+hands (activations, backprops) to the layer's rule. So autograd computes input gradients only, there
+is one backward pass, and no ordinary weight gradient is ever formed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dpkernels.layers import find_rule
+from dpkernels.layers.fold import rows_per_sample
+from dpkernels.layers.operands import Operand
+from dpkernels.layers.rule import Rule
+
+
+class Sink(Protocol):
+    """Where contributions go: the engine's side of the backward pass."""
+
+    @property
+    def samples(self) -> int | None:
+        """Number of samples of the backward pass under way, None outside one."""
+
+    def reset(self) -> None:
+        """Forget a backward pass that failed half-way."""
+
+    def begin(self, samples: int) -> None:
+        """A backward pass over `samples` samples is under way."""
+
+    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
+        """One parameter's contribution from one call of one layer."""
+
+
+class NotPerSample(ValueError):
+    """No per-sample gradient can be told apart; the message names the module and the remedy."""
+
+
+class ModelCapture:
+    """What the captured layers of one model share: batch geometry, switches, and the sink.
+
+    Args:
+        root: the model.
+        batch_first: the sample axis is 0 if True, 1 if False.
+        views_per_sample: rows per sample at the model's input.
+    """
+
+    def __init__(self, root: nn.Module, *, batch_first: bool = True, views_per_sample: int = 1):
+        self.root = root
+        self.axis = 0 if batch_first else 1
+        self.views = views_per_sample
+        self.sink: Sink | None = None
+        self.trained: frozenset[int] | None = None
+        self.samples: int | None = None
+        self.empty = False
+        self._depth = 0
+        self._guards: dict[int, Any] = {}
+        #: a leaf that requires gradients, so that a first layer's node is reached at all
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.names = {id(p): name for name, p in root.named_parameters()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelCapture:
+        """A copied model runs as an ordinary one: it has no optimizer to be private with."""
+        twin = ModelCapture.__new__(ModelCapture)
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__getstate__())
+        twin.root = copy.deepcopy(self.root, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.update(sink=None, trained=None, samples=None, _guards={}, _depth=0)
+        return state
+
+    @property
+    def recording(self) -> bool:
+        """Whether layers capture: a sink is attached and nothing around has switched it off."""
+        return self.sink is not None and self._depth == 0 and torch.is_grad_enabled()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run layers as they are: evaluation, or inside a unit that captures for them."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def wanted(self, module: nn.Module) -> frozenset[str]:
+        """Names of the module's own parameters that are trained."""
+        names = []
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if self.trained is None or id(parameter) in self.trained:
+                self._guard(parameter)
+                names.append(name)
+        return frozenset(names)
+
+    def _guard(self, parameter: nn.Parameter) -> None:
+        """Refuse a gradient that reaches the parameter by a way around capture."""
+        if id(parameter) in self._guards or not parameter.is_leaf:
+            return
+        name = self.names.get(id(parameter), "?")
+
+        def refuse(grad: torch.Tensor) -> None:
+            raise NotPerSample(
+                f"parameter {name!r}: an ordinary gradient reached it, so its samples are mixed and "
+                "nothing would clip it. Either the model ran in eval mode (call model.train()), or "
+                "the parameter is used outside its module's forward (call the module instead)"
+            )
+
+        self._guards[id(parameter)] = parameter.register_hook(refuse)
+
+    def guard_all(self) -> None:
+        """Guard every trained parameter of the model."""
+        for module in self.root.modules():
+            self.wanted(module)
+
+    def release(self) -> None:
+        """Take the guards off."""
+        for handle in self._guards.values():
+            handle.remove()
+        self._guards.clear()
+
+    def samples_for(self, rows: int, layer: str) -> int:
+        """The number of samples behind `rows` rows of a layer."""
+        samples = self.samples or (self.sink.samples if self.sink is not None else None)
+        if samples is None:
+            samples = rows // self.views if rows % self.views == 0 else 0
+        if not samples or rows_per_sample(rows, samples) is None:
+            raise NotPerSample(
+                f"layer {layer!r}: its input has {rows} rows for {samples} samples, so rows cannot "
+                "be assigned to samples. Give it an input whose first axis is the sample axis "
+                "(batch_first=False if it is the second), or freeze the layer"
+            )
+        return samples
+
+
+class LayerCall:
+    """One call of one layer: everything its backward needs besides the saved tensors."""
+
+    def __init__(self, owner: LayerForward, samples: int, wanted: frozenset[str]):
+        self.owner = owner
+        self.samples = samples
+        self.wanted = wanted
+
+    def backward(self, backprops: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> None:
+        owner, sink = self.owner, self.owner.capture.sink
+        if sink is None:
+            return
+        sink.begin(self.samples)
+        if owner.capture.axis:
+            backprops = backprops.transpose(0, 1)
+            saved = tuple(t.transpose(0, 1) for t in saved)
+        found = owner.rule.operands(owner.module, saved, backprops, self.samples, self.wanted)
+        for name, operand in found:
+            sink.add(owner.module._parameters[name], operand, self.samples, owner.name)
+
+
+class _Mark(torch.autograd.Function):
+    """Identity on a layer's output, in place, whose backward hands the backprops over."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, anchor: torch.Tensor, call: LayerCall, *saved: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.call = call
+        ctx.save_for_backward(*saved)
+        ctx.mark_dirty(output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, backprops: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if backprops is not None:
+            ctx.call.backward(backprops.detach(), ctx.saved_tensors)
+        return (backprops, None, None, *(None for _ in ctx.saved_tensors))
+
+
+@contextlib.contextmanager
+def swapped(tensors: Iterable[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
+    """Put tensors in the place of parameters, module by module, and put the parameters back."""
+    originals = []
+    try:
+        for module, name, tensor in tensors:
+            originals.append((module, name, module._parameters[name]))
+            module._parameters[name] = tensor
+        yield
+    finally:
+        for module, name, parameter in reversed(originals):
+            module._parameters[name] = parameter
+
+
+class CapturedForward:
+    """An instance ``forward`` that stands before the module's own; copies and pickles with it."""
+
+    def __init__(self, module: nn.Module, name: str, capture: ModelCapture):
+        self.module = module
+        self.name = name
+        self.capture = capture
+        self.inner: Callable[..., Any] | None = module.__dict__.get("forward")
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that stood here before."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def install(self) -> None:
+        self.module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        if self.module.__dict__.get("forward") is not self:
+            return
+        if self.inner is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.inner
+
+
+class LayerForward(CapturedForward):
+    """Capture for a layer that has a rule."""
+
+    def __init__(self, module: nn.Module, name: str, capture: ModelCapture, rule: Rule):
+        super().__init__(module, name, capture)
+        self.rule = rule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.capture
+        wanted = capture.wanted(self.module) if capture.recording else None
+        if not wanted:
+            return self.original(*args, **kwargs)
+        key = None if args else next(iter(kwargs))
+        x = args[0] if args else kwargs[key]
+        x, samples = self._rows(x)
+        if key is None:
+            args = (x, *args[1:])
+        else:
+            kwargs = {**kwargs, key: x}
+        own = self.module._parameters
+        with swapped((self.module, n, own[n].detach()) for n in wanted):
+            output = self.original(*args, **kwargs)
+        if output._is_view():
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        saved = tuple(t.detach() for t in self.rule.activations(self.module, x))
+        return _Mark.apply(output, capture.anchor, LayerCall(self, samples, wanted), *saved)
+
+    def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The input with a row for every sample, and the number of samples."""
+        capture = self.capture
+        if not self.rule.batched(self.module, x) or x.ndim <= capture.axis:
+            raise NotPerSample(
+                f"layer {self.name!r} ({type(self.module).__name__}): its input of shape "
+                f"{tuple(x.shape)} has no sample axis; give it a batched input, or freeze the layer"
+            )
+        rows = x.shape[capture.axis]
+        if rows == 1 and (capture.samples or 1) > 1 and x.ndim > 1:
+            shape = list(x.shape)
+            shape[capture.axis] = rows = capture.samples
+            x = x.expand(shape)
+        return x, capture.samples_for(rows, self.name)
+
+
+class RootForward(CapturedForward):
+    """The model's own forward: finds the batch, arms capture, watches the outputs."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.capture
+        if not capture.recording:
+            return self.original(*args, **kwargs)
+        if not self.module.training:
+            with capture.paused():
+                return self.original(*args, **kwargs)
+        if torch._C._current_graph_task_id() == -1:
+            capture.sink.reset()
+        args, kwargs = tree_map(_plain, (args, kwargs))
+        rows = self._rows(args, kwargs)
+        capture.empty = rows == 0
+        if capture.empty:
+            rows = capture.views
+            args, kwargs = tree_map(self._one_blank_sample, (args, kwargs))
+        if rows % capture.views:
+            raise ValueError(
+                f"views_per_sample={capture.views}: the model's input has {rows} rows, "
+                "expected a multiple of views_per_sample"
+            )
+        capture.samples = rows // capture.views
+        try:
+            output = self.original(*args, **kwargs)
+        finally:
+            samples, capture.samples = capture.samples, None
+        if capture.empty:
+            output = tree_map(lambda t: self._no_rows(t, rows), output)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(_Begin(capture.sink, samples))
+        return output
+
+    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        axis = self.capture.axis
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
+                return leaf.shape[axis]
+        raise NotPerSample(
+            f"{type(self.module).__name__}: none of the forward pass's arguments is a tensor with a "
+            f"sample axis {axis}, so the batch size is unknown; pass the batch as a tensor"
+        )
+
+    def _one_blank_sample(self, leaf: Any) -> Any:
+        axis = self.capture.axis
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != 0:
+            return leaf
+        shape = list(leaf.shape)
+        shape[axis] = self.capture.views
+        return leaf.new_zeros(shape)
+
+    def _no_rows(self, leaf: Any, rows: int) -> Any:
+        axis = self.capture.axis
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
+            return leaf.narrow(axis, 0, 0)
+        return leaf
+
+
+class _Begin:
+    """Tensor hook on the model's outputs: tells the sink that a backward pass has reached it."""
+
+    def __init__(self, sink: Sink, samples: int):
+        self.sink = sink
+        self.samples = samples
+
+    def __call__(self, grad: torch.Tensor) -> None:
+        self.sink.begin(self.samples)
+
+
+def _plain(leaf: Any) -> Any:
+    """MONAI's MetaTensor and other data-carrying subclasses as the tensors they hold."""
+    if isinstance(leaf, torch.Tensor) and hasattr(leaf, "as_tensor"):
+        return leaf.as_tensor()
+    return leaf

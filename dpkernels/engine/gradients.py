@@ -1,0 +1,102 @@
+"""Per-sample gradients of one backward pass, parameter by parameter, until they are clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dpkernels.engine.capture import ModelCapture, NotPerSample
+from dpkernels.engine.planner import Planner
+from dpkernels.layers.operands import Operand
+
+
+class ParameterGradient:
+    """What one parameter has received: either stored per-sample gradients or one factored operand.
+
+    A parameter that is used several times (a reused layer, tied weights) has the SUM of its
+    calls as gradient, so a second contribution turns the first into a stored one.
+    """
+
+    def __init__(self) -> None:
+        self.stored: torch.Tensor | None = None
+        self.factored: Operand | None = None
+        self._norm_sq: torch.Tensor | None = None
+
+    def add(self, operand: Operand, strategy: Callable[[], str]) -> None:
+        """Take one more contribution; `strategy` is asked only for the first."""
+        if self.stored is None and self.factored is None:
+            if strategy() == "store":
+                self.stored = operand.grad_sample()
+            else:
+                self.factored, self._norm_sq = operand, operand.norm_sq()
+            return
+        self.stored = self.materialize() + operand.grad_sample()
+
+    def materialize(self) -> torch.Tensor:
+        """[B, *shape]: the stored per-sample gradients, formed now if they were factored."""
+        if self.stored is None:
+            self.stored, self.factored, self._norm_sq = self.factored.grad_sample(), None, None
+        return self.stored
+
+    def norm_sq(self) -> torch.Tensor:
+        """[B]: squared norm of each sample's gradient, from the values that will be summed."""
+        if self.stored is None:
+            return self._norm_sq
+        return torch.linalg.vector_norm(self.stored.flatten(1), dim=1).square()
+
+
+class PendingGradients:
+    """The sink of one model's capture: collects contributions, and reports when backward ends.
+
+    Args:
+        planner: chooses how each parameter's norm is computed.
+        capture: the model's capture, for names and for whether the batch was empty.
+        done: called once at the end of each backward pass with this object.
+    """
+
+    def __init__(
+        self, planner: Planner, capture: ModelCapture, done: Callable[[PendingGradients], None]
+    ):
+        self.planner = planner
+        self.names = capture.names
+        self._capture = capture
+        self._done = done
+        self.samples: int | None = None
+        self.gradients: dict[nn.Parameter, ParameterGradient] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether the model's batch had no sample (and a blank one stood in for it)."""
+        return self._capture.empty
+
+    def begin(self, samples: int) -> None:
+        """A backward pass over `samples` samples is under way; its end will be reported."""
+        if self.samples is None:
+            self.samples = samples
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        elif self.samples != samples:
+            raise NotPerSample(
+                f"one backward pass covers forward passes over {self.samples} and {samples} samples, "
+                "so their rows cannot be paired; call backward() and optimizer.step() for each"
+            )
+
+    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
+        """One parameter's contribution from one call of one layer."""
+        gradient = self.gradients.get(parameter)
+        if gradient is None:
+            gradient = self.gradients[parameter] = ParameterGradient()
+        name = self.names.get(id(parameter), "?")
+        gradient.add(operand, lambda: self.planner.choose(operand, name, layer, parameter))
+
+    def reset(self) -> None:
+        """Forget everything: the end of a backward pass, or one that failed half-way."""
+        self.samples = None
+        self.gradients = {}
+
+    def _finish(self) -> None:
+        try:
+            self._done(self)
+        finally:
+            self.reset()

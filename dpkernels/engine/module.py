@@ -1,0 +1,144 @@
+"""The wrapped model in mode ``"fused"``, and the same without a wrapper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
+from torch import nn
+
+from dpkernels.engine.capture import CapturedForward, LayerForward, ModelCapture, RootForward
+from dpkernels.engine.gradients import PendingGradients
+from dpkernels.engine.optimizer import FusedDPOptimizer
+from dpkernels.engine.planner import Planner
+from dpkernels.engine.unit import UnitForward
+from dpkernels.layers import find_rule, refusal
+
+
+def install(root: nn.Module, capture: ModelCapture) -> list[CapturedForward]:
+    """Put captured forwards on every layer that owns parameters, and on the model itself.
+
+    Returns:
+        The captured forwards in the order of installation (remove them in reverse).
+    """
+    installed: list[CapturedForward] = []
+    covered: set[int] = set()
+    for name, module in root.named_modules():
+        if id(module) in covered or not _owns_parameters(module):
+            continue
+        rule = find_rule(module)
+        if rule is None:
+            covered.update(id(child) for child in module.modules())
+            installed.append(UnitForward(module, name, capture))
+        else:
+            installed.append(LayerForward(module, name, capture, rule))
+        installed[-1].install()
+    installed.append(RootForward(root, "", capture))
+    installed[-1].install()
+    return installed
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    own = any(p is not None for p in module._parameters.values())
+    return own or "parametrizations" in module._modules
+
+
+def incompatibilities(model: nn.Module) -> list[str]:
+    """Every reason why the model has no per-sample gradients, each naming module and remedy."""
+    reasons = [(name, module, refusal(module)) for name, module in model.named_modules()]
+    return [
+        f"module {name or '(root)'!r} ({type(module).__name__}): {reason}"
+        for name, module, reason in reasons
+        if reason is not None
+    ]
+
+
+class _FusedCapture:
+    """What the wrapped module and the wrapper-less hooks share."""
+
+    def _start(self, model: nn.Module, views_per_sample: int, memory_budget: int | None) -> None:
+        self.planner = Planner(memory_budget)
+        self.capture = ModelCapture(
+            model, batch_first=self.batch_first, views_per_sample=views_per_sample
+        )
+        self._installed = install(model, self.capture)
+        self._allow_accumulation = True
+        self._optimizer: FusedDPOptimizer | None = None
+
+    def connect(self, optimizer: FusedDPOptimizer) -> None:
+        """Hand the gradients of `optimizer`'s parameters to it at the end of each backward pass."""
+        self._optimizer = optimizer
+        optimizer.grad_accumulation_allowed = self._allow_accumulation
+        capture = self.capture
+        capture.trained = frozenset(id(p) for p in optimizer.params)
+        capture.sink = PendingGradients(self.planner, capture, optimizer.privatize)
+        capture.guard_all()
+
+    def forbid_grad_accumulation(self) -> None:
+        """Refuse a second backward pass before ``optimizer.step()``, as Poisson sampling demands."""
+        self._set_accumulation(False)
+
+    def allow_grad_accumulation(self) -> None:
+        """Let several backward passes add up before ``optimizer.step()``."""
+        self._set_accumulation(True)
+
+    def _set_accumulation(self, allowed: bool) -> None:
+        self._allow_accumulation = allowed
+        if self._optimizer is not None:
+            self._optimizer.grad_accumulation_allowed = allowed
+
+    def remove_hooks(self) -> None:
+        """Give every layer its own forward back."""
+        for forward in reversed(self._installed):
+            forward.remove()
+        self._installed = []
+        self.capture.release()
+        self.capture.sink = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimizer": None}
+
+
+class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):
+    """The model with capture installed, wrapped as Opacus wraps it.
+
+    Args:
+        m: the model.
+        batch_first: whether the sample axis of its inputs is the first (else the second).
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        views_per_sample: rows per sample at the model's input.
+        memory_budget: bytes for stored per-sample gradients, None for a share of free memory.
+    """
+
+    def __init__(
+        self,
+        m: nn.Module,
+        *,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        views_per_sample: int = 1,
+        memory_budget: int | None = None,
+    ):
+        AbstractGradSampleModule.__init__(
+            self, m, batch_first=batch_first, loss_reduction=loss_reduction
+        )
+        self._start(m, views_per_sample, memory_budget)
+
+
+class FusedGradSampleHooks(_FusedCapture, AbstractGradSampleHooks):
+    """The same without a wrapper (``wrap_model=False``): go on using your own model."""
+
+    def __init__(
+        self,
+        m: nn.Module,
+        *,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        views_per_sample: int = 1,
+        memory_budget: int | None = None,
+    ):
+        AbstractGradSampleHooks.__init__(
+            self, m, batch_first=batch_first, loss_reduction=loss_reduction
+        )
+        self._start(m, views_per_sample, memory_budget)

@@ -1,0 +1,304 @@
+"""The optimizer whose gradients are private before ``step()`` is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _generate_noise
+from torch import nn
+from torch.optim import Optimizer
+
+from dpkernels import ops
+from dpkernels.engine.gradients import ParameterGradient, PendingGradients
+from dpkernels.ops.noise.source import NoiseSource
+
+#: gamma of automatic clipping (Bu et al. 2023, AUTO-S)
+_AUTOMATIC_GAMMA = 0.01
+_GAMMA = {"flat": 0.0, "automatic": _AUTOMATIC_GAMMA}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened to the samples of the last physical batch.
+
+    Attributes:
+        per_sample_norm: [B], float32 or float64: gradient norms before clipping.
+        clip_factor: [B]: what each sample's gradient was multiplied by.
+    """
+
+    per_sample_norm: torch.Tensor
+    clip_factor: torch.Tensor
+
+
+class FusedDPOptimizer(DPOptimizer):
+    """An Opacus ``DPOptimizer`` that clips, sums and adds noise at the end of ``backward()``.
+
+    After ``loss.backward()`` on the last physical batch of a logical step, ``p.grad`` holds
+    ``(sum_b clip_factor[b] * grad_sample[b] + noise_multiplier * max_grad_norm * z) /
+    expected_batch_size`` (docs/math.md, section 1). ``step()`` refuses any other gradient.
+
+    Guarantees:
+        With factors of at most ``max_grad_norm / norm``, one sample moves the sum by at most
+        ``max_grad_norm``. Noise is added exactly once per logical step, also for parameters that
+        no sample reached and for empty batches.
+
+    Args:
+        optimizer: the wrapped optimizer.
+        noise_multiplier: std of the noise divided by `max_grad_norm`.
+        max_grad_norm: bound C on each sample's gradient norm.
+        expected_batch_size: the denominator q * N; None with ``loss_reduction="sum"``.
+        loss_reduction: ``"mean"`` or ``"sum"``, as the criterion reduces over the physical batch.
+        generator: draws the noise from this torch generator; None draws it from ChaCha20 keyed by
+            the operating system.
+        secure_mode: see :class:`dpkernels.PrivacyEngine`.
+        clipping: ``"flat"`` or ``"automatic"``.
+        views_per_sample: rows per sample, averaged before clipping.
+        materialize_grad_samples: also leave ``p.grad_sample``, [B, *p.shape].
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: float | None,
+        loss_reduction: str = "mean",
+        generator: torch.Generator | None = None,
+        secure_mode: bool = False,
+        clipping: str = "flat",
+        views_per_sample: int = 1,
+        materialize_grad_samples: bool = False,
+        **kwargs: Any,
+    ):
+        if clipping not in _GAMMA:
+            raise ValueError(
+                f"clipping={clipping!r}: grad_sample_mode='fused' has {', '.join(_GAMMA)}; "
+                "use grad_sample_mode='hooks' for Opacus' own"
+            )
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_batch_size,
+            loss_reduction=loss_reduction,
+            generator=generator,
+            secure_mode=secure_mode,
+            **kwargs,
+        )
+        self.views_per_sample = views_per_sample
+        self.materialize_grad_samples = materialize_grad_samples
+        self.last_step: StepReport | None = None
+        self.grad_accumulation_allowed = True
+        self._gamma = _GAMMA[clipping]
+        self._noise = NoiseSource()
+        self._iterations = 0
+        self._consumed = False
+        self._private: dict[nn.Parameter, torch.Tensor] = {}
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """Number of backward passes in the gradient that ``step()`` will use."""
+        return max(self._iterations, 1)
+
+    def privatize(self, gradients: PendingGradients) -> None:
+        """Clip, sum, add noise, into ``p.grad``: called at the end of each backward pass.
+
+        Raises:
+            ValueError: a gradient is not finite, or an earlier one was not consumed or cleared.
+        """
+        self._check_cleared()
+        found = gradients.gradients
+        factor = self._clip(gradients)
+        if gradients.empty:
+            found, factor = {}, factor[:0]
+        self._release(found, factor)
+
+    def make_private_noise_only(self) -> None:
+        """The gradient of an empty batch: noise alone, as the mechanism demands.
+
+        For training loops that skip the forward pass when Poisson sampling draws nobody; follow it
+        with ``step()``, which counts.
+        """
+        self._check_cleared()
+        self.last_step = None
+        self._release({}, torch.zeros(0))
+
+    def _check_cleared(self) -> None:
+        if self._consumed:
+            raise ValueError(
+                "Gradients haven't been cleared since the last optimizer step. In order to obtain "
+                "privacy guarantees you must call optimizer.zero_grad() on each step"
+            )
+        if self._iterations and not self.grad_accumulation_allowed:
+            raise ValueError(
+                "Poisson sampling is not compatible with grad accumulation. You need to call "
+                "optimizer.step() after every forward/backward pass or consider using "
+                "BatchMemoryManager"
+            )
+
+    def _sample_scale(self, samples: int) -> float:
+        """What a captured gradient is multiplied by to be the gradient of one sample's loss."""
+        return float(samples) if self.loss_reduction == "mean" else 1.0 / self.views_per_sample
+
+    def _clip(self, gradients: PendingGradients) -> torch.Tensor:
+        """[B]: the factor for the captured gradients, clip factor times sample scale."""
+        scale = self._sample_scale(gradients.samples)
+        norms = [g.norm_sq() for p, g in gradients.gradients.items()]
+        if not norms:
+            return torch.zeros(gradients.samples)
+        widest = max((n.dtype for n in norms), key=lambda d: d.itemsize)
+        norm_sq = torch.stack([n.to(norms[0].device, widest) for n in norms]).sum(0) * scale**2
+        if not gradients.empty and not bool(norm_sq.isfinite().all()):
+            self._refuse_not_finite(gradients, norm_sq)
+        clip_factor = ops.clip_factor(norm_sq, float(self.max_grad_norm), self._gamma)
+        self.last_step = StepReport(norm_sq.sqrt(), clip_factor)
+        if self.materialize_grad_samples:
+            for parameter, gradient in gradients.gradients.items():
+                parameter.grad_sample = gradient.materialize() * scale
+        return clip_factor * scale
+
+    def _refuse_not_finite(self, gradients: PendingGradients, norm_sq: torch.Tensor) -> None:
+        sample = int((~norm_sq.isfinite()).nonzero()[0])
+        layers = [
+            gradients.names.get(id(p), "?")
+            for p, g in gradients.gradients.items()
+            if not bool(g.norm_sq()[sample].isfinite())
+        ]
+        raise ValueError(
+            f"sample {sample} of this batch has a gradient that is not finite (parameters: "
+            f"{', '.join(layers[:4])}{', ...' if len(layers) > 4 else ''}). Look for NaN or "
+            "infinite values in its input or target, or a diverging loss; nothing was released"
+        )
+
+    def _release(
+        self, found: dict[nn.Parameter, ParameterGradient], factor: torch.Tensor
+    ) -> None:
+        """Write the clipped sum, with noise if this is the last physical batch, for every parameter."""
+        last = not self._check_skip_next_step(pop_next=False)
+        trained = [p for p in self.params if p.requires_grad]
+        for parameter in trained:
+            self._release_one(parameter, found.get(parameter), factor, last)
+        if last:
+            self._iterations += 1
+
+    def _release_one(
+        self,
+        parameter: nn.Parameter,
+        gradient: ParameterGradient | None,
+        factor: torch.Tensor,
+        last: bool,
+    ) -> None:
+        again = last and self._iterations > 0
+        if again:
+            total = parameter.grad.to(_sum_dtype(parameter)) * self._divisor(self._iterations)
+        else:
+            total = parameter.summed_grad
+        if gradient is not None and gradient.factored is not None:
+            clipped = gradient.factored.clipped_grad(factor).reshape(parameter.shape)
+            total = clipped if total is None else total.add_(clipped)
+        if gradient is not None and gradient.stored is not None:
+            stored = gradient.stored
+        else:
+            stored = torch.empty((0, *parameter.shape), device=parameter.device)
+            factor = factor[:0]
+        accumulate = total is not None
+        if total is None:
+            total = torch.empty(
+                parameter.shape, dtype=_sum_dtype(parameter), device=parameter.device
+            )
+        noise_std = 0.0 if again or not last else float(self.noise_multiplier * self.max_grad_norm)
+        scale = 1.0 / self._divisor(self._iterations + 1) if last else 1.0
+        self._finish(total, stored, factor, noise_std, scale, accumulate)
+        if last:
+            parameter.summed_grad = None
+            parameter.grad = total.to(parameter.dtype)
+            self._private[parameter] = parameter.grad
+        else:
+            parameter.summed_grad = total
+
+    def _finish(
+        self,
+        total: torch.Tensor,
+        stored: torch.Tensor,
+        factor: torch.Tensor,
+        noise_std: float,
+        scale: float,
+        accumulate: bool,
+    ) -> None:
+        """total = scale * ((total if accumulate) + sum_b factor[b] stored[b] + noise)."""
+        factor = factor.to(total.device)
+        if self.generator is not None and noise_std:
+            ops.finish_grad_(
+                total, stored, factor, 0.0, 1.0, self._noise.key, 0, accumulate
+            )
+            noise = _generate_noise(noise_std, total, generator=self.generator)
+            total.add_(noise).mul_(scale)
+            return
+        key, block = self._noise.take(total.numel() if noise_std else 0)
+        ops.finish_grad_(total, stored, factor, noise_std, scale, key, block, accumulate)
+
+    def _divisor(self, iterations: int) -> float:
+        """What the sum over `iterations` backward passes is divided by."""
+        return float(self.expected_batch_size * iterations) if self.loss_reduction == "mean" else 1.0
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clear gradients; sums of physical batches survive until their logical batch ends."""
+        for p in self.params:
+            p.grad_sample = None
+            if not self._is_last_step_skipped:
+                p.summed_grad = None
+        self._iterations = 0
+        self._consumed = False
+        self._private.clear()
+        self.original_optimizer.zero_grad(set_to_none)
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool | None:
+        """Check that every gradient is private, and count the step with the accountant.
+
+        Returns:
+            True if the wrapped optimizer shall step, False on a physical batch that is not the last.
+
+        Raises:
+            ValueError: no backward pass was made since the last step or ``zero_grad()``, or a
+                gradient did not come from the engine.
+        """
+        if not any(p.requires_grad for p in self.params):
+            return True
+        if self._check_skip_next_step():
+            self._is_last_step_skipped = True
+            return False
+        if self._consumed:
+            self._check_cleared()
+        if not self._iterations:
+            raise ValueError(
+                "Per sample gradient is not initialized. Not updated in backward pass? "
+                "Call loss.backward() on the private model before optimizer.step()"
+            )
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad is not self._private.get(p):
+                    raise ValueError(
+                        f"optimizer.step(): the gradient of a parameter of shape {tuple(p.shape)} "
+                        "was not made private by the engine; leave p.grad as backward() wrote it "
+                        "(in-place changes are allowed), and call zero_grad() before backward()"
+                    )
+        if self.step_hook:
+            self.step_hook(self)
+        self._is_last_step_skipped = False
+        self._consumed = True
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.update(_private={}, last_step=None)
+        return state
+
+
+def _sum_dtype(parameter: nn.Parameter) -> torch.dtype:
+    """Sums are kept in float32 at least."""
+    return torch.promote_types(parameter.dtype, torch.float32)

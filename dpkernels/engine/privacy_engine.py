@@ -1,0 +1,327 @@
+"""``PrivacyEngine``: Opacus' surface over the fused engine."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from opacus import PrivacyEngine as OpacusPrivacyEngine
+from opacus.accountants import create_accountant
+from opacus.accountants.utils import get_noise_multiplier as opacus_noise_multiplier
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.validators.errors import IllegalModuleConfigurationError, UnsupportedModuleError
+from torch import nn, optim
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from dpkernels.accounting import get_noise_multiplier
+from dpkernels.accounting.opacus_adapter import register
+from dpkernels.engine.loader import poisson_loader, sample_rate_of
+from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule, incompatibilities
+from dpkernels.engine.optimizer import FusedDPOptimizer
+from dpkernels.engine.planner import Plan
+
+register()
+
+_FUSED = "fused"
+
+
+class PrivacyEngine(OpacusPrivacyEngine):
+    """Makes a training loop differentially private: the entry point.
+
+    The surface is that of ``opacus.PrivacyEngine``; ``grad_sample_mode="fused"`` (the default)
+    captures, clips, sums and adds noise inside one backward pass, and Opacus' own modes run as
+    Opacus runs them.
+
+    Args:
+        accountant: ``"tight"`` (ours, an upper bound within 1 % of exact), ``"prv"``, ``"rdp"``,
+            ``"gdp"`` or any mechanism registered with Opacus.
+        secure_mode: refused in mode "fused" for now. Noise comes from a cryptographic generator
+            keyed by the operating system in any case.
+
+    Guarantees:
+        In mode "fused" with Poisson sampling, each step releases the Poisson-subsampled Gaussian
+        mechanism of the accountant's history (docs/math.md, sections 1 and 4).
+    """
+
+    def __init__(self, *, accountant: str = "tight", secure_mode: bool = False):
+        if secure_mode:
+            super().__init__(accountant=accountant, secure_mode=True)
+            return
+        self.accountant = create_accountant(mechanism=accountant)
+        self.secure_mode = False
+        self.secure_rng = None
+        self.dataset = None
+        self._module: FusedGradSampleModule | FusedGradSampleHooks | None = None
+
+    def is_compatible(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: optim.Optimizer | None = None,
+        data_loader: DataLoader | None = None,
+    ) -> bool:
+        """Whether the model has per-sample gradients under this engine."""
+        return not self._faults(module)
+
+    def validate(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: optim.Optimizer | None = None,
+        data_loader: DataLoader | None = None,
+    ) -> None:
+        """Raise ``UnsupportedModuleError`` naming every module that mixes samples."""
+        faults = self._faults(module)
+        if faults:
+            raise UnsupportedModuleError(faults)
+
+    @staticmethod
+    def _faults(module: nn.Module) -> list[Exception]:
+        faults: list[Exception] = []
+        if not module.training:
+            faults.append(
+                IllegalModuleConfigurationError(
+                    "Model needs to be in training mode: call model.train() first"
+                )
+            )
+        faults.extend(IllegalModuleConfigurationError(reason) for reason in incompatibilities(module))
+        return faults
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: optim.Optimizer,
+        criterion: nn.Module | None = None,
+        data_loader: DataLoader,
+        noise_multiplier: float,
+        max_grad_norm: float | list[float],
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = _FUSED,
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+        memory_budget: int | None = None,
+        views_per_sample: int = 1,
+        materialize_grad_samples: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Private counterparts of model, optimizer and data loader.
+
+        Arguments and results are those of ``opacus.PrivacyEngine.make_private``; beyond them:
+
+        Args:
+            memory_budget: bytes for stored per-sample gradients; None takes a share of free memory.
+            views_per_sample: rows of the model's input that belong to one sample (adjacent);
+                their gradients are averaged before clipping.
+            materialize_grad_samples: also leave ``p.grad_sample`` after ``backward()``.
+
+        Returns:
+            ``(module, optimizer, data_loader)`` in mode "fused".
+
+        Raises:
+            ValueError: an argument is out of range, or the optimizer has foreign parameters.
+            UnsupportedModuleError: a module mixes samples.
+        """
+        if grad_sample_mode != _FUSED:
+            ours = {"views_per_sample": views_per_sample != 1, "memory_budget": memory_budget}
+            for name, given in ours.items():
+                if given:
+                    raise ValueError(f"{name}: only grad_sample_mode='fused' takes it")
+            return super().make_private(
+                module=module,
+                optimizer=optimizer,
+                criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
+                data_loader=data_loader,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                batch_first=batch_first,
+                loss_reduction=loss_reduction,
+                poisson_sampling=poisson_sampling,
+                clipping=clipping,
+                noise_generator=noise_generator,
+                grad_sample_mode=grad_sample_mode,
+                wrap_model=wrap_model,
+                rand_on_empty=rand_on_empty,
+                **kwargs,
+            )
+        _check_arguments(noise_multiplier, max_grad_norm, views_per_sample)
+        self._refuse_unsupported(module, optimizer)
+        private_module = self._prepare_fused(
+            module,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            wrap_model=wrap_model,
+            views_per_sample=views_per_sample,
+            memory_budget=memory_budget,
+        )
+        if poisson_sampling:
+            private_module.forbid_grad_accumulation()
+        sample_rate = sample_rate_of(data_loader)
+        private_loader = self._prepare_data_loader(
+            data_loader,
+            poisson_sampling=poisson_sampling,
+            distributed=False,
+            batch_first=batch_first,
+            rand_on_empty=rand_on_empty,
+        )
+        private_optimizer = FusedDPOptimizer(
+            optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=_whole(sample_rate * len(data_loader.dataset)),
+            loss_reduction=loss_reduction,
+            generator=noise_generator,
+            clipping=clipping,
+            views_per_sample=views_per_sample,
+            materialize_grad_samples=materialize_grad_samples,
+            **kwargs,
+        )
+        private_optimizer.attach_step_hook(
+            self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate)
+        )
+        private_module.connect(private_optimizer)
+        self._module = private_module
+        return private_module, private_optimizer, private_loader
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: optim.Optimizer,
+        criterion: nn.Module | None = None,
+        data_loader: DataLoader,
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float | list[float],
+        grad_sample_mode: str = _FUSED,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """:meth:`make_private` with the noise that spends `target_epsilon` over `epochs`.
+
+        Args:
+            target_epsilon: the budget at the end of training.
+            target_delta: its delta.
+            epochs: passes over the data loader; steps = epochs * len(data_loader).
+        """
+        mechanism = self.accountant.mechanism()
+        if mechanism == "tight" or grad_sample_mode == _FUSED:
+            steps = int(epochs * len(data_loader))
+            rate = sample_rate_of(data_loader)
+        else:
+            rate = 1 / len(data_loader)
+            steps = int(epochs / rate)
+        calibrate = get_noise_multiplier if mechanism == "tight" else opacus_noise_multiplier
+        return self.make_private(
+            module=module,
+            optimizer=optimizer,
+            criterion=criterion,
+            data_loader=data_loader,
+            noise_multiplier=calibrate(
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                sample_rate=rate,
+                steps=steps,
+                accountant=mechanism,
+            ),
+            max_grad_norm=max_grad_norm,
+            grad_sample_mode=grad_sample_mode,
+            **kwargs,
+        )
+
+    def explain(self) -> Plan:
+        """Which strategy each parameter got, what it costs and why: printable, ``.rows`` as dicts."""
+        if self._module is None:
+            raise ValueError("explain(): call make_private(grad_sample_mode='fused') first")
+        return Plan.of(self._module.planner)
+
+    def _prepare_data_loader(
+        self, data_loader: DataLoader, *, poisson_sampling: bool, distributed: bool, **kwargs: Any
+    ) -> DataLoader:
+        prepared = super()._prepare_data_loader(
+            data_loader, poisson_sampling=False, distributed=distributed, **kwargs
+        )
+        if not poisson_sampling:
+            return prepared
+        return poisson_loader(
+            data_loader, generator=self.secure_rng, distributed=distributed, **kwargs
+        )
+
+    def _prepare_fused(
+        self,
+        module: nn.Module,
+        *,
+        batch_first: bool,
+        loss_reduction: str,
+        wrap_model: bool,
+        views_per_sample: int,
+        memory_budget: int | None,
+    ) -> FusedGradSampleModule | FusedGradSampleHooks:
+        self.validate(module=module)
+        if isinstance(module, FusedGradSampleModule):
+            if module.batch_first != batch_first or module.loss_reduction != loss_reduction:
+                raise ValueError(
+                    "Pre-existing GradSampleModule doesn't match new arguments: it has "
+                    f"batch_first={module.batch_first}, loss_reduction={module.loss_reduction!r}, "
+                    f"requested batch_first={batch_first}, loss_reduction={loss_reduction!r}. "
+                    "Please pass vanilla nn.Module instead"
+                )
+            return module
+        if isinstance(module, AbstractGradSampleModule):
+            raise ValueError(
+                f"Pre-existing GradSampleModule of type {type(module).__name__} doesn't match "
+                "grad_sample_mode='fused'. Please pass vanilla nn.Module instead"
+            )
+        kind = FusedGradSampleModule if wrap_model else FusedGradSampleHooks
+        return kind(
+            module,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            views_per_sample=views_per_sample,
+            memory_budget=memory_budget,
+        )
+
+    def _refuse_unsupported(self, module: nn.Module, optimizer: optim.Optimizer) -> None:
+        if self.secure_mode:
+            raise ValueError("secure_mode=True: grad_sample_mode='fused' does not have it yet")
+        wrappers = (DifferentiallyPrivateDistributedDataParallel, DistributedDataParallel)
+        if isinstance(module, wrappers):
+            raise ValueError(
+                f"module: {type(module).__name__} needs grad_sample_mode='hooks'; "
+                "'fused' trains in one process for now"
+            )
+        known = set(module.parameters())
+        for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
+            if p not in known:
+                raise ValueError(
+                    "Module parameters are different than optimizer Parameters: the optimizer holds "
+                    f"a parameter of shape {tuple(p.shape)} that is not in the module. Build the "
+                    "optimizer from module.parameters() of the very module that is made private"
+                )
+
+
+def _check_arguments(
+    noise_multiplier: float, max_grad_norm: float | list[float], views_per_sample: int
+) -> None:
+    if not noise_multiplier >= 0.0 or noise_multiplier == float("inf"):
+        raise ValueError(f"noise_multiplier={noise_multiplier}: expected a finite number >= 0")
+    norms = max_grad_norm if isinstance(max_grad_norm, (list, tuple)) else [max_grad_norm]
+    if not all(norm > 0.0 for norm in norms):
+        raise ValueError(f"max_grad_norm={max_grad_norm}: expected a number > 0")
+    if isinstance(views_per_sample, bool) or views_per_sample != int(views_per_sample):
+        raise ValueError(f"views_per_sample={views_per_sample}: expected an integer >= 1")
+    if views_per_sample < 1:
+        raise ValueError(f"views_per_sample={views_per_sample}: expected an integer >= 1")
+
+
+def _whole(size: float) -> float:
+    """q * N as an int where it is one: 64 / 1000 * 1000 is 64, not 64.00000000000001."""
+    return round(size) if abs(size - round(size)) < 1e-9 * max(size, 1.0) else size

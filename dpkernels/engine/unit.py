@@ -1,0 +1,139 @@
+"""The generic fallback: a module that owns parameters no rule knows, with everything below it.
+
+The unit's forward runs once per sample under ``torch.func.vmap`` with each trained parameter
+expanded along the samples; ordinary autograd then returns per-sample gradients. What vmap cannot
+trace (data-dependent control flow, recurrent kernels) runs as a loop over samples, which is the
+definition itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, swapped
+from dpkernels.layers.operands import StoredOperand
+
+
+class _PerSample(torch.autograd.Function):
+    """[*shape] -> [B, *shape]: a parameter, once for every sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,
+        parameter: nn.Parameter,
+        samples: int,
+        unit: UnitForward,
+    ) -> torch.Tensor:
+        ctx.parameter, ctx.samples, ctx.unit = parameter, samples, unit
+        ctx.set_materialize_grads(False)
+        return parameter.detach().expand(samples, *parameter.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sample: torch.Tensor | None) -> tuple[None, ...]:
+        sink = ctx.unit.capture.sink
+        if grad_sample is not None and sink is not None:
+            sink.begin(ctx.samples)
+            operand = StoredOperand(grad_sample.detach())
+            sink.add(ctx.parameter, operand, ctx.samples, ctx.unit.name)
+        return (None, None, None, None)
+
+
+class UnitForward(CapturedForward):
+    """Capture for a module without a rule, sample by sample, over its whole subtree."""
+
+    def __init__(self, module: nn.Module, name: str, capture: ModelCapture):
+        super().__init__(module, name, capture)
+        self.loop_reason: str | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.capture
+        slots = self._slots() if capture.recording else []
+        if not slots:
+            return self.original(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        rows = self._rows(leaves)
+        samples = capture.samples_for(rows, self.name)
+        batched = [
+            isinstance(t, torch.Tensor) and t.ndim > capture.axis and t.shape[capture.axis] == rows
+            for t in leaves
+        ]
+        grouped = [self._group(t, samples) if b else t for t, b in zip(leaves, batched)]
+        parameters = {
+            id(p): _PerSample.apply(capture.anchor, p, samples, self) for _, _, p in slots
+        }
+
+        def one_sample(
+            parameters: dict[int, torch.Tensor], tensors: list[torch.Tensor]
+        ) -> list[torch.Tensor]:
+            values = iter(tensors)
+            merged = [next(values) if b else t for t, b in zip(leaves, batched)]
+            arguments, keywords = tree_unflatten(merged, spec)
+            with swapped((m, n, parameters[id(p)]) for m, n, p in slots), capture.paused():
+                output = self.original(*arguments, **keywords)
+            nonlocal others, output_spec
+            flat, output_spec = tree_flatten(output)
+            others = [None if isinstance(t, torch.Tensor) else (t,) for t in flat]
+            return [t for t in flat if isinstance(t, torch.Tensor)]
+
+        others: list[tuple[Any] | None] = []
+        output_spec: Any = None
+        inputs = [t for t, b in zip(grouped, batched) if b]
+        outputs = iter(self._run(one_sample, parameters, inputs, samples))
+        merged = [self._ungroup(next(outputs)) if o is None else o[0] for o in others]
+        return tree_unflatten(merged, output_spec)
+
+    def _slots(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """Every place below the unit where a trained parameter sits."""
+        return [
+            (module, name, module._parameters[name])
+            for module in self.module.modules()
+            for name in sorted(self.capture.wanted(module))
+        ]
+
+    def _rows(self, leaves: list[Any]) -> int:
+        axis = self.capture.axis
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
+                return leaf.shape[axis]
+        raise NotPerSample(
+            f"module {self.name!r} ({type(self.module).__name__}) owns parameters and takes no "
+            "batched tensor, so its samples cannot be told apart; pass it the batch, or freeze it"
+        )
+
+    def _group(self, tensor: torch.Tensor, samples: int) -> torch.Tensor:
+        """Split the sample axis: [samples, ..., rows per sample at the old place, ...]."""
+        axis = self.capture.axis
+        split = tensor.unflatten(axis, (samples, -1))
+        return split.movedim(axis, 0)
+
+    def _ungroup(self, output: torch.Tensor) -> torch.Tensor:
+        axis = self.capture.axis
+        if output.ndim <= axis + 1:
+            return output
+        return output.movedim(0, axis).flatten(axis, axis + 1)
+
+    def _run(
+        self,
+        one_sample: Callable[..., list[torch.Tensor]],
+        parameters: dict[int, torch.Tensor],
+        inputs: list[torch.Tensor],
+        samples: int,
+    ) -> list[torch.Tensor]:
+        if samples > 1 and self.loop_reason is None:
+            try:
+                vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
+                return vectorised(parameters, inputs)
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                self.loop_reason = str(error).splitlines()[0]
+        split = {key: value.unbind(0) for key, value in parameters.items()}
+        rows = [
+            one_sample({key: value[b] for key, value in split.items()}, [t[b] for t in inputs])
+            for b in range(samples)
+        ]
+        return [torch.stack(column) for column in zip(*rows)]

@@ -1,0 +1,36 @@
+"""One rule per kind of layer, a generic fallback, and refusals by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dpkernels.layers.conv import ConvRule, ConvTransposeRule
+from dpkernels.layers.dense import EmbeddingRule, LinearRule
+from dpkernels.layers.norm import GroupNormRule, LayerNormRule, PReLURule, batch_norm_refusal
+from dpkernels.layers.rule import Rule
+
+RULES: tuple[Rule, ...] = (
+    LinearRule(),
+    EmbeddingRule(),
+    ConvRule(),
+    ConvTransposeRule(),
+    GroupNormRule(),
+    LayerNormRule(),
+    PReLURule(),
+)
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """The rule that holds for the module as it stands, or None (the generic fallback serves)."""
+    return next((rule for rule in RULES if rule.applies(module)), None)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why this module cannot be trained with per-sample clipping, with the remedy; None if it can."""
+    reason = batch_norm_refusal(module)
+    if reason is None and isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        reason = GroupNormRule().refusal(module)
+    if reason is None:
+        rule = find_rule(module)
+        reason = rule.refusal(module) if rule is not None else None
+    return reason

@@ -1,0 +1,29 @@
+"""Rows and samples: the one place that says which rows of a layer belong to which sample.
+
+A layer sees ``rows`` along its sample axis. Where a network folds windows or heads into that axis,
+or where several views of one patient stand side by side, ``rows = samples * k`` and the rows of one
+sample are adjacent. Every rule regroups through this module; nothing else divides rows by samples.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rows_per_sample(rows: int, samples: int) -> int | None:
+    """How many rows belong to each sample, or None where rows are not a multiple of samples."""
+    return rows // samples if rows % samples == 0 and rows >= samples else None
+
+
+def merge_rows(tensor: torch.Tensor, samples: int) -> torch.Tensor:
+    """[rows, T, D] -> [samples, k * T, D]: the rows of a sample become one longer sequence."""
+    if tensor.shape[0] == samples:
+        return tensor
+    return tensor.reshape(samples, -1, *tensor.shape[2:])
+
+
+def sum_rows(grad_sample: torch.Tensor, samples: int) -> torch.Tensor:
+    """[rows, *shape] -> [samples, *shape]: sum the gradients of the rows of each sample."""
+    if grad_sample.shape[0] == samples:
+        return grad_sample
+    return grad_sample.reshape(samples, -1, *grad_sample.shape[1:]).sum(1)

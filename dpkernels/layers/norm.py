@@ -1,0 +1,140 @@
+"""Normalisations that keep samples apart, and what refuses those that do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from dpkernels import ops
+from dpkernels.layers.fold import merge_rows, sum_rows
+from dpkernels.layers.operands import Operand, StoredOperand
+from dpkernels.layers.rule import Rule
+
+
+def _statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and reciprocal standard deviation over the last axis, as the forward pass has them."""
+    variance, mean = torch.var_mean(x, dim=-1, correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+class GroupNormRule(Rule):
+    """``nn.GroupNorm`` and ``nn.InstanceNorm1d/2d/3d`` with affine parameters, [rows, C, *]."""
+
+    handles = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+    def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
+        axes = (a for kind, a in _INSTANCE_AXES.items() if isinstance(module, kind))
+        return input.ndim == next(axes, input.ndim) and input.ndim >= 2
+
+    def refusal(self, module: nn.Module) -> str | None:
+        if getattr(module, "track_running_stats", False):
+            return (
+                "track_running_stats=True keeps statistics of private data outside the mechanism; "
+                "use track_running_stats=False"
+            )
+        return None
+
+    def operands(
+        self,
+        module: nn.Module,
+        activations: tuple[torch.Tensor, ...],
+        backprops: torch.Tensor,
+        samples: int,
+        wanted: frozenset[str],
+    ) -> Iterable[tuple[str, Operand]]:
+        grad = backprops.flatten(2) if backprops.ndim > 2 else backprops.unsqueeze(2)
+        if "weight" not in wanted:
+            yield "bias", StoredOperand(sum_rows(ops.bias_grad_sample(grad), samples))
+            return
+        (x,) = activations
+        rows, channels = x.shape[:2]
+        groups = getattr(module, "num_groups", channels)
+        x = x.reshape(rows, channels, -1)
+        wide = x.reshape(rows, groups, -1)
+        mean, rstd = _statistics(wide if wide.dtype.itemsize > 2 else wide.float(), module.eps)
+        weight, bias = ops.normalization_grad_sample(x, grad, mean, rstd)
+        yield "weight", StoredOperand(sum_rows(weight, samples))
+        if "bias" in wanted:
+            yield "bias", StoredOperand(sum_rows(bias, samples))
+
+
+class LayerNormRule(Rule):
+    """``nn.LayerNorm`` (with or without bias) and ``nn.RMSNorm``, [rows, *, *normalized_shape]."""
+
+    handles = (nn.LayerNorm, nn.RMSNorm)
+
+    def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
+        return input.ndim > len(module.normalized_shape)
+
+    def operands(
+        self,
+        module: nn.Module,
+        activations: tuple[torch.Tensor, ...],
+        backprops: torch.Tensor,
+        samples: int,
+        wanted: frozenset[str],
+    ) -> Iterable[tuple[str, Operand]]:
+        shape = tuple(module.normalized_shape)
+        width = math.prod(shape)
+        grad = merge_rows(backprops.reshape(len(backprops), -1, width), samples)
+        grad = grad if grad.dtype.itemsize > 2 else grad.float()
+        if "weight" in wanted:
+            (x,) = activations
+            x = merge_rows(x.reshape(len(x), -1, width), samples).to(grad.dtype)
+            weight = ops.affine_grad_sample(self._normalized(module, x), grad.transpose(1, 2))
+            yield "weight", StoredOperand(weight.reshape(samples, *shape))
+        if "bias" in wanted:
+            bias = ops.bias_grad_sample(grad.transpose(1, 2))
+            yield "bias", StoredOperand(bias.reshape(samples, *shape))
+
+    @staticmethod
+    def _normalized(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> the normalised values, [B, D, T]."""
+        if isinstance(module, nn.RMSNorm):
+            eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+            scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+            return (x * scale).transpose(1, 2)
+        mean, rstd = _statistics(x, module.eps)
+        return ((x - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).transpose(1, 2)
+
+
+class PReLURule(Rule):
+    """``nn.PReLU`` with one slope or one per channel, [rows, C, *]."""
+
+    handles = (nn.PReLU,)
+    parameters = ("weight",)
+
+    def operands(
+        self,
+        module: nn.Module,
+        activations: tuple[torch.Tensor, ...],
+        backprops: torch.Tensor,
+        samples: int,
+        wanted: frozenset[str],
+    ) -> Iterable[tuple[str, Operand]]:
+        (x,) = activations
+        channels = module.num_parameters
+        x = x.reshape(len(x), channels, -1).clamp(max=0)
+        slope = ops.affine_grad_sample(x.to(backprops.dtype), backprops.reshape(x.shape))
+        yield "weight", StoredOperand(sum_rows(slope, samples))
+
+
+_INSTANCE_AXES = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def batch_norm_refusal(module: nn.Module) -> str | None:
+    """Why a batch normalisation cannot be trained; None if it is frozen (eval mode) or none."""
+    if isinstance(module, _BATCH_NORMS) and not isinstance(
+        module, nn.modules.instancenorm._InstanceNorm
+    ):
+        if module.training or any(p.requires_grad for p in module.parameters()):
+            return (
+                "normalises over the batch, so samples mix and no per-sample gradient exists; "
+                "use nn.GroupNorm with a stated number of groups, "
+                "PrivacyEngine.get_compatible_module(model), or freeze it in eval mode"
+            )
+    return None

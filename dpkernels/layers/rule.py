@@ -1,0 +1,75 @@
+"""What a rule is, and which rule a module gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from dpkernels.layers.operands import Operand
+
+
+class Rule:
+    """How one kind of layer turns (activations, backprops) into operands.
+
+    A rule is stateless. The layer's own forward runs unchanged, with its parameters outside
+    autograd; the rule says which tensors to remember and what the gradients are made of.
+    """
+
+    #: classes whose own ``forward`` this rule understands
+    handles: ClassVar[tuple[type[nn.Module], ...]]
+    #: methods that must not be overridden for the rule to hold
+    methods: ClassVar[tuple[str, ...]] = ("forward",)
+    #: the parameters that the rule knows
+    parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why this module has no per-sample gradient, with the remedy; None if it has."""
+        return None
+
+    def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
+        """Whether the input carries a sample axis in front of what one sample needs."""
+        return input.ndim >= 2
+
+    def activations(self, module: nn.Module, input: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What must be remembered of the forward pass: by default the input."""
+        return (input,)
+
+    def operands(
+        self,
+        module: nn.Module,
+        activations: tuple[torch.Tensor, ...],
+        backprops: torch.Tensor,
+        samples: int,
+        wanted: frozenset[str],
+    ) -> Iterable[tuple[str, Operand]]:
+        """Operands by parameter name, for the `wanted` parameters only.
+
+        Args:
+            module: the layer.
+            activations: what :meth:`activations` returned, sample axis first.
+            backprops: gradient at the layer's output, sample axis first, [rows, ...].
+            samples: number of samples; rows are a multiple of it.
+            wanted: names of the trainable parameters.
+        """
+        raise NotImplementedError
+
+    def applies(self, module: nn.Module) -> bool:
+        """Whether this rule holds for the module as it stands.
+
+        A subclass that overrides one of `methods` computes something else and is left to the
+        generic fallback; so is a module with a parameter that the rule does not know, or one whose
+        parameter is computed (parametrizations, the hook-based weight norm).
+        """
+        base = next((b for b in self.handles if isinstance(module, b)), None)
+        if base is None:
+            return False
+        cls = type(module)
+        own = {name for name, p in module._parameters.items() if p is not None}
+        return (
+            all(getattr(cls, m) is getattr(base, m) for m in self.methods)
+            and own <= set(self.parameters)
+            and not any(True for _ in module.children())
+        )

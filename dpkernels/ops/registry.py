@@ -1,0 +1,168 @@
+"""One place that decides which implementation of an op runs, and says why the others did not.
+
+An op family is a package ``dpkernels.ops.<family>``. Its ``__init__`` holds the contracts: one
+function per op, decorated with :func:`contract`, whose body checks the arguments and returns an
+empty tensor of the result's shape and dtype (it is also the op's fake implementation for
+``torch.library``). The modules beside it (``reference``, ``cpu``, ``triton``, ``cuda``) hold the
+implementations under the same names and are imported only when they are first asked for. A module
+may define
+
+* ``unavailable() -> str | None``: why nothing in it can run on this machine (not built, no GPU);
+* ``why_not_<op>(*args, **kwargs) -> str | None``: why it cannot take these arguments.
+
+In automatic mode a reason is passed over silently; when a backend is forced (environment variable
+``DPKERNELS_BACKEND`` or :func:`use_backend`) the reason is the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_forced: list[str] = []
+
+
+class BackendUnavailable(RuntimeError):
+    """A forced backend cannot run the op; the message carries the reason."""
+
+
+def forced_backend() -> str | None:
+    """The backend that the caller or ``DPKERNELS_BACKEND`` forces, or None in automatic mode."""
+    name = _forced[-1] if _forced else os.environ.get("DPKERNELS_BACKEND") or None
+    if name in (None, "auto"):
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r}: expected 'auto' or one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend inside a ``with`` block; ``"auto"`` restores the automatic choice."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend={name!r}: expected 'auto' or one of {', '.join(BACKENDS)}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@functools.cache
+def _module(family: str, backend: str) -> ModuleType | str:
+    """The module that implements `family` on `backend`, or why there is none."""
+    path = f"{family}.{backend}"
+    if importlib.util.find_spec(path) is None:
+        return f"{family.rpartition('.')[2]} has no {backend} implementation"
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        return f"{path} could not be imported: {error}"
+    return getattr(module, "unavailable", lambda: None)() or module
+
+
+class Op:
+    """A named op: checks by its contract, runs on the best backend that can."""
+
+    def __init__(self, contract: Callable[..., torch.Tensor], mutates: tuple[str, ...]):
+        functools.update_wrapper(self, contract)
+        self.name = contract.__name__
+        self.family = contract.__module__
+        self._contract = contract
+        self._mutates = mutates
+        library_op = torch.library.custom_op(f"dpkernels::{self.name}", mutates_args=mutates)
+        self._library_op = library_op(self._typed(self._dispatch))
+        self._library_op.register_fake(contract)
+        _OPS[self.name] = self
+
+    def _typed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """`function` under the contract's signature, from which torch infers the schema."""
+
+        @functools.wraps(self._contract)
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return function(*args, **kwargs)
+
+        return call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self._library_op(*args, **kwargs)
+        return self._dispatch(*args, **kwargs)
+
+    def why_not(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
+        """Why `backend` cannot run this op (with these arguments, if given); None if it can."""
+        module = _module(self.family, backend)
+        if isinstance(module, str):
+            return module
+        if not hasattr(module, self.name):
+            return f"{self.name} has no {backend} implementation"
+        check = getattr(module, f"why_not_{self.name}", None)
+        return check(*args, **kwargs) if check is not None and args else None
+
+    def _dispatch(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        function = self.implementation(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def implementation(self, *args: Any, **kwargs: Any) -> Callable[..., torch.Tensor]:
+        """The function that runs for these arguments.
+
+        Raises:
+            BackendUnavailable: a forced backend cannot, or no backend can.
+        """
+        return getattr(_module(self.family, self.backend(*args, **kwargs)), self.name)
+
+    def backend(self, *args: Any, **kwargs: Any) -> str:
+        """The name of the backend that runs for these arguments."""
+        self._contract_check(*args, **kwargs)
+        forced = forced_backend()
+        if forced is not None:
+            reason = self.why_not(forced, *args, **kwargs)
+            if reason:
+                raise BackendUnavailable(f"{self.name}: backend {forced!r} was forced, but {reason}")
+            return forced
+        reasons = []
+        for backend in _AUTO_ORDER.get(_device_type(args, kwargs), ("reference",)):
+            reason = self.why_not(backend, *args, **kwargs)
+            if reason is None:
+                return backend
+            reasons.append(f"{backend}: {reason}")
+        raise BackendUnavailable(f"{self.name}: no backend can run it ({'; '.join(reasons)})")
+
+    def _contract_check(self, *args: Any, **kwargs: Any) -> None:
+        check = getattr(self._contract, "check", None)
+        if check is not None:
+            check(*args, **kwargs)
+
+
+_OPS: dict[str, Op] = {}
+
+
+def contract(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., torch.Tensor]], Op]:
+    """Declare an op: the decorated function is its signature, documentation and shape rule.
+
+    A function attribute ``check`` (same arguments, returns nothing, raises ``ValueError``) is run
+    before every dispatch. The op is registered with ``torch.library`` as ``dpkernels::<name>``.
+    """
+    return lambda function: Op(function, mutates)
+
+
+def all_ops() -> dict[str, Op]:
+    """Every declared op by name (for ``python -m dpkernels info`` and the tests)."""
+    return dict(_OPS)
+
+
+def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+    first = next(tensors, None)
+    return "cpu" if first is None else first.device.type
