@@ -1,0 +1,21 @@
+"""Privacy accounting without torch: what ran is data (events), how it is bounded is code.
+
+The "tight" accountant is `tight`; Opacus' own are reached on demand through `opacus_adapter`.
+"""
+
+from dpkernels.accounting.api import (
+    get_delta,
+    get_epsilon,
+    get_history_epsilon,
+    get_noise_multiplier,
+)
+from dpkernels.accounting.events import Phase, as_history
+
+__all__ = [
+    "Phase",
+    "as_history",
+    "get_delta",
+    "get_epsilon",
+    "get_history_epsilon",
+    "get_noise_multiplier",
+]
