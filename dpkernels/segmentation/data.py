@@ -1,0 +1,223 @@
+"""From scans to the network's input: preparation, cache, split, and one row block per patient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.transforms import Compose, RandCropByPosNegLabeld, RandSpatialCropd, SpatialPadd
+from torch.utils.data import Dataset
+
+from dpkernels.segmentation.config import DataConfig
+from dpkernels.segmentation.decathlon import DecathlonFolder, Scan
+from dpkernels.segmentation.volume import Volume, check_headers, load_volume
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prepared scan.
+
+    Attributes:
+        image: [M, X, Y, Z], float32, resampled, normalised, padded.
+        label: [1, X, Y, Z], uint8, on the same grid; None for scans without a label.
+        content: [3], voxels before padding (padding is added at the end of each axis).
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor | None
+    content: tuple[int, int, int]
+
+
+def prepare(volume: Volume, config: DataConfig, divisor: int) -> Case:
+    """Resample, normalise and pad one volume.
+
+    Args:
+        volume: the scan.
+        config: grid and intensity rules.
+        divisor: every axis is padded to a multiple of it (the network's total stride).
+    """
+    image = torch.from_numpy(volume.image)
+    if config.intensity == "window":
+        low, high = config.window
+        image = ((image - low) / (high - low)).clamp_(0.0, 1.0)
+    else:
+        mean = image.mean(dim=(1, 2, 3), keepdim=True)
+        image = (image - mean) / image.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+    content = _target_shape(image.shape[1:], volume.spacing, config)
+    image = F.interpolate(image[None], size=content, mode="trilinear", align_corners=False)[0]
+    label = None
+    if volume.label is not None:
+        label = torch.from_numpy(volume.label)[None, None].float()
+        label = F.interpolate(label, size=content, mode="nearest-exact")[0].to(torch.uint8)
+    padding: list[int] = []
+    for size in reversed(content):
+        padding += [0, math.ceil(size / divisor) * divisor - size]
+    return Case(
+        F.pad(image, padding, value=float(image.min())),
+        None if label is None else F.pad(label, padding),
+        content,
+    )
+
+
+def restore(logits: torch.Tensor, case: Case, volume: Volume) -> torch.Tensor:
+    """Network output [C, X, Y, Z] on the prepared grid back to class indices [X, Y, Z] in RAS."""
+    x, y, z = case.content
+    native = F.interpolate(
+        logits[None, :, :x, :y, :z].float(),
+        size=volume.image.shape[1:],
+        mode="trilinear",
+        align_corners=False,
+    )
+    return native[0].argmax(dim=0).to(torch.uint8)
+
+
+def _target_shape(shape: Sequence[int], spacing: Sequence[float], config: DataConfig):
+    if config.shape is not None:
+        return tuple(config.shape)
+    return tuple(
+        max(1, round(n * s / wanted))
+        for n, s, wanted in zip(shape, spacing, config.spacing, strict=True)
+    )
+
+
+class CaseStore:
+    """Prepared scans, read once (cache "memory") or on every access ("none")."""
+
+    def __init__(self, folder: DecathlonFolder, config: DataConfig, divisor: int) -> None:
+        self.folder = folder
+        self.config = config
+        self.divisor = divisor
+        self._cases: dict[str, Case] = {}
+
+    def read_all(self, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Check every header, then read every scan, before any training.
+
+        Raises:
+            ValueError: the first faulty file, by name.
+        """
+        for scan in self.folder.scans:
+            check_headers(scan)
+        for scan in self.folder.scans:
+            case = self._load(scan)
+            if self.config.cache == "memory":
+                self._cases[scan.name] = case
+            on_progress()
+
+    def volume(self, scan: Scan) -> Volume:
+        """The scan on its native grid."""
+        return load_volume(
+            scan, channels=len(self.folder.modalities), labels=self.folder.labels
+        )
+
+    def case(self, scan: Scan) -> Case:
+        """The prepared scan."""
+        return self._cases.get(scan.name) or self._load(scan)
+
+    def _load(self, scan: Scan) -> Case:
+        return prepare(self.volume(scan), self.config, self.divisor)
+
+
+class PatientDataset(Dataset):
+    """One item per patient: K views, cropped and augmented, as adjacent rows.
+
+    A view is drawn from any of the patient's scans. What is drawn depends only on the seed, the
+    step and the patient, so a resumed run draws what the uninterrupted one would have.
+    """
+
+    def __init__(
+        self, patients: Sequence[str], store: CaseStore, augment: Callable | None, seed: int
+    ) -> None:
+        self.patients = list(patients)
+        self.store = store
+        self.step = 0
+        self._augment = augment
+        self._seed = seed
+        self._scans = store.folder.patients
+        self._crop = _crop(store.config)
+
+    def __len__(self) -> int:
+        return len(self.patients)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The patient's views.
+
+        Returns:
+            image [K, M, *crop] float32 and label [K, 1, *crop] uint8.
+        """
+        rng = np.random.default_rng([self._seed, self.step, index])
+        scans = self._scans[self.patients[index]]
+        views = [
+            self._view(scans[int(rng.integers(len(scans)))], int(rng.integers(2**31)))
+            for _ in range(self.store.config.views_per_patient)
+        ]
+        images, labels = zip(*views, strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+    def _view(self, scan: Scan, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        case = self.store.case(scan)
+        sample = {"image": case.image, "label": case.label}
+        for transform in (self._crop, self._augment):
+            if transform is not None:
+                transform.set_random_state(seed=seed)
+                sample = transform(sample)
+        sample = sample[0] if isinstance(sample, list) else sample
+        return _plain(sample["image"]).float(), _plain(sample["label"]).to(torch.uint8)
+
+
+def collate_patients(
+    items: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patients to a batch [B, K, ...]; `flatten_views` turns it into rows."""
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def flatten_views(batch: torch.Tensor) -> torch.Tensor:
+    """[B, K, ...] to [B * K, ...]: row = patient * K + view."""
+    return batch.flatten(0, 1)
+
+
+def split_patients(patients: Sequence[str], config: DataConfig, seed: int) -> dict[str, list[str]]:
+    """Split patients, never scans, into train, validation and test.
+
+    Raises:
+        ValueError: too few patients for the shares.
+    """
+    order = np.random.default_rng([seed, 2]).permutation(len(patients))
+    test = max(1, round(config.test_share * len(patients)))
+    validation = round(config.validation_share * len(patients))
+    validation = max(1, validation) if config.validation_share else 0
+    if len(patients) - test - validation < 1:
+        raise ValueError(
+            f"{len(patients)} patients cannot be split with data.test_share={config.test_share} "
+            f"and data.validation_share={config.validation_share}: none is left to train on"
+        )
+    names = [patients[i] for i in order]
+    return {
+        "train": sorted(names[test + validation :]),
+        "validation": sorted(names[test : test + validation]),
+        "test": sorted(names[:test]),
+    }
+
+
+def _crop(config: DataConfig) -> Compose | None:
+    if config.crop is None:
+        return None
+    keys, size = ("image", "label"), config.crop
+    share = config.foreground_share
+    cropper = (
+        RandSpatialCropd(keys, roi_size=size, random_size=False)
+        if share == 0
+        else RandCropByPosNegLabeld(
+            keys, label_key="label", spatial_size=size, pos=share, neg=1 - share, num_samples=1
+        )
+    )
+    return Compose([SpatialPadd(keys, spatial_size=size), cropper])
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    return value.as_tensor() if hasattr(value, "as_tensor") else torch.as_tensor(value)

@@ -1,0 +1,157 @@
+"""Sliding-window prediction and per-case metrics, both on the native grid of each file."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from monai.metrics import compute_hausdorff_distance
+from torch import nn
+
+from dpkernels.segmentation.config import SegmentationConfig
+from dpkernels.segmentation.data import Case, CaseStore, restore
+from dpkernels.segmentation.decathlon import Scan
+from dpkernels.segmentation.model import head_outputs
+from dpkernels.segmentation.volume import Volume
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """Metrics of one scan.
+
+    Attributes:
+        scan: its name.
+        patient_id: its patient.
+        dice: class name to Dice; NaN where neither truth nor prediction has the class.
+        hd95: class name to the 95th percentile Hausdorff distance in millimetres; NaN where truth
+            or prediction lacks the class, or when it was not asked for.
+    """
+
+    scan: str
+    patient_id: str
+    dice: dict[str, float]
+    hd95: dict[str, float]
+
+
+class Predictor:
+    """A network in evaluation mode, applied by sliding window."""
+
+    def __init__(
+        self, network: nn.Module, config: SegmentationConfig, device: torch.device
+    ) -> None:
+        self._network = network
+        self._config = config
+        self._device = device
+
+    def logits(self, case: Case) -> torch.Tensor:
+        """Class scores [C, X, Y, Z] on the prepared grid, on the CPU."""
+        window = self._config.data.crop or tuple(case.image.shape[1:])
+        with evaluating(self._network), torch.no_grad():
+            scores = sliding_window_inference(
+                case.image[None].to(self._device),
+                roi_size=window,
+                sw_batch_size=4,
+                predictor=self._full_resolution,
+                overlap=self._config.evaluation.overlap,
+                mode="gaussian",
+            )
+        return scores[0].float().cpu()
+
+    def segment(self, case: Case, volume: Volume) -> np.ndarray:
+        """Class indices [X, Y, Z], uint8, on the scan's own voxels in RAS order."""
+        return restore(self.logits(case), case, volume).numpy()
+
+    def _full_resolution(self, window: torch.Tensor) -> torch.Tensor:
+        return head_outputs(self._network(window))[0]
+
+
+def evaluate_scans(
+    predictor: Predictor,
+    store: CaseStore,
+    scans: Sequence[Scan],
+    *,
+    surface_distance: bool,
+    on_case: Callable[[Volume, np.ndarray, CaseResult], None] = lambda *_: None,
+) -> list[CaseResult]:
+    """Predict and measure every scan.
+
+    Args:
+        predictor: the network.
+        store: where the scans come from.
+        scans: which of them.
+        surface_distance: also compute hd95.
+        on_case: called with the volume, the prediction [X, Y, Z] and the result of each scan.
+    """
+    names = store.folder.labels
+    results = []
+    for scan in scans:
+        volume = store.volume(scan)
+        prediction = predictor.segment(store.case(scan), volume)
+        dice, hd95 = {}, {}
+        for value, name in names.items():
+            if value == 0:
+                continue
+            truth_mask, predicted_mask = volume.label == value, prediction == value
+            dice[name] = dice_score(predicted_mask, truth_mask)
+            hd95[name] = (
+                hausdorff_95(predicted_mask, truth_mask, volume.spacing)
+                if surface_distance
+                else math.nan
+            )
+        result = CaseResult(scan.name, scan.patient_id, dice, hd95)
+        results.append(result)
+        on_case(volume, prediction, result)
+    return results
+
+
+def dice_score(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Dice of two masks; NaN when both are empty."""
+    size = int(prediction.sum()) + int(truth.sum())
+    return 2.0 * int((prediction & truth).sum()) / size if size else math.nan
+
+
+def hausdorff_95(
+    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]
+) -> float:
+    """95th percentile Hausdorff distance of two masks, millimetres; NaN when one is empty."""
+    if not prediction.any() or not truth.any():
+        return math.nan
+    inside = np.argwhere(prediction | truth)
+    box = tuple(slice(low, high + 1) for low, high in zip(inside.min(0), inside.max(0), strict=True))
+    masks = [torch.from_numpy(np.pad(m[box], 1))[None, None] for m in (prediction, truth)]
+    distance = compute_hausdorff_distance(
+        *masks, include_background=True, percentile=95, spacing=list(spacing)
+    )
+    return float(distance)
+
+
+def summarise(results: Sequence[CaseResult]) -> dict[str, dict[str, float]]:
+    """Per class: mean and spread of Dice, mean hd95, and how many cases count (NaN-safe)."""
+    summary = {}
+    for name in results[0].dice if results else ():
+        dice = [r.dice[name] for r in results if math.isfinite(r.dice[name])]
+        hd95 = [r.hd95[name] for r in results if math.isfinite(r.hd95[name])]
+        summary[name] = {
+            "dice": fmean(dice) if dice else math.nan,
+            "dice_std": float(np.std(dice)) if dice else math.nan,
+            "hd95": fmean(hd95) if hd95 else math.nan,
+            "cases": len(dice),
+        }
+    return summary
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block, the previous mode after it."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)

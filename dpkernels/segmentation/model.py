@@ -1,0 +1,148 @@
+"""Network and `_target_` blocks: built by MONAI's ConfigParser, checked before training."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from torch import nn
+
+_DEFAULT_DIVISOR = 16
+
+
+def instantiate(block: dict[str, Any], name: str) -> Any:
+    """Build the object that a `_target_` block describes.
+
+    Raises:
+        ValueError: the target cannot be imported or refuses its arguments.
+    """
+    try:
+        built = ConfigParser({name: dict(block)}).get_parsed_content(name)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"{name}: cannot build {block.get('_target_')!r} from {block}: {cause}"
+        ) from error
+    if isinstance(built, dict):
+        raise ValueError(f"{name}: `_target_` {block.get('_target_')!r} names nothing importable")
+    return built
+
+
+def build_network(
+    block: dict[str, Any], *, in_channels: int, out_channels: int, seed: int
+) -> nn.Module:
+    """Build the network; channel counts come from the data unless the block states them.
+
+    Args:
+        block: `_target_` and keyword arguments.
+        in_channels: number of modalities.
+        out_channels: number of classes, background included.
+        seed: of the initialisation; the global generator is left as it was.
+
+    Raises:
+        ValueError: the block cannot be built, or its channel counts are not the data's.
+    """
+    wanted = {"in_channels": in_channels, "out_channels": out_channels}
+    for key, value in wanted.items():
+        if block.get(key, value) != value:
+            raise ValueError(
+                f"network.{key} must be {value}, as dataset.json says; got {block[key]}"
+            )
+    _check_group_norm(block, out_channels)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = instantiate({**block, **wanted}, "network")
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"network: {block['_target_']} is not a torch.nn.Module")
+    return network
+
+
+def build_optimizer(
+    block: dict[str, Any], parameters: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Build the optimizer over the trainable parameters.
+
+    Raises:
+        ValueError: the block cannot be built or is not an optimizer.
+    """
+    make = instantiate({**block, "_mode_": "callable"}, "training.optimizer")
+    try:
+        optimizer = make(list(parameters))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training.optimizer: {block} is refused: {error}") from None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"training.optimizer: {block['_target_']} is not a torch optimizer")
+    return optimizer
+
+
+def total_stride(block: dict[str, Any]) -> int:
+    """The factor by which the network shrinks each axis; inputs are padded to multiples of it."""
+    if "strides" in block:
+        product = 1
+        for stride in block["strides"]:
+            product *= max(stride) if isinstance(stride, Sequence) else stride
+        return product
+    if "blocks_down" in block:
+        return 2 ** (len(block["blocks_down"]) - 1)
+    return 32 if str(block["_target_"]).endswith("SwinUNETR") else _DEFAULT_DIVISOR
+
+
+def select_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze every parameter whose name matches none of the glob patterns; no patterns: none.
+
+    Raises:
+        ValueError: a pattern matches no parameter.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"training.train_layers: {pattern!r} matches no parameter; names are like "
+                f"{names[0]} ... {names[-1]}"
+            )
+    for name, parameter in network.named_parameters():
+        chosen = not patterns or any(fnmatch.fnmatch(name, p) for p in patterns)
+        parameter.requires_grad_(chosen)
+
+
+def head_outputs(output: Any) -> list[torch.Tensor]:
+    """Deep-supervision heads, finest first: a list, a tuple, or DynUNet's stack [B, n, C, ...]."""
+    if isinstance(output, (list, tuple)):
+        return list(output)
+    return list(output.unbind(1)) if output.dim() == 6 else [output]
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is CUDA when there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"training.device must be auto, cpu or cuda[:N]; {name!r} failed: {error}"
+        ) from None
+    return device
+
+
+def _check_group_norm(block: dict[str, Any], out_channels: int) -> None:
+    norm = block.get("norm")
+    if not str(block["_target_"]).endswith(".UNet") or not block.get("num_res_units"):
+        return
+    if not isinstance(norm, (list, tuple)) or str(norm[0]).lower() != "group":
+        return
+    groups = dict(norm[1]).get("num_groups", 1)
+    if out_channels % groups:
+        raise ValueError(
+            f"network.norm: MONAI's UNet with num_res_units > 0 also normalises the class output, "
+            f"so num_groups must divide the {out_channels} classes; got num_groups={groups}. "
+            f"Use num_groups=1 or {out_channels}, norm=INSTANCE, or num_res_units=0"
+        )

@@ -1,0 +1,311 @@
+"""The privacy of a run: what is planned, and the update that keeps to it.
+
+`PrivateUpdate` and `PlainUpdate` have one interface, so the trainer does not know which it holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from opacus.data_loader import DPDataLoader
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dpkernels import PrivacyEngine
+from dpkernels.accounting import get_epsilon, get_noise_multiplier
+from dpkernels.segmentation.config import SegmentationConfig
+from dpkernels.segmentation.data import PatientDataset, collate_patients, flatten_views
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """Every number that the guarantee depends on. The unit is the patient.
+
+    Attributes:
+        enabled: False: no guarantee; the other fields describe the sampling only.
+        patients: number of training patients N.
+        sample_rate: probability q with which a patient enters a step's batch.
+        steps: planned number of steps T.
+        noise_multiplier: std of the noise divided by `max_grad_norm`.
+        max_grad_norm: bound C on one patient's gradient.
+        views_per_patient: rows averaged into one patient before clipping.
+        delta: probability that the epsilon bound does not hold.
+        accountant: name of the accountant that bounds epsilon.
+    """
+
+    enabled: bool
+    patients: int
+    sample_rate: float
+    steps: int
+    noise_multiplier: float
+    max_grad_norm: float
+    views_per_patient: int
+    delta: float
+    accountant: str
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The fixed, public divisor q * N of every step; never the drawn size."""
+        return self.sample_rate * self.patients
+
+    def epsilon(self, steps: int | None = None, accountant: str | None = None) -> float | None:
+        """Epsilon at `delta` after `steps` (default: all planned); None without privacy."""
+        if not self.enabled:
+            return None
+        taken = self.steps if steps is None else steps
+        if taken == 0:
+            return 0.0
+        return get_epsilon(
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=taken,
+            delta=self.delta,
+            accountant=accountant or self.accountant,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored with a checkpoint."""
+        return asdict(self)
+
+    def differences(self, stored: dict[str, Any]) -> list[str]:
+        """Fields in which a stored plan differs, as sentences."""
+        return [
+            f"{name}: the run was started with {stored.get(name)!r}, now {value!r}"
+            for name, value in self.to_dict().items()
+            if stored.get(name) != value
+        ]
+
+
+def plan_privacy(config: SegmentationConfig, patients: int) -> PrivacyPlan:
+    """Choose sample rate and noise for a number of training patients.
+
+    The sample rate is 1 / ceil(N / batch_size), the rate of a loader with that batch size.
+
+    Raises:
+        ValueError: more patients per batch than there are, or delta not below 1 / patients.
+    """
+    training, privacy = config.training, config.privacy
+    if training.batch_size > patients:
+        raise ValueError(
+            f"training.batch_size must be at most the {patients} training patients, got "
+            f"{training.batch_size}"
+        )
+    if privacy.enabled and privacy.delta >= 1 / patients:
+        raise ValueError(
+            f"privacy.delta must be below 1 / {patients} training patients = {1 / patients:.2g}, "
+            f"got {privacy.delta}"
+        )
+    sample_rate = 1 / -(-patients // training.batch_size)
+    sigma = privacy.noise_multiplier or 0.0
+    if privacy.enabled and privacy.epsilon is not None:
+        sigma = get_noise_multiplier(
+            target_epsilon=privacy.epsilon,
+            target_delta=privacy.delta,
+            sample_rate=sample_rate,
+            steps=training.steps,
+            accountant=privacy.accountant,
+        )
+    return PrivacyPlan(
+        enabled=privacy.enabled,
+        patients=patients,
+        sample_rate=sample_rate,
+        steps=training.steps,
+        noise_multiplier=float(sigma) if privacy.enabled else 0.0,
+        max_grad_norm=privacy.max_grad_norm,
+        views_per_patient=config.data.views_per_patient,
+        delta=privacy.delta,
+        accountant=privacy.accountant,
+    )
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What one step shows. Loss, norms and clipped share are NOT covered by the guarantee.
+
+    Attributes:
+        patients: drawn patients; 0 for an empty Poisson batch.
+        loss: mean over the drawn patients; None for an empty batch.
+        clipped: share of the drawn patients whose gradient was clipped; None when unknown.
+        median_norm: median gradient norm over the drawn patients; None when unknown.
+    """
+
+    patients: int
+    loss: float | None = None
+    clipped: float | None = None
+    median_norm: float | None = None
+
+
+LossOfRows = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class PrivateUpdate:
+    """DP-SGD steps through the engine: Poisson batches, one clip per patient, noise once per step.
+
+    Guarantees:
+        Every step, also on an empty batch, adds noise of std noise_multiplier * max_grad_norm and
+        is counted. Sampling and noise are drawn from the operating system's entropy, never from a
+        seed of the run.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dataset: PatientDataset,
+        plan: PrivacyPlan,
+        physical_batch_size: int,
+    ) -> None:
+        self.plan = plan
+        self._physical = physical_batch_size
+        self._engine = PrivacyEngine(accountant=plan.accountant)
+        extra = {"views_per_sample": plan.views_per_patient} if plan.views_per_patient > 1 else {}
+        self.model, self.optimizer, loader = self._engine.make_private(
+            module=network,
+            optimizer=optimizer,
+            data_loader=_loader(dataset, plan),
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm,
+            poisson_sampling=True,
+            **extra,
+        )
+        if abs(loader.sample_rate - plan.sample_rate) > 1e-12:
+            raise RuntimeError(
+                f"the loader samples at {loader.sample_rate}, planned {plan.sample_rate}"
+            )
+        self._batches = endless(loader)
+
+    def step(self, loss_of_rows: LossOfRows) -> StepStatistics:
+        """Draw a batch and take one step."""
+        image, label = next(self._batches)
+        if len(image) == 0:
+            self.optimizer.make_private_noise_only()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return StepStatistics(0)
+        total, norms, factors = 0.0, [], []
+        size = self._physical or len(image)
+        for start in range(0, len(image), size):
+            rows = image[start : start + size]
+            self.optimizer.signal_skip_step(do_skip=start + size < len(image))
+            loss = loss_of_rows(
+                self.model, flatten_views(rows), flatten_views(label[start : start + size])
+            )
+            loss.backward()
+            self.optimizer.step()
+            norms.append(self.optimizer.last_step.per_sample_norm.detach().cpu())
+            factors.append(self.optimizer.last_step.clip_factor.detach().cpu())
+            self.optimizer.zero_grad()
+            total += float(loss.detach()) * len(rows)
+        return StepStatistics(
+            len(image),
+            total / len(image),
+            float((torch.cat(factors) < 1).float().mean()),
+            float(torch.cat(norms).median()),
+        )
+
+    def count_lost_steps(self, steps: int) -> None:
+        """Count steps that were taken after the last checkpoint and then lost."""
+        for _ in range(steps):
+            self._engine.accountant.step(
+                noise_multiplier=self.plan.noise_multiplier, sample_rate=self.plan.sample_rate
+            )
+
+    @property
+    def steps_counted(self) -> int:
+        """Steps in the accountant's history."""
+        return sum(int(entry[2]) for entry in self._engine.accountant.history)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and accountant; never the state of a noise generator."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "accountant": self._engine.accountant.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._engine.accountant.load_state_dict(state["accountant"])
+
+
+class PlainUpdate:
+    """Ordinary steps over the same Poisson batches, without clipping, noise or any guarantee."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dataset: PatientDataset,
+        plan: PrivacyPlan,
+        physical_batch_size: int,
+    ) -> None:
+        self.plan = plan
+        self.model = network
+        self.optimizer = optimizer
+        self._physical = physical_batch_size
+        self._batches = endless(DPDataLoader.from_data_loader(_loader(dataset, plan)))
+        self.steps_counted = 0
+
+    def step(self, loss_of_rows: LossOfRows) -> StepStatistics:
+        """Draw a batch and take one step; an empty batch is passed over."""
+        self.steps_counted += 1
+        image, label = next(self._batches)
+        if len(image) == 0:
+            return StepStatistics(0)
+        total, size = 0.0, self._physical or len(image)
+        self.optimizer.zero_grad()
+        for start in range(0, len(image), size):
+            rows = image[start : start + size]
+            loss = loss_of_rows(
+                self.model, flatten_views(rows), flatten_views(label[start : start + size])
+            )
+            (loss * len(rows) / len(image)).backward()
+            total += float(loss.detach()) * len(rows)
+        self.optimizer.step()
+        return StepStatistics(len(image), total / len(image))
+
+    def count_lost_steps(self, steps: int) -> None:
+        """Keep the step number in line after a resume."""
+        self.steps_counted += steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and step count."""
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps_counted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_counted = state["steps"]
+
+
+def endless(loader: DataLoader) -> Iterator[Any]:
+    """Batches without end; Poisson sampling has no epochs."""
+    while True:
+        yield from loader
+
+
+def _loader(dataset: PatientDataset, plan: PrivacyPlan) -> DataLoader:
+    """A loader whose length is 1 / sample_rate and whose generator the operating system seeds."""
+    generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
+    return _FixedLengthLoader(
+        dataset,
+        batch_size=-(-plan.patients // round(1 / plan.sample_rate)),
+        collate_fn=collate_patients,
+        generator=generator,
+        batches=round(1 / plan.sample_rate),
+    )
+
+
+class _FixedLengthLoader(DataLoader):
+    """A DataLoader that reports the planned number of batches, from which the rate is derived."""
+
+    def __init__(self, *args: Any, batches: int, **kwargs: Any) -> None:
+        self._batches = batches
+        super().__init__(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return self._batches

@@ -1,0 +1,178 @@
+"""The privacy report of a run: the numbers of the guarantee, and what they mean in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from dpkernels.segmentation.config import SegmentationConfig
+from dpkernels.segmentation.privacy import PrivacyPlan
+
+
+@dataclass(frozen=True)
+class PrivacyReport:
+    """What a run guarantees, and what it does not.
+
+    Attributes:
+        plan: privacy parameters.
+        steps: steps counted.
+        epsilon: at plan.delta under plan.accountant; None without privacy.
+        epsilon_rdp: the same steps under Opacus' RDP accountant, which most published budgets mean.
+        clipped_fraction: mean share of drawn patients whose gradient was clipped; None if unknown.
+        by_products: what the run shows outside the guarantee.
+        notes: about the data (grouping, skipped files).
+    """
+
+    plan: PrivacyPlan
+    steps: int
+    epsilon: float | None
+    epsilon_rdp: float | None
+    clipped_fraction: float | None
+    by_products: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for privacy_report.json."""
+        return {
+            "unit": "patient",
+            "adjacency": "add or remove one patient with all their scans",
+            **self.plan.to_dict(),
+            "planned_steps": self.plan.steps,
+            "steps": self.steps,
+            "expected_batch_size": self.plan.expected_batch_size,
+            "sampler": "Poisson over patients, operating-system entropy",
+            "denominator": "sample_rate * patients (fixed), never the drawn batch",
+            "epsilon": self.epsilon,
+            "epsilon_rdp": self.epsilon_rdp,
+            "clipped_fraction": self.clipped_fraction,
+            "by_products": list(self.by_products),
+            "notes": list(self.notes),
+        }
+
+    def to_markdown(self) -> str:
+        """The same for a reader, for privacy_report.md."""
+        parts = ["# Privacy report", "", *self._reading(), "", "## Numbers", "", *self._table()]
+        parts += ["", "## Not covered by the guarantee", ""]
+        parts += [f"- {text}" for text in self.by_products]
+        if self.notes:
+            parts += ["", "## Notes on the data", "", *[f"- {text}" for text in self.notes]]
+        return "\n".join(parts) + "\n"
+
+    def _reading(self) -> list[str]:
+        if not self.plan.enabled:
+            return [
+                "**This model has no privacy guarantee.** It was trained without clipping and "
+                "noise, for comparison. Do not release it if its training data are private."
+            ]
+        plan = self.plan
+        bound = _largest_success(self.epsilon, plan.delta)
+        return [
+            f"The weights of this model are ({self.epsilon:.4g}, {plan.delta:g})-differentially "
+            f"private. The unit is the patient: whether one patient, with all of their scans, was "
+            f"among the {plan.patients} training patients changes the probability of any outcome "
+            f"by at most a factor e^{self.epsilon:.3g}, up to an additive {plan.delta:g}.",
+            "",
+            f"In words: someone who sees the weights, knows every other patient and guesses by a "
+            f"fair coin whether one given patient took part is right with probability at most "
+            f"{bound:.4g}. {_verdict(self.epsilon)}",
+        ]
+
+    def _table(self) -> list[str]:
+        plan = self.plan
+        rows: list[tuple[str, str]] = [
+            ("Privacy unit", "patient (all scans, crops and augmentations together)"),
+            ("Training patients N", str(plan.patients)),
+            ("Sample rate q", f"{plan.sample_rate:.6g} (Poisson, each patient by itself)"),
+            ("Divisor q N", f"{plan.expected_batch_size:.6g} (fixed)"),
+            ("Steps T", f"{self.steps} of {plan.steps} planned"),
+            ("Views per patient and step", str(plan.views_per_patient)),
+        ]
+        if plan.enabled:
+            clipped = (
+                "unknown" if self.clipped_fraction is None else f"{self.clipped_fraction:.1%}"
+            )
+            rows += [
+                ("Noise multiplier sigma", f"{plan.noise_multiplier:.6g}"),
+                ("Clipping bound C", f"{plan.max_grad_norm:g}"),
+                ("Delta", f"{plan.delta:g}"),
+                (f"Epsilon ({plan.accountant} accountant)", f"{self.epsilon:.6g}"),
+                ("Epsilon (Opacus RDP accountant)", _number(self.epsilon_rdp)),
+                ("Patients clipped, mean share", clipped),
+                ("Noise and sampling from", "the operating system's entropy, no seed"),
+            ]
+        return ["| | |", "|---|---|", *[f"| {name} | {value} |" for name, value in rows]]
+
+
+def build_report(
+    config: SegmentationConfig,
+    plan: PrivacyPlan,
+    steps: int,
+    columns: dict[str, list[float]],
+    notes: list[str],
+) -> PrivacyReport:
+    """Put the report together.
+
+    Args:
+        config: of the run.
+        plan: its privacy parameters.
+        steps: steps counted so far.
+        columns: of metrics.csv.
+        notes: about the data.
+    """
+    clipped = [value for value in columns["clipped_fraction"] if math.isfinite(value)]
+    return PrivacyReport(
+        plan=plan,
+        steps=steps,
+        epsilon=plan.epsilon(steps),
+        epsilon_rdp=plan.epsilon(steps, accountant="rdp"),
+        clipped_fraction=fmean(clipped) if clipped else None,
+        by_products=_by_products(config),
+        notes=tuple(notes),
+    )
+
+
+def _by_products(config: SegmentationConfig) -> tuple[str, ...]:
+    texts = [
+        "Loss, gradient norms and clipped share per step (metrics.csv, progress.png, tensorboard/) "
+        "are computed from the training patients without noise: keep them inside.",
+        "Metrics and overlay pictures show held-out patients, who take no part in training and "
+        "whom this guarantee does not protect.",
+        "The number of training patients is treated as public.",
+        "Settings chosen by comparing several runs on these patients spend privacy that is not "
+        "counted here; the budgets of all runs on the same patients add up.",
+    ]
+    if config.data.validation_share:
+        texts.append("The validation curve shows validation patients; it steers nothing here.")
+    if config.data.intensity == "zscore":
+        texts.append(
+            "Intensities are normalised by each scan's own mean and deviation; no statistic "
+            "crosses patients."
+        )
+    if config.training.init_from:
+        texts.append(
+            f"Training started from {config.training.init_from}: if those weights saw private "
+            "patients, their budget adds to this one."
+        )
+    return tuple(texts)
+
+
+def _largest_success(epsilon: float, delta: float) -> float:
+    """Largest accuracy of a balanced membership guess: (e^eps + delta) / (1 + e^eps)."""
+    return (1 + delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon))
+
+
+def _verdict(epsilon: float) -> str:
+    scale = (
+        (1, "That is a strong guarantee."),
+        (10, "That is a usual guarantee for training; in practice attacks do far worse than it."),
+        (100, "That is weak as a worst-case statement; judge it by the reconstruction risk."),
+        (math.inf, "As a statement about membership that says next to nothing; such a budget can "
+         "still keep scans from being reconstructed, which the reconstruction risk quantifies."),
+    )  # fmt: skip
+    return next(text for limit, text in scale if epsilon <= limit)
+
+
+def _number(value: float | None) -> str:
+    return "not available" if value is None else f"{value:.6g}"

@@ -1,0 +1,257 @@
+"""The run folder: where everything of a run lies, written so that a kill leaves it readable."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+CSV_COLUMNS = (
+    "step", "loss", "epsilon", "clipped_fraction", "median_norm", "patients", "learning_rate",
+    "seconds", "validation_dice",
+)  # fmt: skip
+
+
+class RunFolder:
+    """Paths and atomic writes of one run.
+
+    Attributes:
+        root: the folder.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    @classmethod
+    def create(cls, root: str | Path) -> RunFolder:
+        """A folder for a new run.
+
+        Raises:
+            ValueError: it already holds a run, or cannot be written.
+        """
+        folder = cls(root)
+        if folder.config.exists():
+            raise ValueError(
+                f"--out: {folder.root} already holds a run; continue it with --resume, or choose "
+                "another folder"
+            )
+        try:
+            for part in (folder.root, folder.checkpoints, folder.overlays):
+                part.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out: cannot write to {folder.root}: {error}") from None
+        return folder
+
+    @classmethod
+    def open(cls, root: str | Path) -> RunFolder:
+        """The folder of an existing run.
+
+        Raises:
+            ValueError: there is no run in it.
+        """
+        folder = cls(root)
+        if not folder.config.is_file():
+            raise ValueError(
+                f"{folder.root} is not a run folder: it has no config.yaml. Pass the folder that "
+                "`dpkernels segment train` printed"
+            )
+        return folder
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.pt"
+
+    @property
+    def overlays(self) -> Path:
+        return self.root / "overlays"
+
+    @property
+    def ledger(self) -> Path:
+        return self.checkpoints / "steps.ledger"
+
+    @property
+    def metrics_csv(self) -> Path:
+        return self.root / "metrics.csv"
+
+    @property
+    def metrics_json(self) -> Path:
+        return self.root / "metrics.json"
+
+    def write_yaml(self, name: str, values: dict[str, Any]) -> None:
+        """Write a mapping as YAML, atomically."""
+        with atomic(self.root / name) as path:
+            path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Write plain values as JSON, atomically; NaN and infinities become null."""
+        with atomic(self.root / name) as path:
+            path.write_text(json.dumps(finite(values), indent=1) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write text, atomically."""
+        with atomic(self.root / name) as path:
+            path.write_text(text)
+
+    def read_json(self, name: str) -> Any:
+        """Read what `write_json` wrote."""
+        return json.loads((self.root / name).read_text())
+
+    def save_checkpoint(self, name: str, state: dict[str, Any]) -> None:
+        """Write `checkpoints/name`; the previous one stays whole until the new one is on disk.
+
+        Raises:
+            OSError: the disk is full or read-only; the previous checkpoint is untouched.
+        """
+        try:
+            with atomic(self.checkpoints / name) as path:
+                torch.save(state, path)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"cannot write {self.checkpoints / name}: {error}. The previous checkpoint is "
+                "whole; make room and continue with --resume"
+            ) from error
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The state in `checkpoints/last.pt`.
+
+        Raises:
+            ValueError: there is none, or it cannot be read.
+        """
+        return load_checkpoint(self.last)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; only tensors and plain values are unpickled.
+
+    Raises:
+        ValueError: no such file, or not a checkpoint of this trainer.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable checkpoint: {error}") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise ValueError(f"{path}: expected a checkpoint of `dpkernels segment train`")
+    return state
+
+
+class StepLedger:
+    """An append-only count of the steps that were begun.
+
+    A step is entered before its batch is drawn. After a kill the ledger holds every step that was
+    taken since the last checkpoint, so that none is taken without being counted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.count = len(path.read_bytes().split()) if path.exists() else 0
+        self._file = open(path, "ab", buffering=0)
+
+    def begin(self) -> int:
+        """Enter one more step and return its number, from 1."""
+        self.count += 1
+        self._file.write(b"%d\n" % self.count)
+        os.fsync(self._file.fileno())
+        return self.count
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class MetricsCsv:
+    """`metrics.csv`, one row per step, flushed as it goes."""
+
+    def __init__(self, path: Path) -> None:
+        new = not path.exists()
+        self._file = open(path, "a", newline="")
+        self._writer = csv.DictWriter(self._file, CSV_COLUMNS)
+        if new:
+            self._writer.writeheader()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; absent and None values stay empty."""
+        self._writer.writerow({k: v for k, v in row.items() if v is not None})
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics_csv(path: Path) -> dict[str, list[float]]:
+    """Columns of `metrics.csv`; empty cells are NaN."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        column: [float(row[column]) if row.get(column) else math.nan for row in rows]
+        for column in CSV_COLUMNS
+    }
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path that replaces `path` once it is completely on disk."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Nested plain values with NaN and infinities replaced by None."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine, for `env.json`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("dpkernels", "torch", "opacus", "monai", "nibabel", "numpy", "scipy")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": gpu,
+        "packages": {name: installed(name) for name in packages},
+    }

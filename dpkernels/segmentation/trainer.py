@@ -1,0 +1,445 @@
+"""The trainer: from a configuration to a run folder, and back from a run folder."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkernels.segmentation import pictures
+from dpkernels.segmentation.config import SegmentationConfig, load_yaml
+from dpkernels.segmentation.data import CaseStore, PatientDataset, split_patients
+from dpkernels.segmentation.decathlon import DecathlonFolder, Scan, read_decathlon
+from dpkernels.segmentation.ema import WeightAverage
+from dpkernels.segmentation.evaluate import CaseResult, Predictor, evaluate_scans, summarise
+from dpkernels.segmentation.loss import build_loss
+from dpkernels.segmentation.model import (
+    build_network,
+    build_optimizer,
+    instantiate,
+    resolve_device,
+    select_trainable,
+    total_stride,
+)
+from dpkernels.segmentation.phantom import write_phantom
+from dpkernels.segmentation.predict import predict_path
+from dpkernels.segmentation.privacy import (
+    PlainUpdate,
+    PrivacyPlan,
+    PrivateUpdate,
+    StepStatistics,
+    plan_privacy,
+)
+from dpkernels.segmentation.progress import Display, SilentDisplay
+from dpkernels.segmentation.report import PrivacyReport, build_report
+from dpkernels.segmentation.run_folder import (
+    MetricsCsv,
+    RunFolder,
+    StepLedger,
+    environment,
+    load_checkpoint,
+    read_metrics_csv,
+)
+
+_SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run came to.
+
+    Attributes:
+        folder: the run folder.
+        summary: per class: dice, dice_std, hd95, cases.
+        epsilon: spent, at the configured delta; None without privacy.
+        steps: steps counted.
+    """
+
+    folder: Path
+    summary: dict[str, dict[str, float]]
+    epsilon: float | None
+    steps: int
+
+
+class SegmentationTrainer:
+    """Train, resume, evaluate and predict; the privacy unit is the patient.
+
+    Args:
+        config: what to run.
+        out: run folder.
+        display: where progress goes; silent by default.
+
+    Guarantees:
+        With `privacy.enabled`, the weights after `fit` are differentially private for adding or
+        removing one patient with all of their scans, at the epsilon of `privacy_report`. Losses,
+        norms, pictures and metrics are by-products outside that guarantee; the report lists them.
+    """
+
+    def __init__(
+        self, config: SegmentationConfig, out: str | Path, display: Display | None = None
+    ) -> None:
+        self.config = config
+        self.folder = RunFolder(out)
+        self.display = display or SilentDisplay()
+        self.device = resolve_device(config.training.device)
+        self._store: CaseStore | None = None
+        self._split: dict[str, list[str]] = {}
+        self._network: nn.Module | None = None
+
+    @classmethod
+    def from_run(cls, out: str | Path, display: Display | None = None) -> SegmentationTrainer:
+        """The trainer of an existing run, configured by its config.yaml.
+
+        Raises:
+            ValueError: `out` is not a run folder.
+        """
+        folder = RunFolder.open(out)
+        return cls(SegmentationConfig.from_dict(load_yaml(folder.config)), out, display)
+
+    def fit(self, *, resume: bool = False) -> TrainingResult:
+        """Train, evaluate and write the run folder.
+
+        Args:
+            resume: continue the run in the folder; otherwise the folder must hold none.
+
+        Raises:
+            ValueError: a faulty configuration or data set (before training starts), a folder that
+                holds a run, or a resume with other privacy parameters or nothing left to do.
+            OSError: the run folder cannot be written; the last checkpoint stays whole.
+        """
+        if resume:
+            self.folder = RunFolder.open(self.folder.root)
+        else:
+            self.folder = RunFolder.create(self.folder.root)
+        store = self._open_store()
+        network = self._build_network(store.folder)
+        criterion = build_loss(self.config.loss, len(store.folder.labels))
+        self._load_initial_weights(network)
+        select_trainable(network, self.config.training.train_layers)
+        self._split = split_patients(
+            list(store.folder.patients), self.config.data, self.config.training.seed
+        )
+        plan = plan_privacy(self.config, len(self._split["train"]))
+        checkpoint = self._resumed(plan) if resume else None
+        self._read_scans(store)
+        if not resume:
+            self.folder.write_yaml("config.yaml", self.config.to_dict())
+            self.folder.write_json("env.json", environment(self.device))
+            self.folder.write_json("split.json", {**self._split, "plan": plan.to_dict()})
+        steps = self._train(network, criterion, store, plan, checkpoint)
+        results = self._evaluate(store, self._split["test"])
+        report = self._write_report(plan, steps, store.folder)
+        return TrainingResult(self.folder.root, summarise(results), report.epsilon, steps)
+
+    def evaluate(self) -> list[CaseResult]:
+        """Evaluate the run's weights on its held-out patients; writes metrics.json, overlays."""
+        store = self._open_store()
+        self._split = self.folder.read_json("split.json")
+        return self._evaluate(store, self._split["test"])
+
+    def predict(self, source: str | Path, target: str | Path) -> list[Path]:
+        """Segment a NIfTI file, or every one in a folder, onto its native grid.
+
+        Args:
+            source: file or folder.
+            target: folder for the label maps; they keep the names of their images.
+
+        Returns:
+            The written files.
+
+        Raises:
+            ValueError: no scan found, or a faulty one.
+        """
+        labels, channels = self._interface()
+        predictor = Predictor(self._trained_network(labels, channels), self.config, self.device)
+        return predict_path(
+            predictor,
+            self.config.data,
+            Path(source),
+            Path(target),
+            channels=channels,
+            divisor=total_stride(self.config.network),
+            display=self.display,
+        )
+
+    def privacy_report(self) -> PrivacyReport:
+        """The report of the run, for the steps counted so far; written to the run folder."""
+        stored = self.folder.read_json("split.json")
+        counted = len(self.folder.ledger.read_bytes().split())
+        return self._write_report(PrivacyPlan(**stored["plan"]), counted, None)
+
+    def _open_store(self) -> CaseStore:
+        if self._store is None:
+            root = self.config.data.root or self._phantom_folder()
+            folder = read_decathlon(root, self.config.data.patients_csv)
+            if self.config.data.intensity == "window" and set(folder.modalities) != {"CT"}:
+                raise ValueError(
+                    f"data.intensity: a Hounsfield window fits CT only, but dataset.json lists "
+                    f"{', '.join(folder.modalities)}; use data.intensity=zscore"
+                )
+            divisor = total_stride(self.config.network)
+            crop = self.config.data.crop
+            if crop is not None and any(size % divisor for size in crop):
+                raise ValueError(
+                    f"data.crop must be multiples of {divisor}, the network's total stride; got "
+                    f"{list(crop)}"
+                )
+            self._store = CaseStore(folder, self.config.data, divisor)
+        return self._store
+
+    def _phantom_folder(self) -> Path:
+        phantom = self.config.data.phantom
+        name = f"phantom-{phantom.patients}x{phantom.size}-seed{phantom.seed}"
+        with self.display.counting("Writing the phantom", phantom.patients) as advance:
+            return write_phantom(
+                self.folder.root.parent / name,
+                patients=phantom.patients,
+                size=phantom.size,
+                seed=phantom.seed,
+                on_progress=advance,
+            )
+
+    def _read_scans(self, store: CaseStore) -> None:
+        scans = len(store.folder.scans)
+        with self.display.counting("Reading and checking scans", scans) as advance:
+            store.read_all(advance)
+
+    def _build_network(self, folder: DecathlonFolder) -> nn.Module:
+        return build_network(
+            self.config.network,
+            in_channels=len(folder.modalities),
+            out_channels=len(folder.labels),
+            seed=self.config.training.seed,
+        ).to(self.device)
+
+    def _load_initial_weights(self, network: nn.Module) -> None:
+        path = self.config.training.init_from
+        if not path:
+            return
+        state = load_checkpoint(path)
+        try:
+            network.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"training.init_from: {path} is of another network: {error}") from None
+
+    def _resumed(self, plan: PrivacyPlan) -> dict[str, Any] | None:
+        stored = self.folder.read_json("split.json")
+        differences = plan.differences(stored["plan"])
+        if {k: stored[k] for k in self._split} != self._split:
+            differences.append("the split of the patients")
+        if differences:
+            raise ValueError(
+                "--resume: a privacy parameter of the run has changed, which its guarantee does "
+                "not cover. Start a new run. Changed: " + "; ".join(differences)
+            )
+        if self.folder.metrics_json.exists():
+            raise ValueError(
+                f"--resume: {self.folder.root} is finished, all {plan.steps} planned steps are "
+                "taken; more would exceed the budget. Start a new run (training.init_from can "
+                "start from its weights, but then the budgets add up)"
+            )
+        return self.folder.load_checkpoint() if self.folder.last.exists() else None
+
+    def _train(
+        self,
+        network: nn.Module,
+        criterion: nn.Module,
+        store: CaseStore,
+        plan: PrivacyPlan,
+        checkpoint: dict[str, Any] | None,
+    ) -> int:
+        training = self.config.training
+        network.train()
+        trainable = [p for p in network.parameters() if p.requires_grad]
+        optimizer = build_optimizer(training.optimizer, trainable)
+        rate = optimizer.param_groups[0]["lr"]
+        dataset = PatientDataset(
+            self._split["train"], store, self._augmentation(), training.seed
+        )
+        update = (PrivateUpdate if plan.enabled else PlainUpdate)(
+            network, optimizer, dataset, plan, training.physical_batch_size
+        )
+        average = WeightAverage(network, training.ema_decay)
+        if checkpoint is not None:
+            network.load_state_dict(checkpoint["model"])
+            update.load_state_dict(checkpoint["update"])
+            average.load_state_dict(checkpoint["average"])
+        ledger = StepLedger(self.folder.ledger)
+        update.count_lost_steps(ledger.count - update.steps_counted)
+        log = MetricsCsv(self.folder.metrics_csv)
+        loss_of_rows = self._loss_of_rows(criterion)
+
+        def save() -> None:
+            state = {
+                "model": network.state_dict(),
+                "update": update.state_dict(),
+                "average": average.state_dict(),
+                "step": ledger.count,
+                "plan": plan.to_dict(),
+            }
+            self.folder.save_checkpoint("last.pt", state)
+
+        saved = time.monotonic()
+        try:
+            with self.display.training(plan, done=ledger.count) as bar:
+                while ledger.count < plan.steps:
+                    began = time.monotonic()
+                    step = ledger.begin()
+                    dataset.step = step
+                    for group in update.optimizer.param_groups:
+                        group["lr"] = rate * _schedule(training.schedule, step - 1, plan.steps)
+                    statistics = update.step(loss_of_rows)
+                    if statistics.loss is not None and not math.isfinite(statistics.loss):
+                        raise FloatingPointError(
+                            f"the loss is {statistics.loss} at step {step}; lower the learning "
+                            "rate, or look for extreme intensities in the scans"
+                        )
+                    average.update(network)
+                    row = _row(step, statistics, group["lr"], time.monotonic() - began)
+                    row["epsilon"] = bar.advance(statistics)
+                    if training.validate_every and step % training.validate_every == 0:
+                        row["validation_dice"] = self._validation_dice(network, average, store)
+                    log.write(row)
+                    if self._checkpoint_due(step, time.monotonic() - saved):
+                        save()
+                        saved = time.monotonic()
+        finally:
+            log.close()
+            ledger.close()
+        save()
+        if average.enabled:
+            self.folder.save_checkpoint("ema.pt", {"model": average.weights(network)})
+        pictures.draw_progress(
+            read_metrics_csv(self.folder.metrics_csv), plan, self.folder.root / "progress.png"
+        )
+        return update.steps_counted
+
+    def _checkpoint_due(self, step: int, elapsed: float) -> bool:
+        every = self.config.training.checkpoint_every
+        return step % every == 0 if every else elapsed > _SECONDS_BETWEEN_CHECKPOINTS
+
+    def _augmentation(self) -> Callable | None:
+        blocks = self.config.data.augmentations
+        if not blocks:
+            return None
+        from monai.transforms import Compose
+
+        return Compose(
+            [instantiate(b, f"data.augmentations[{i}]") for i, b in enumerate(blocks)]
+        )
+
+    def _loss_of_rows(self, criterion: nn.Module):
+        bfloat16 = self.config.training.precision == "bfloat16"
+
+        def loss_of_rows(model: nn.Module, image: torch.Tensor, label: torch.Tensor):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+                output = model(image.to(self.device))
+            return criterion(output, label.to(self.device))
+
+        return loss_of_rows
+
+    def _validation_dice(
+        self, network: nn.Module, average: WeightAverage, store: CaseStore
+    ) -> float | None:
+        scans = _scans_of(store.folder, self._split["validation"])
+        if not scans:
+            return None
+        with average.applied_to(network):
+            results = evaluate_scans(
+                Predictor(network, self.config, self.device), store, scans, surface_distance=False
+            )
+        return next(iter(summarise(results).values()))["dice"]
+
+    def _trained_network(self, labels: dict[int, str], channels: int) -> nn.Module:
+        ema = self.folder.checkpoints / "ema.pt"
+        state = load_checkpoint(ema) if ema.exists() else self.folder.load_checkpoint()
+        network = build_network(
+            self.config.network, in_channels=channels, out_channels=len(labels), seed=0
+        )
+        network.load_state_dict(state["model"])
+        return network.to(self.device)
+
+    def _evaluate(self, store: CaseStore, patients: list[str]) -> list[CaseResult]:
+        scans = _scans_of(store.folder, patients)
+        network = self._trained_network(store.folder.labels, len(store.folder.modalities))
+        shutil.rmtree(self.folder.overlays, ignore_errors=True)
+        self.folder.overlays.mkdir()
+        drawn = 0
+        with self.display.counting("Evaluating held-out patients", len(scans)) as advance:
+
+            def on_case(volume, prediction, result) -> None:
+                nonlocal drawn
+                if drawn < self.config.evaluation.overlays:
+                    pictures.draw_overlay(
+                        volume, prediction, result, store.folder.labels,
+                        self.config.data, self.folder.overlays / f"{result.scan}.png",
+                    )  # fmt: skip
+                    drawn += 1
+                advance()
+
+            results = evaluate_scans(
+                Predictor(network, self.config, self.device),
+                store,
+                scans,
+                surface_distance=self.config.evaluation.surface_distance,
+                on_case=on_case,
+            )
+        self.folder.write_json(
+            "metrics.json",
+            {
+                "summary": summarise(results),
+                "weights": "ema" if (self.folder.checkpoints / "ema.pt").exists() else "last",
+                "labels": store.folder.labels,
+                "modalities": list(store.folder.modalities),
+                "cases": [
+                    {"scan": r.scan, "patient_id": r.patient_id, "dice": r.dice, "hd95": r.hd95}
+                    for r in results
+                ],
+            },
+        )
+        return results
+
+    def _interface(self) -> tuple[dict[int, str], int]:
+        metrics = self.folder.read_json("metrics.json")
+        return {int(k): v for k, v in metrics["labels"].items()}, len(metrics["modalities"])
+
+    def _write_report(
+        self, plan: PrivacyPlan, steps: int, data: DecathlonFolder | None
+    ) -> PrivacyReport:
+        notes = list(data.notes) if data is not None else self.folder.read_json("notes.json")
+        if data is not None:
+            self.folder.write_json("notes.json", notes)
+        columns = read_metrics_csv(self.folder.metrics_csv)
+        report = build_report(self.config, plan, steps, columns, notes)
+        self.folder.write_json("privacy_report.json", report.to_dict())
+        self.folder.write_text("privacy_report.md", report.to_markdown())
+        return report
+
+
+def _scans_of(folder: DecathlonFolder, patients: list[str]) -> list[Scan]:
+    return [scan for patient in patients for scan in folder.patients[patient]]
+
+
+def _schedule(name: str, step: int, steps: int) -> float:
+    return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * step / steps))}[name]
+
+
+def _row(
+    step: int, statistics: StepStatistics, learning_rate: float, seconds: float
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": statistics.loss,
+        "clipped_fraction": statistics.clipped,
+        "median_norm": statistics.median_norm,
+        "patients": statistics.patients,
+        "learning_rate": learning_rate,
+        "seconds": round(seconds, 4),
+    }
