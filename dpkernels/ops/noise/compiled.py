@@ -1,0 +1,41 @@
+"""Noise by the compiled kernels, CPU and CUDA alike (csrc/cpu/noise.cpp, csrc/cuda/noise.cu)."""
+
+from __future__ import annotations
+
+import torch
+
+from dpkernels.ops import native
+
+
+def gaussian_noise_(
+    tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int
+) -> torch.Tensor:
+    if noise_std == 0 or tensor.numel() == 0:
+        return tensor
+    flat = tensor.detach().contiguous()
+    native.extension(flat).gaussian_noise(
+        flat.data_ptr(),
+        native.dtype_code(flat.dtype),
+        flat.numel(),
+        noise_std,
+        native.key_bytes(key),
+        block,
+        native.launch_on(flat),
+    )
+    return native.write_back(tensor, flat)
+
+
+def chacha20_blocks_(
+    words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0
+) -> torch.Tensor:
+    if len(words) == 0:
+        return words
+    native.extension(words).chacha20_blocks(
+        words.data_ptr(),
+        len(words),
+        native.key_bytes(key),
+        block,
+        nonce,
+        native.launch_on(words),
+    )
+    return native.write_back(words, words)

@@ -1,0 +1,70 @@
+"""Where keys and block counters come from: one source, no block twice."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import torch
+
+VALUES_PER_BLOCK = 8
+
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
+
+
+def blocks_needed(numel: int) -> int:
+    """How many ChaCha20 blocks a call over `numel` elements uses."""
+    return -(-numel // VALUES_PER_BLOCK)
+
+
+class NoiseSource:
+    """A 256-bit key from the operating system and a block counter that only moves forward.
+
+    Guarantees:
+        No (key, block) is handed out twice: the counter never goes back, and a copy, an unpickled
+        twin or a forked child draws a key of its own. The key is never pickled or printed.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+
+    def take(self, numel: int) -> tuple[torch.Tensor, int]:
+        """Reserve the blocks for `numel` values.
+
+        Args:
+            numel: number of values that the caller is going to draw, >= 0.
+
+        Returns:
+            The key, [4] int64 on the CPU, and the first block counter of the reservation.
+        """
+        if numel < 0:
+            raise ValueError(f"numel={numel}: expected a number of values >= 0")
+        if self._drawn_after_forks != _forks:
+            self._renew()
+        with self._lock:
+            if self._next_block + blocks_needed(numel) >= 2**63:
+                self._draw_key()
+            block = self._next_block
+            self._next_block += blocks_needed(numel)
+            return self._key, block
+
+    def _renew(self) -> None:
+        self._drawn_after_forks = _forks
+        self._lock = threading.Lock()
+        self._draw_key()
+
+    def _draw_key(self) -> None:
+        self._key = torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.int64)
+        self._next_block = 0
+
+    def __reduce__(self) -> tuple[type[NoiseSource], tuple[()]]:
+        return (NoiseSource, ())
