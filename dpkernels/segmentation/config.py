@@ -92,7 +92,7 @@ class TrainingConfig:
 
     Attributes:
         steps: optimizer steps; every one is counted, also those on an empty Poisson batch.
-        batch_size: expected patients per step; the sample rate is 1 / ceil(N / batch_size).
+        batch_size: expected patients per step; the sample rate is batch_size / N.
         physical_batch_size: patients per forward pass (memory only, no effect on privacy); 0: all.
         optimizer: `_target_` block without params.
         schedule: "constant" or "cosine" (to zero over `steps`) for the learning rate.

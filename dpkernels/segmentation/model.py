@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,13 +82,14 @@ def build_optimizer(
 def total_stride(block: dict[str, Any]) -> int:
     """The factor by which the network shrinks each axis; inputs are padded to multiples of it."""
     if "strides" in block:
-        product = 1
-        for stride in block["strides"]:
-            product *= max(stride) if isinstance(stride, Sequence) else stride
-        return product
+        steps = [max(s) if isinstance(s, Sequence) else s for s in block["strides"]]
+        return math.prod(steps)
     if "blocks_down" in block:
         return 2 ** (len(block["blocks_down"]) - 1)
-    return 32 if str(block["_target_"]).endswith("SwinUNETR") else _DEFAULT_DIVISOR
+    name = str(block["_target_"]).rpartition(".")[2]
+    if name == "CentredUNet" and "channels" in block:
+        return 2 ** (len(block["channels"]) - 1)
+    return {"SwinUNETR": 32}.get(name, _DEFAULT_DIVISOR)
 
 
 def select_trainable(network: nn.Module, patterns: Sequence[str]) -> None:

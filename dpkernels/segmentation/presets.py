@@ -10,7 +10,7 @@ _DICE_CE = {
     "to_onehot_y": True,
 }
 
-PHANTOM: dict[str, Any] = {
+_PHANTOM: dict[str, Any] = {
     "data": {"shape": [32, 32, 32]},
     "network": {
         "_target_": "monai.networks.nets.UNet",
@@ -22,14 +22,89 @@ PHANTOM: dict[str, Any] = {
     },
     "loss": _DICE_CE,
     "training": {
-        "steps": 100,
+        "steps": 60,
         "batch_size": 16,
         "optimizer": {"_target_": "torch.optim.NAdam", "lr": 5e-3},
     },
     "privacy": {"epsilon": 8.0, "delta": 1e-5, "max_grad_norm": 0.5},
 }
 
-PRESETS: dict[str, dict[str, Any]] = {"phantom": PHANTOM}
+_MSD_LIVER: dict[str, Any] = {
+    "data": {
+        "shape": [128, 128, 50],
+        "window": [-150.0, 200.0],
+        "test_share": 13 / 131,
+        "validation_share": 12 / 131,
+    },
+    "network": {
+        "_target_": "dpkernels.segmentation.networks.CentredUNet",
+        "channels": [16, 32, 64, 128, 256],
+    },
+    "loss": {
+        "_target_": "monai.losses.DiceLoss",
+        "softmax": True,
+        "to_onehot_y": True,
+        "include_background": True,
+    },
+    "training": {
+        "steps": 53_000,
+        "batch_size": 1,
+        "physical_batch_size": 1,
+        "optimizer": {"_target_": "torch.optim.NAdam", "lr": 2e-3},
+        "validate_every": 1060,
+    },
+    "privacy": {"epsilon": 8.0, "delta": 8e-7, "max_grad_norm": 0.046},
+}
+
+_MSD_LIVER_FAST: dict[str, Any] = {
+    "data": {
+        "spacing": [2.0, 2.0, 2.0],
+        "crop": [96, 96, 96],
+        "foreground_share": 0.67,
+        "views_per_patient": 2,
+        "window": [-150.0, 200.0],
+        "augmentations": [
+            {
+                "_target_": "monai.transforms.RandScaleIntensityd",
+                "keys": "image",
+                "factors": 0.1,
+                "prob": 0.5,
+            },
+            {
+                "_target_": "monai.transforms.RandGaussianNoised",
+                "keys": "image",
+                "std": 0.03,
+                "prob": 0.3,
+            },
+        ],
+    },
+    "network": {
+        "_target_": "monai.networks.nets.DynUNet",
+        "spatial_dims": 3,
+        "kernel_size": [3, 3, 3, 3, 3],
+        "strides": [1, 2, 2, 2, 2],
+        "upsample_kernel_size": [2, 2, 2, 2],
+        "filters": [16, 32, 64, 128, 256],
+        "norm_name": ["GROUP", {"num_groups": 8}],
+    },
+    "loss": _DICE_CE,
+    "training": {
+        "steps": 3_000,
+        "batch_size": 8,
+        "physical_batch_size": 2,
+        "optimizer": {"_target_": "torch.optim.NAdam", "lr": 2e-3},
+        "schedule": "cosine",
+        "ema_decay": 0.99,
+        "precision": "bfloat16",
+    },
+    "privacy": {"epsilon": 8.0, "delta": 8e-7, "max_grad_norm": 0.05},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "phantom": _PHANTOM,
+    "msd-liver": _MSD_LIVER,
+    "msd-liver-fast": _MSD_LIVER_FAST,
+}
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class PrivacyPlan:
 def plan_privacy(config: SegmentationConfig, patients: int) -> PrivacyPlan:
     """Choose sample rate and noise for a number of training patients.
 
-    The sample rate is 1 / ceil(N / batch_size), the rate of a loader with that batch size.
+    The sample rate is batch_size / N.
 
     Raises:
         ValueError: more patients per batch than there are, or delta not below 1 / patients.
@@ -99,7 +99,7 @@ def plan_privacy(config: SegmentationConfig, patients: int) -> PrivacyPlan:
             f"privacy.delta must be below 1 / {patients} training patients = {1 / patients:.2g}, "
             f"got {privacy.delta}"
         )
-    sample_rate = 1 / -(-patients // training.batch_size)
+    sample_rate = training.batch_size / patients
     sigma = privacy.noise_multiplier or 0.0
     if privacy.enabled and privacy.epsilon is not None:
         sigma = get_noise_multiplier(
@@ -162,15 +162,19 @@ class PrivateUpdate:
         self.plan = plan
         self._physical = physical_batch_size
         self._engine = PrivacyEngine(accountant=plan.accountant)
-        extra = {"views_per_sample": plan.views_per_patient} if plan.views_per_patient > 1 else {}
         self.model, self.optimizer, loader = self._engine.make_private(
             module=network,
             optimizer=optimizer,
-            data_loader=_loader(dataset, plan),
+            data_loader=DataLoader(
+                dataset,
+                batch_size=round(plan.expected_batch_size),
+                collate_fn=collate_patients,
+                generator=_entropy(),
+            ),
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             poisson_sampling=True,
-            **extra,
+            views_per_sample=plan.views_per_patient,
         )
         if abs(loader.sample_rate - plan.sample_rate) > 1e-12:
             raise RuntimeError(
@@ -247,7 +251,14 @@ class PlainUpdate:
         self.model = network
         self.optimizer = optimizer
         self._physical = physical_batch_size
-        self._batches = endless(DPDataLoader.from_data_loader(_loader(dataset, plan)))
+        self._batches = endless(
+            DPDataLoader(
+                dataset,
+                sample_rate=plan.sample_rate,
+                collate_fn=collate_patients,
+                generator=_entropy(),
+            )
+        )
         self.steps_counted = 0
 
     def step(self, loss_of_rows: LossOfRows) -> StepStatistics:
@@ -288,24 +299,6 @@ def endless(loader: DataLoader) -> Iterator[Any]:
         yield from loader
 
 
-def _loader(dataset: PatientDataset, plan: PrivacyPlan) -> DataLoader:
-    """A loader whose length is 1 / sample_rate and whose generator the operating system seeds."""
-    generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
-    return _FixedLengthLoader(
-        dataset,
-        batch_size=-(-plan.patients // round(1 / plan.sample_rate)),
-        collate_fn=collate_patients,
-        generator=generator,
-        batches=round(1 / plan.sample_rate),
-    )
-
-
-class _FixedLengthLoader(DataLoader):
-    """A DataLoader that reports the planned number of batches, from which the rate is derived."""
-
-    def __init__(self, *args: Any, batches: int, **kwargs: Any) -> None:
-        self._batches = batches
-        super().__init__(*args, **kwargs)
-
-    def __len__(self) -> int:
-        return self._batches
+def _entropy() -> torch.Generator:
+    """A generator that the operating system seeds: sampling follows no seed of the run."""
+    return torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
