@@ -1,8 +1,6 @@
 #include "dpkernels/clip.h"
 
-#include <cmath>
-#include <limits>
-
+#include "common/clip_factor.h"
 #include "cpu/elements.h"
 #include "cpu/normals.h"
 #include "cpu/parallel.h"
@@ -15,13 +13,8 @@ template <class T>
 void factors(T* factor,         // [batch]
              const T* norm_sq,  // [batch]
              std::int64_t batch, double max_grad_norm, double gamma) {
-    const double margin = 1.0 - 2.0 * static_cast<double>(std::numeric_limits<T>::epsilon());
     for (std::int64_t b = 0; b < batch; ++b) {
-        const double square = static_cast<double>(norm_sq[b]);
-        const double norm = std::sqrt(square < 0.0 ? 0.0 : square);
-        const bool whole = gamma == 0.0 && norm <= max_grad_norm;
-        const double ratio = max_grad_norm / (norm + gamma) * margin;
-        factor[b] = std::isfinite(norm) ? static_cast<T>(whole ? 1.0 : ratio) : T(0);
+        factor[b] = clip_factor_of(norm_sq[b], max_grad_norm, gamma);
     }
 }
 

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -29,6 +30,7 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_ONLY_ON = {"cpu": "cpu", "cuda": "cuda"}  # triton's interpreter takes CPU tensors too
 
 _forced: list[str] = []
 
@@ -83,21 +85,31 @@ class Op:
         self._mutates = mutates
         library_op = torch.library.custom_op(f"dpkernels::{self.name}", mutates_args=mutates)
         self._library_op = library_op(self._typed(self._dispatch))
-        self._library_op.register_fake(contract)
+        self._library_op.register_fake(self._typed(contract))
         _OPS[self.name] = self
 
-    def _typed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """`function` under the contract's signature, from which torch infers the schema."""
+    def _typed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor | None]:
+        """`function` under the contract's signature, from which torch infers the schema.
+
+        A library op may not return what it mutates: one that mutates returns None.
+        """
 
         @functools.wraps(self._contract)
-        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-            return function(*args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+            result = function(*args, **kwargs)
+            return None if self._mutates else result
 
+        if self._mutates:
+            signature = inspect.signature(self._contract, eval_str=True)
+            call.__signature__ = signature.replace(return_annotation=None)  # type: ignore[attr-defined]
         return call
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return self._library_op(*args, **kwargs)
+            result = self._library_op(*args, **kwargs)
+            if not self._mutates:
+                return result
+            return args[0] if args else kwargs[self._mutates[0]]
         return self._dispatch(*args, **kwargs)
 
     def why_not(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
@@ -107,8 +119,18 @@ class Op:
             return module
         if not hasattr(module, self.name):
             return f"{self.name} has no {backend} implementation"
+        if not args and not kwargs:
+            return None
+        device = _device_type(args, kwargs)
+        if _ONLY_ON.get(backend, device) != device:
+            return f"it takes {_ONLY_ON[backend]} tensors and these are on {device}"
         check = getattr(module, f"why_not_{self.name}", None)
-        return check(*args, **kwargs) if check is not None and args else None
+        return check(*args, **kwargs) if check is not None else None
+
+    def preferred(self, device_type: str) -> str | None:
+        """The backend that automatic mode tries first on such tensors; None if there is none."""
+        order = _AUTO_ORDER.get(device_type, ("reference",))
+        return next((backend for backend in order if self.why_not(backend) is None), None)
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         function = self.implementation(*args, **kwargs)
@@ -153,6 +175,7 @@ def contract(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., torch.
 
     A function attribute ``check`` (same arguments, returns nothing, raises ``ValueError``) is run
     before every dispatch. The op is registered with ``torch.library`` as ``dpkernels::<name>``.
+    An op that mutates names one argument, its first, and returns it.
     """
     return lambda function: Op(function, mutates)
 
