@@ -19,28 +19,36 @@ from scipy.special import logsumexp, ndtri_exp
 from dpkernels.accounting.losses import Array, StepLaw
 
 MAX_CELLS = 1 << 22
-_WINDOW_EXPONENT = 37.0
+_UNIT = 2.3e-16
 
 
 @dataclass(frozen=True)
 class TiltedSum:
-    """Law of the summed loss, tilted: P[S = losses[i]] = mass[i] * exp(log_mgf - tilt * losses[i]).
+    """Law of the summed loss S under a tilt: P[S = l] = mass * exp(log_mgf - tilt * l).
 
     Attributes:
         losses: increasing grid, [cells].
         mass: tilted masses, [cells], summing to about 1.
         tilt: the exponent used.
         log_mgf: log E_P[exp(tilt * S)].
-        slack: bound on the tilted mass that may be missing from any range of the grid.
-        rounding: bound on the relative error of the masses.
+        escaped: bound on the tilted mass outside the grid.
+        noise: standard deviation of the rounding error of one mass.
+        steps: number of steps that were composed.
     """
 
     losses: Array
     mass: Array
     tilt: float
     log_mgf: float
-    slack: float
-    rounding: float
+    escaped: float
+    noise: float
+    steps: int
+
+    def weighted(self, cells: slice, weights: Array) -> float:
+        """Upper bound on the sum of mass * weights over the cells; weights in [0, 1]."""
+        total = float(self.mass[cells] @ weights)
+        rounding = 6 * self.noise * math.sqrt(float(weights @ weights))
+        return total * (1 + 1e-14 * self.steps) + rounding + self.escaped
 
     def log_delta(self, epsilon: float, *, reverse: bool = False) -> float:
         """log of an upper bound on delta(epsilon), before the mass that was cut.
@@ -49,14 +57,16 @@ class TiltedSum:
             epsilon: any real number.
             reverse: the add direction; needs tilt <= -1. The remove direction needs tilt >= 0.
         """
-        sign, rate = (-1.0, -1.0 - self.tilt) if reverse else (1.0, self.tilt)
-        over = sign * self.losses - epsilon
-        keep = over > 0
-        over = over[keep]
-        total = float(
-            np.dot(self.mass[keep], np.exp(-rate * over) * -np.expm1(-over))
-        )
-        return self.log_mgf - rate * epsilon + math.log(total * (1 + self.rounding) + self.slack)
+        if reverse:
+            rate = -1.0 - self.tilt
+            cells = slice(0, int(np.searchsorted(self.losses, -epsilon, side="left")))
+            over = -self.losses[cells] - epsilon
+        else:
+            rate = self.tilt
+            cells = slice(int(np.searchsorted(self.losses, epsilon, side="right")), None)
+            over = self.losses[cells] - epsilon
+        bound = self.weighted(cells, np.exp(-rate * over) * -np.expm1(-over))
+        return self.log_mgf - rate * epsilon + (math.log(bound) if bound > 0 else -math.inf)
 
 
 class _TiltedStep:
@@ -129,37 +139,41 @@ class Composition:
             totals += count * np.stack([np.log(norm) + peak[:, 0], mean, spread])
         return totals[0], totals[1], totals[2]
 
-    def _reach(self, tilt: float) -> tuple[float, float, float, float]:
-        """A window of S that the tilted law leaves with probability about exp(-37) a side.
+    def _reach(self, tilt: float, exponent: float) -> tuple[float, float, float, float]:
+        """A window of S that the tilted law leaves with probability about exp(-exponent) a side.
 
         Returns:
-            (low, high, backward step, forward step): the Chernoff exponents that reach them.
+            (low, high, backward move, forward move): the Chernoff tilts that reach the ends.
         """
         base, mean, spread = (float(value[0]) for value in self.cumulants(tilt))
         scale = 1 / math.sqrt(max(spread, 1e-300))
-        moves = scale * np.geomspace(0.02, 200.0, 40)
-        forward = (self.cumulants(tilt + moves)[0] - base + _WINDOW_EXPONENT) / moves
-        backward = (base - self.cumulants(tilt - moves)[0] - _WINDOW_EXPONENT) / moves
-        up, down = int(np.nanargmin(forward)), int(np.nanargmax(backward))
+        moves = scale * np.geomspace(0.02, 200.0, 32)
+        log_mgf = self.cumulants(np.concatenate([tilt + moves, tilt - moves]))[0]
+        forward = (log_mgf[:32] - base + exponent) / moves
+        backward = (base - log_mgf[32:] - exponent) / moves
+        up, down = int(np.argmin(forward)), int(np.argmax(backward))
         low = max(float(backward[down]), self.min_loss)
         high = min(float(forward[up]), self.max_loss)
         return min(low, mean), max(high, mean), float(moves[down]), float(moves[up])
 
-    def compose(self, tilt: float, spacing: float) -> TiltedSum:
+    def compose(self, tilt: float, spacing: float, exponent: float) -> TiltedSum:
         """Distribution of S on a grid.
 
         Args:
             tilt: exponent of the tilt, any real number.
-            spacing: grid step wished for; it grows where the window would exceed MAX_CELLS.
+            spacing: grid step wished for; it grows where the grid would exceed MAX_CELLS.
+            exponent: the tilted law may leave the grid with probability about exp(-exponent).
         """
-        low, high, backward, forward = self._reach(tilt)
+        low, high, backward, forward = self._reach(tilt, exponent)
         spacing = max(spacing, (high - low) / (MAX_CELLS // 2))
         steps = [
-            _TiltedStep(law.phase.steps, *self._discretise(law, spacing), tilt, spacing)
+            _TiltedStep(law.phase.steps, *self._discretise(law, spacing, tilt), tilt, spacing)
             for law in self.laws
         ]
-        start = max(math.floor(low / spacing) - 3, sum(step.lowest for step in steps))
-        stop = min(math.ceil(high / spacing) + 3, sum(step.highest for step in steps))
+        lowest = sum(step.lowest for step in steps)
+        highest = sum(step.highest for step in steps)
+        start = max(math.floor(low / spacing) - 3, lowest)
+        stop = min(math.ceil(high / spacing) + 3, highest)
         size = next_fast_len(max(stop - start, 1) + 1, real=True)
         spectrum: Array | complex = 1.0
         for step in steps:
@@ -168,22 +182,26 @@ class Composition:
         offset = sum(step.count * step.centre for step in steps)
         losses = (start + np.arange(size)) * spacing
         escaped = 0.0
-        if stop < sum(step.highest for step in steps):
+        if stop < highest:
             log_tail = sum(step.log_growth(forward) for step in steps) - forward * losses[-1]
             escaped += math.exp(min(0.0, log_tail))
-        if start > sum(step.lowest for step in steps):
+        if start > lowest:
             log_tail = sum(step.log_growth(-backward) for step in steps) + backward * losses[0]
             escaped += math.exp(min(0.0, log_tail))
+        unit = _UNIT * (self.steps + 4 * math.log2(size))
         return TiltedSum(
             losses=losses,
             mass=np.roll(mass, (offset - start) % size),
             tilt=tilt,
             log_mgf=sum(step.count * step.log_mgf for step in steps),
-            slack=escaped + 3e-17 * size,
-            rounding=1e-14 * self.steps,
+            escaped=escaped,
+            noise=unit * math.sqrt(float(mass @ mass) / size),
+            steps=self.steps,
         )
 
-    def _discretise(self, law: StepLaw, spacing: float) -> tuple[np.ndarray, Array]:
+    def _discretise(
+        self, law: StepLaw, spacing: float, tilt: float
+    ) -> tuple[np.ndarray, Array]:
         """Grid indices and log masses (mixture) of one step, dominating the true step."""
         ends = np.array(law.support(self._cut))
         bottom, top = law.loss(ends)

@@ -21,6 +21,24 @@ def _log_mills(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.log(_HALF_PI_ROOT * erfcx(np.maximum(x, 0.0) / math.sqrt(2.0)))
 
 
+def _log_delta_at(
+    a: NDArray[np.float64] | float, b: NDArray[np.float64] | float
+) -> NDArray[np.float64]:
+    """log of Phi(-a) - e^epsilon Phi(-b) where a, b = epsilon / mu -+ mu / 2 and a < b."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        log_null = log_ndtr(-a)
+        ratio = np.where(
+            a > 0,
+            _log_mills(b) - _log_mills(a),
+            np.where(
+                b > 0,
+                -0.5 * a * a - _LOG_SQRT_2PI + _log_mills(b) - log_null,
+                (b - a) * (a + b) / 2 + log_ndtr(-b) - log_null,
+            ),
+        )
+        return log_null + np.log(-np.expm1(np.minimum(ratio, 0.0)))
+
+
 def log_delta(epsilon: NDArray[np.float64] | float, mu: NDArray[np.float64] | float):
     """log delta of the Gaussian mechanism with separation `mu` at any real `epsilon`.
 
@@ -35,22 +53,10 @@ def log_delta(epsilon: NDArray[np.float64] | float, mu: NDArray[np.float64] | fl
         np.asarray(epsilon, dtype=np.float64), np.asarray(mu, dtype=np.float64)
     )
     safe_mu = np.where(mu > 0, mu, 1.0)
-    a = epsilon / safe_mu - safe_mu / 2
-    b = epsilon / safe_mu + safe_mu / 2
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        log_null = log_ndtr(-a)
-        ratio = np.where(
-            a > 0,
-            _log_mills(b) - _log_mills(a),
-            np.where(
-                b > 0,
-                -0.5 * a * a - _LOG_SQRT_2PI + _log_mills(b) - log_null,
-                epsilon + log_ndtr(-b) - log_null,
-            ),
-        )
-        result = log_null + np.log(-np.expm1(np.minimum(ratio, 0.0)))
-        at_zero = np.where(epsilon < 0, np.log(-np.expm1(np.minimum(epsilon, 0.0))), -np.inf)
-    return np.where(mu > 0, result, at_zero)
+    centre = epsilon / safe_mu
+    with np.errstate(divide="ignore"):
+        at_zero = np.log(-np.expm1(np.minimum(epsilon, 0.0)))
+    return np.where(mu > 0, _log_delta_at(centre - safe_mu / 2, centre + safe_mu / 2), at_zero)
 
 
 def calibrate_mu(epsilon: float, log_delta_target: float) -> float:
@@ -65,7 +71,7 @@ def calibrate_mu(epsilon: float, log_delta_target: float) -> float:
         return 2 * epsilon / (a + root) if a > 0 else root - a
 
     def gap(a: float) -> float:
-        return float(log_delta(epsilon, mu_of(a))) - log_delta_target
+        return float(_log_delta_at(a, a + mu_of(a))) - log_delta_target
 
     high = float(-ndtri_exp(log_delta_target)) + 1e-9
     low = high - 1.0
@@ -78,7 +84,7 @@ def epsilon(mu: float, log_delta_target: float) -> float:
     """The smallest epsilon >= 0 at which a Gaussian of separation `mu` has the target delta."""
 
     def gap(a: float) -> float:
-        return float(log_delta(mu * (a + mu / 2), mu)) - log_delta_target
+        return float(_log_delta_at(a, a + mu)) - log_delta_target
 
     low = -mu / 2
     if gap(low) <= 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import brentq
@@ -20,39 +20,45 @@ from dpkernels.accounting.losses import step_laws
 from dpkernels.accounting.participation import ParticipationMixture
 
 _TOLERANCE = 2e-4
-_ROUND_UP = 1e-7
+_ROUND_UP = 1e-4
+_SOLVER = 1e-7
 _MAX_PHASES = 32
 _MIXTURE_GAP = 1e-3
 _MIXTURE_SIGMA = 0.3
 _MIN_LOG_DELTA = -600.0
 
 
-def spacing(tolerance: float, epsilon: float, steps: int, tilt: float) -> float:
-    """Grid step at which the discretisation raises epsilon by about `tolerance`, relative."""
-    return math.sqrt(12 * tolerance * epsilon / (steps * (1 + tilt)))
-
-
 @dataclass(frozen=True)
-class _Saddle:
-    """Where the sum has to be looked at, by a saddle-point estimate that proves nothing."""
+class _Plan:
+    """Where the sum has to be looked at: estimates that choose a grid and prove nothing.
 
-    tilt: float
+    Attributes:
+        epsilon: the epsilon of interest.
+        log_delta: log delta expected there.
+        tilt: saddle point.
+        slope: -d log_delta / d epsilon expected there, at least the tilt.
+    """
+
     epsilon: float
     log_delta: float
+    tilt: float
+    slope: float
 
 
 class Profile:
     """delta(epsilon) of a history by discretised composition, both directions."""
 
-    def __init__(self, history: History, log_delta: float, adversary: str = "worst_case") -> None:
+    def __init__(self, history: History, log_delta: float) -> None:
         self.history = history
-        self.composition = Composition(step_laws(history, adversary), log_delta - math.log(1e8))
+        self.composition = Composition(
+            step_laws(history, "worst_case"), log_delta - math.log(1e8)
+        )
         self.add_limit = -sum(
             phase.steps * (math.log1p(-phase.sample_rate) if phase.sample_rate < 1 else -math.inf)
             for phase in history
         )
 
-    def saddles(self, tilts: np.ndarray, reverse: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _saddles(self, tilts: np.ndarray, reverse: bool) -> tuple[np.ndarray, np.ndarray]:
         """(epsilon, estimated log delta) at which each tilt is the saddle point."""
         log_mgf, mean, spread = self.composition.cumulants(-1 - tilts if reverse else tilts)
         mean = -mean if reverse else mean
@@ -64,67 +70,114 @@ class Profile:
         )
         return epsilon, log_delta
 
-    def _solve_saddle(self, key: int, target: float, reverse: bool) -> _Saddle:
-        """The saddle whose epsilon (key 0) or estimated log delta (key 1) is `target`."""
-        sign = 1.0 if key == 0 else -1.0
+    def _one_step(self, epsilons: np.ndarray) -> np.ndarray:
+        """log of the summed single-step deltas: what rules where steps rarely matter twice."""
+        terms = [
+            math.log(phase.steps * phase.sample_rate)
+            + gaussian.log_delta(
+                epsilons
+                - math.log(phase.sample_rate)
+                + np.log1p(-(1 - phase.sample_rate) * np.exp(-epsilons)),
+                1 / phase.noise_multiplier,
+            )
+            for phase in self.history
+        ]
+        return np.logaddexp.reduce(terms, axis=0)
+
+    def _grid(self) -> np.ndarray:
         scale = max(abs(self.composition.max_loss), abs(self.composition.min_loss))
-        logs = np.linspace(math.log(1e-4 / scale), math.log(1e-4 / scale) + 45.0, 46)
+        return np.exp(math.log(1e-4 / scale) + np.linspace(0.0, 50.0, 64))
+
+    def at_epsilon(self, epsilon: float, reverse: bool) -> _Plan:
+        """The plan for a given epsilon."""
+        tilts = self._grid()
         for _ in range(3):
-            values = sign * self.saddles(np.exp(logs), reverse)[key]
-            above = np.flatnonzero(values >= sign * target)
-            first = int(above[0]) if above.size else logs.size - 1
-            low, high = logs[max(first - 1, 0)], logs[first]
-            logs = np.linspace(low, high, 12)
-        tilt = math.exp(logs[-1])
-        epsilon, log_delta = self.saddles(np.array([tilt]), reverse)
-        return _Saddle(tilt, float(epsilon[0]), float(log_delta[0]))
+            above = np.flatnonzero(self._saddles(tilts, reverse)[0] >= epsilon)
+            first = max(int(above[0]) if above.size else tilts.size - 1, 1)
+            tilts = np.geomspace(tilts[first - 1], tilts[first], 10)
+        tilt = float(tilts[-1])
+        log_delta = float(self._saddles(tilts[-1:], reverse)[1][0])
+        if not reverse:
+            near, far = self._one_step(np.array([epsilon, epsilon * (1 + 1e-4)]))
+            if near > log_delta:
+                return _Plan(epsilon, float(near), tilt, max(tilt, (near - far) / epsilon * 1e4))
+        return _Plan(epsilon, log_delta, tilt, tilt)
 
-    def at_epsilon(self, epsilon: float, reverse: bool) -> _Saddle:
-        """The saddle for a given epsilon."""
-        return self._solve_saddle(0, epsilon, reverse)
+    def at_delta(self, log_delta: float, reverse: bool) -> _Plan:
+        """The plan for a given log delta."""
+        epsilons, estimates = self._saddles(self._grid(), reverse)
+        positive = epsilons > 0
+        epsilons, estimates = epsilons[positive], estimates[positive]
+        if not reverse:
+            estimates = np.maximum(estimates, self._one_step(epsilons))
+        above = np.flatnonzero(estimates >= log_delta)
+        last = int(above[-1]) if above.size else 0
+        if not above.size or last + 1 == epsilons.size:
+            return self.at_epsilon(float(epsilons[last]), reverse)
+        share = (estimates[last] - log_delta) / (estimates[last] - estimates[last + 1])
+        return self.at_epsilon(
+            float(epsilons[last] ** (1 - share) * epsilons[last + 1] ** share), reverse
+        )
 
-    def at_delta(self, log_delta: float, reverse: bool) -> _Saddle:
-        """The saddle for a given log delta."""
-        return self._solve_saddle(1, log_delta, reverse)
-
-    def _compose(self, saddle: _Saddle, epsilon: float, reverse: bool) -> TiltedSum:
-        step = spacing(_TOLERANCE, epsilon, self.composition.steps, saddle.tilt)
-        return self.composition.compose(-1 - saddle.tilt if reverse else saddle.tilt, step)
+    def _compose(self, plan: _Plan, log_delta: float, reverse: bool) -> TiltedSum:
+        tilt = -1 - plan.tilt if reverse else plan.tilt
+        log_mgf = float(self.composition.cumulants(tilt)[0][0])
+        excess = max(0.0, log_mgf - plan.tilt * plan.epsilon - log_delta)
+        spacing = math.sqrt(
+            12 * _TOLERANCE * plan.epsilon / (self.composition.steps * (1 + plan.slope))
+        )
+        return self.composition.compose(tilt, spacing, min(excess + 16.0, 60.0))
 
     def _bound(self, total: TiltedSum, epsilon: float, reverse: bool) -> float:
         return float(
             np.logaddexp(total.log_delta(epsilon, reverse=reverse), self.composition.log_cut)
         )
 
+    def _add_is_negligible(self, epsilon: float, log_delta: float) -> bool:
+        """Whether the add direction is below half of delta by its Chernoff bound."""
+        if epsilon >= self.add_limit:
+            return True
+        tilts = self._grid()
+        log_mgf = self.composition.cumulants(-1 - tilts)[0]
+        chernoff = log_mgf - tilts * epsilon + tilts * np.log(tilts) - (1 + tilts) * np.log1p(tilts)
+        return bool(chernoff.min() < log_delta - math.log(2))
+
     def log_delta(self, epsilon: float) -> float:
         """log of an upper bound on delta at epsilon > 0."""
-        return max(
-            self._bound(self._compose(self.at_epsilon(epsilon, reverse), epsilon, reverse),
-                        epsilon, reverse)
-            for reverse in self._directions(epsilon)
-        )
+        bound = self._directed_log_delta(epsilon, False)
+        if not self._add_is_negligible(epsilon, bound):
+            bound = max(bound, self._directed_log_delta(epsilon, True))
+        return bound
 
-    def _directions(self, epsilon: float) -> tuple[bool, ...]:
-        return (False, True) if epsilon < self.add_limit else (False,)
+    def _directed_log_delta(self, epsilon: float, reverse: bool) -> float:
+        plan = self.at_epsilon(epsilon, reverse)
+        total = self._compose(plan, plan.log_delta, reverse)
+        return self._bound(total, epsilon, reverse)
 
     def epsilon(self, log_delta: float) -> float:
         """An upper bound on epsilon at the given log delta."""
         epsilon = self._directed_epsilon(log_delta, False)
-        if epsilon < self.add_limit:
+        if not self._add_is_negligible(epsilon, log_delta):
             epsilon = max(epsilon, self._directed_epsilon(log_delta, True))
         return epsilon
 
     def _directed_epsilon(self, log_delta: float, reverse: bool) -> float:
-        saddle = self.at_delta(log_delta, reverse)
         floor = 1e-12 * abs(self.composition.max_loss)
-        guess = max(saddle.epsilon, floor)
-        for _ in range(4):
-            total = self._compose(saddle, guess, reverse)
-            epsilon = self._invert(total, log_delta, guess, reverse)
-            if 0.7 * guess <= epsilon <= 1.4 * guess:
+        plan = self.at_delta(log_delta, reverse)
+        for _ in range(5):
+            total = self._compose(plan, log_delta, reverse)
+            epsilon = self._invert(total, log_delta, plan.epsilon, reverse)
+            move = max(1e-3 * epsilon, total.losses[1] - total.losses[0])
+            fall = self._bound(total, epsilon, reverse) - self._bound(
+                total, epsilon + move, reverse
+            )
+            if (
+                0.7 * plan.epsilon <= max(epsilon, floor) <= 1.4 * plan.epsilon
+                and fall <= 2 * plan.slope * move
+            ):
                 break
-            guess = max(epsilon, floor)
-            saddle = self.at_epsilon(guess, reverse)
+            plan = self.at_epsilon(max(epsilon, floor), reverse)
+            plan = replace(plan, slope=max(plan.slope, fall / move))
         return epsilon
 
     def _invert(self, total: TiltedSum, log_delta: float, guess: float, reverse: bool) -> float:
@@ -138,7 +191,7 @@ class Profile:
             low, high = high, high * 1.5
             if high > 10 * max(self.composition.max_loss, guess):
                 return math.inf
-        return high if gap(high) == 0 else brentq(gap, low, high, xtol=1e-9 * high, rtol=1e-9)
+        return brentq(gap, low, high, xtol=1e-9 * high, rtol=1e-9)
 
 
 def log_saturation(history: History) -> float:
@@ -195,7 +248,7 @@ def epsilon(history: History, delta: float) -> float:
     if full_batch == 0.0:
         return 0.0
     if len(history) == 1 and history[0].noise_multiplier < _MIXTURE_SIGMA:
-        bound = _mixture_epsilon(history[0], log_delta, full_batch * (1 + _ROUND_UP))
+        bound = _mixture_epsilon(history[0], log_delta, full_batch * (1 + _SOLVER))
         if bound is not None:
             return bound * (1 + _ROUND_UP)
     composed = Profile(coarsen(history, _MAX_PHASES), log_delta).epsilon(log_delta)
@@ -234,7 +287,7 @@ def _mixture_noise(
     def gap(log_sigma: float) -> float:
         return mixture.upper(target, math.exp(log_sigma)) - log_delta
 
-    high = math.log(min(full_batch * (1 + _ROUND_UP), _MIXTURE_SIGMA))
+    high = math.log(min(full_batch * (1 + _SOLVER), _MIXTURE_SIGMA))
     if gap(high) > 0:
         return None
     low = high - 1.0
@@ -283,7 +336,8 @@ def noise_multiplier(target: float, delta: float, rate: float, steps: int) -> fl
             f"any step with probability {math.exp(saturation):g} only, so that no noise at all "
             "would meet this delta; expected a target_delta below that probability"
         )
-    margin = 1 + 3 * _ROUND_UP
+    margin = 1 + _SOLVER
+    target = target / (1 + _ROUND_UP)
     full_batch = math.sqrt(steps) / gaussian.calibrate_mu(target, log_delta)
     if rate == 1:
         return full_batch * margin
@@ -292,7 +346,7 @@ def noise_multiplier(target: float, delta: float, rate: float, steps: int) -> fl
         return sigma * margin
 
     def excess(log_sigma: float) -> float:
-        spent = epsilon((Phase(math.exp(log_sigma), rate, steps),), delta)
+        spent = epsilon((Phase(math.exp(log_sigma), rate, steps),), delta) / (1 + _ROUND_UP)
         return math.log(spent / target) if spent > 0 else -math.inf
 
     start = math.log(_estimated_noise(target, log_delta, rate, steps, full_batch))
