@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -27,47 +27,47 @@ def register(parent: typer.Typer) -> None:
 @app.command()
 def train(
     data: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="Decathlon folder. Default: the embedded synthetic phantom."),
     ] = None,
     preset: Annotated[
         str, typer.Option(help="Named starting point: phantom, msd-liver, msd-liver-fast.")
     ] = "phantom",
     epsilon: Annotated[
-        Optional[float], typer.Option(help="Privacy budget; smaller is more private.")
+        float | None, typer.Option(help="Privacy budget; smaller is more private.")
     ] = None,
     delta: Annotated[
-        Optional[float], typer.Option(help="Must be well below 1 / training patients.")
+        float | None, typer.Option(help="Must be well below 1 / training patients.")
     ] = None,
     noise_multiplier: Annotated[
-        Optional[float], typer.Option(help="Set the noise directly, instead of --epsilon.")
+        float | None, typer.Option(help="Set the noise directly, instead of --epsilon.")
     ] = None,
     non_private: Annotated[
         bool, typer.Option("--non-private", help="Train without any guarantee, to compare.")
     ] = False,
     config: Annotated[
-        Optional[Path], typer.Option(help="YAML laid over the preset (see any config.yaml).")
+        Path | None, typer.Option(help="YAML laid over the preset (see any config.yaml).")
     ] = None,
     override: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             "--set",
             help="One setting, such as training.steps=200 or network.channels=[16,32,64]. "
             "Repeatable; wins over --config.",
         ),
     ] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     patients: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="CSV with columns scan,patient_id when patients have several scans."),
     ] = None,
     seed: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(help="Initialisation, split and augmentation. Never noise or sampling."),
     ] = None,
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda[:N].")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:N].")] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="Run folder. Default: runs/<preset>-<date>-<time>.")
+        Path | None, typer.Option(help="Run folder. Default: runs/<preset>-<date>-<time>.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")
@@ -86,20 +86,19 @@ def train(
     from dpkernels.segmentation.trainer import SegmentationTrainer
 
     console = _console()
-    with _plain_errors(console):
+    with _PlainErrors(console):
         if resume and out is None:
             raise ValueError("--resume needs --out: the folder of the run to continue")
         changes = {
-            "data.root": str(data) if data else None,
-            "data.patients_csv": str(patients) if patients else None,
+            "data.root": str(data.resolve()) if data else None,
+            "data.patients_csv": str(patients.resolve()) if patients else None,
             "training.steps": steps,
             "training.seed": seed,
             "training.device": device,
             **_privacy_changes(epsilon, delta, noise_multiplier, non_private),
         }
-        start = _resolved(preset, config, changes, override or [])
-        if resume:
-            start = _of_run(out, changes, config, override or [])
+        base = _stored(out) if resume else _preset(preset)
+        start = _configuration(base, config, changes, override or [])
         folder = out or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
         trainer = SegmentationTrainer(start, folder, _display(console))
         console.print(f"Run folder: [bold]{folder}[/]", highlight=False)
@@ -114,7 +113,7 @@ def evaluate(run: _RunArgument) -> None:
     from dpkernels.segmentation.trainer import SegmentationTrainer
 
     console = _console()
-    with _plain_errors(console):
+    with _PlainErrors(console):
         results = SegmentationTrainer.from_run(run, _display(console)).evaluate()
         console.print(_metrics_table(summarise(results)))
 
@@ -129,7 +128,7 @@ def predict(
     from dpkernels.segmentation.trainer import SegmentationTrainer
 
     console = _console()
-    with _plain_errors(console):
+    with _PlainErrors(console):
         written = SegmentationTrainer.from_run(run, _display(console)).predict(source, target)
         console.print(f"Wrote {len(written)} label maps to {target}", highlight=False)
 
@@ -142,7 +141,7 @@ def report(run: _RunArgument) -> None:
     from dpkernels.segmentation.trainer import SegmentationTrainer
 
     console = _console()
-    with _plain_errors(console):
+    with _PlainErrors(console):
         console.print(Markdown(SegmentationTrainer.from_run(run).privacy_report().to_markdown()))
 
 
@@ -157,7 +156,7 @@ def phantom(
     from dpkernels.segmentation.phantom import write_phantom
 
     console = _console()
-    with _plain_errors(console), _display(console).counting("Writing", patients) as advance:
+    with _PlainErrors(console), _display(console).counting("Writing", patients) as advance:
         write_phantom(folder, patients=patients, size=size, seed=seed, on_progress=advance)
 
 
@@ -188,39 +187,38 @@ def _privacy_changes(
 _NOTHING = object()
 
 
-def _overlay(values: dict[str, Any], changes: dict[str, Any], overrides: list[str]) -> dict:
-    from dpkernels.segmentation.config import merge, parse_override
+def _preset(name: str) -> dict[str, Any]:
+    from dpkernels.segmentation.presets import preset
 
-    for path, value in changes.items():
-        if value is None:
-            continue
-        nested: Any = None if value is _NOTHING else value
-        for key in reversed(path.split(".")):
-            nested = {key: nested}
-        values = merge(values, nested)
-    for text in overrides:
-        values = merge(values, parse_override(text))
-    return values
+    return {**preset(name), "preset": name}
 
 
-def _resolved(preset: str, config: Path | None, changes: dict[str, Any], overrides: list[str]):
-    from dpkernels.segmentation.config import SegmentationConfig, load_yaml, merge
-    from dpkernels.segmentation.presets import preset as preset_values
-
-    values = {**preset_values(preset), "preset": preset}
-    if config is not None:
-        values = merge(values, load_yaml(config))
-    return SegmentationConfig.from_dict(_overlay(values, changes, overrides))
-
-
-def _of_run(out: Path, changes: dict[str, Any], config: Path | None, overrides: list[str]):
-    from dpkernels.segmentation.config import SegmentationConfig, load_yaml, merge
+def _stored(out: Path) -> dict[str, Any]:
+    from dpkernels.segmentation.config import load_yaml
     from dpkernels.segmentation.run_folder import RunFolder
 
-    values = load_yaml(RunFolder.open(out).config)
-    if config is not None:
-        values = merge(values, load_yaml(config))
-    return SegmentationConfig.from_dict(_overlay(values, changes, overrides))
+    return load_yaml(RunFolder.open(out).config)
+
+
+def _configuration(
+    values: dict[str, Any], config: Path | None, changes: dict[str, Any], overrides: list[str]
+):
+    """Preset or stored run, then --config, then options, then --set."""
+    from dpkernels.segmentation.config import (
+        SegmentationConfig,
+        load_yaml,
+        merge,
+        nest,
+        parse_override,
+    )
+
+    layers = [load_yaml(config)] if config is not None else []
+    for path, value in changes.items():
+        if value is not None:
+            layers.append(nest(path, None if value is _NOTHING else value))
+    for layer in (*layers, *map(parse_override, overrides)):
+        values = merge(values, layer)
+    return SegmentationConfig.from_dict(values)
 
 
 def _console():
@@ -235,7 +233,7 @@ def _display(console):
     return ConsoleDisplay(console)
 
 
-class _plain_errors:
+class _PlainErrors:
     """Faults of the user's input end in one line and exit code 2, without a traceback."""
 
     def __init__(self, console) -> None:
@@ -246,10 +244,12 @@ class _plain_errors:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, (ValueError, OSError, FloatingPointError)):
-            self._console.print(f"[red bold]Error:[/] {error}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
             raise typer.Exit(2) from error
         if isinstance(error, KeyboardInterrupt):
-            self._console.print("Stopped. Continue with: dpkernels segment train --resume --out RUN")
+            self._console.print("Stopped; continue with --resume --out RUN")
             raise typer.Exit(130) from error
 
 

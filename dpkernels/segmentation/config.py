@@ -64,26 +64,58 @@ class DataConfig:
     cache: str = "memory"
 
     def __post_init__(self) -> None:
-        _require((self.shape is None) != (self.spacing is None), "data.shape",
-                 self.shape, "either data.shape or data.spacing, not both and not neither")
+        _require(
+            (self.shape is None) != (self.spacing is None),
+            "data.shape",
+            self.shape,
+            "either data.shape or data.spacing, not both and not neither",
+        )
         for name in ("shape", "spacing", "crop"):
             value = getattr(self, name)
-            _require(value is None or (len(value) == 3 and all(v > 0 for v in value)),
-                     f"data.{name}", value, "three positive numbers")
-        _require(self.spacing is None or self.crop is not None, "data.crop", self.crop,
-                 "the size of a crop, because data.spacing gives volumes of different sizes")
+            _require(
+                value is None or (len(value) == 3 and all(v > 0 for v in value)),
+                f"data.{name}",
+                value,
+                "three positive numbers",
+            )
+        _require(
+            self.spacing is None or self.crop is not None,
+            "data.crop",
+            self.crop,
+            "the size of a crop, because data.spacing gives volumes of different sizes",
+        )
         _require(0 < self.test_share < 1, "data.test_share", self.test_share, "between 0 and 1")
-        _require(0 <= self.validation_share < 1 - self.test_share, "data.validation_share",
-                 self.validation_share, "between 0 and 1 - data.test_share")
-        _require(0 <= self.foreground_share <= 1, "data.foreground_share", self.foreground_share,
-                 "between 0 and 1")
-        _require(self.views_per_patient >= 1, "data.views_per_patient", self.views_per_patient,
-                 "at least 1")
-        _require(self.intensity in ("window", "zscore"), "data.intensity", self.intensity,
-                 "window or zscore")
+        _require(
+            0 <= self.validation_share < 1 - self.test_share,
+            "data.validation_share",
+            self.validation_share,
+            "between 0 and 1 - data.test_share",
+        )
+        _require(
+            0 <= self.foreground_share <= 1,
+            "data.foreground_share",
+            self.foreground_share,
+            "between 0 and 1",
+        )
+        _require(
+            self.views_per_patient >= 1,
+            "data.views_per_patient",
+            self.views_per_patient,
+            "at least 1",
+        )
+        _require(
+            self.intensity in ("window", "zscore"),
+            "data.intensity",
+            self.intensity,
+            "window or zscore",
+        )
         _require(self.cache in ("memory", "none"), "data.cache", self.cache, "memory or none")
-        _require(len(self.window) == 2 and self.window[0] < self.window[1], "data.window",
-                 self.window, "[low, high] with low < high")
+        _require(
+            len(self.window) == 2 and self.window[0] < self.window[1],
+            "data.window",
+            self.window,
+            "[low, high] with low < high",
+        )
 
 
 @dataclass(frozen=True)
@@ -121,15 +153,32 @@ class TrainingConfig:
     train_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("physical_batch_size", 0),
-                            ("validate_every", 0), ("checkpoint_every", 0)):
-            _require(getattr(self, name) >= least, f"training.{name}", getattr(self, name),
-                     f"at least {least}")
+        for name, least in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("physical_batch_size", 0),
+            ("validate_every", 0),
+            ("checkpoint_every", 0),
+        ):
+            _require(
+                getattr(self, name) >= least,
+                f"training.{name}",
+                getattr(self, name),
+                f"at least {least}",
+            )
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
-        _require(self.schedule in ("constant", "cosine"), "training.schedule", self.schedule,
-                 "constant or cosine")
-        _require(self.precision in ("float32", "bfloat16"), "training.precision", self.precision,
-                 "float32 or bfloat16")
+        _require(
+            self.schedule in ("constant", "cosine"),
+            "training.schedule",
+            self.schedule,
+            "constant or cosine",
+        )
+        _require(
+            self.precision in ("float32", "bfloat16"),
+            "training.precision",
+            self.precision,
+            "float32 or bfloat16",
+        )
 
 
 @dataclass(frozen=True)
@@ -153,9 +202,12 @@ class PrivacyConfig:
     accountant: str = "tight"
 
     def __post_init__(self) -> None:
-        _require(not self.enabled or (self.epsilon is None) != (self.noise_multiplier is None),
-                 "privacy.epsilon", self.epsilon,
-                 "either privacy.epsilon or privacy.noise_multiplier, not both and not neither")
+        _require(
+            not self.enabled or (self.epsilon is None) != (self.noise_multiplier is None),
+            "privacy.epsilon",
+            self.epsilon,
+            "either privacy.epsilon or privacy.noise_multiplier, not both and not neither",
+        )
         for name in ("epsilon", "noise_multiplier"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"privacy.{name}", value, "positive")
@@ -195,8 +247,12 @@ class SegmentationConfig:
 
     def __post_init__(self) -> None:
         for name in ("network", "loss"):
-            _require("_target_" in getattr(self, name), name, getattr(self, name),
-                     "a block with `_target_` naming a class")
+            _require(
+                "_target_" in getattr(self, name),
+                name,
+                getattr(self, name),
+                "a block with `_target_` naming a class",
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SegmentationConfig:
@@ -230,8 +286,10 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
-        same_target = isinstance(old, dict) and isinstance(value, dict) and (
-            value.get("_target_", old.get("_target_")) == old.get("_target_")
+        same_target = (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and (value.get("_target_", old.get("_target_")) == old.get("_target_"))
         )
         merged[key] = merge(old, value) if same_target else value
     return merged
@@ -250,9 +308,15 @@ def parse_override(text: str) -> dict[str, Any]:
         parsed = _scientific(yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise ValueError(f"--set {path}: {value!r} is not YAML: {error}") from None
-    for key in reversed(path.strip().split(".")):
-        parsed = {key: parsed}
-    return parsed
+    return nest(path.strip(), parsed)
+
+
+def nest(path: str, value: Any) -> dict[str, Any]:
+    """`a.b` and a value as {a: {b: value}}."""
+    nested = value
+    for key in reversed(path.split(".")):
+        nested = {key: nested}
+    return nested
 
 
 def _scientific(value: Any) -> Any:
@@ -267,12 +331,14 @@ def _scientific(value: Any) -> Any:
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix or 'configuration'} must be a mapping, got {values!r}")
+        raise ValueError(f"{prefix[:-1] or 'configuration'} must be a mapping, got {values!r}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(hints)}"
+            hint = (
+                f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(hints)}"
+            )
             raise ValueError(f"unknown setting {prefix}{key}{hint}")
     return cls(**{k: _convert(hints[k], v, f"{prefix}{k}") for k, v in values.items()})
 

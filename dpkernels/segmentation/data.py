@@ -109,9 +109,7 @@ class CaseStore:
 
     def volume(self, scan: Scan) -> Volume:
         """The scan on its native grid."""
-        return load_volume(
-            scan, channels=len(self.folder.modalities), labels=self.folder.labels
-        )
+        return load_volume(scan, channels=len(self.folder.modalities), labels=self.folder.labels)
 
     def case(self, scan: Scan) -> Case:
         """The prepared scan."""

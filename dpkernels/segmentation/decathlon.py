@@ -95,11 +95,15 @@ def read_decathlon(root: str | Path, patients_csv: str | Path = "") -> Decathlon
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{folder / 'dataset.json'}: the scan {name} is listed twice")
-    patient_of = _patient_table(patients_csv, names) if patients_csv else {
-        name: str(entry["patient_id"])
-        for name, entry in zip(names, entries, strict=True)
-        if "patient_id" in entry
-    }
+    patient_of = (
+        _patient_table(patients_csv, names)
+        if patients_csv
+        else {
+            name: str(entry["patient_id"])
+            for name, entry in zip(names, entries, strict=True)
+            if "patient_id" in entry
+        }
+    )
     missing = [name for name in names if name not in patient_of]
     if missing and patient_of:
         source = patients_csv or folder / "dataset.json"

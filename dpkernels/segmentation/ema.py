@@ -22,9 +22,11 @@ class WeightAverage:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self._decay = decay
         self._updates = 0
-        self._average = {
-            name: value.detach().clone() for name, value in network.named_parameters()
-        } if decay else {}
+        self._average = (
+            {name: value.detach().clone() for name, value in network.named_parameters()}
+            if decay
+            else {}
+        )
 
     @property
     def enabled(self) -> bool:

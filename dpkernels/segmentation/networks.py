@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -45,13 +46,10 @@ class CentredUNet(nn.Module):
             if width % groups:
                 raise ValueError(f"groups must divide every channel count, got {groups}, {width}")
         widths = [in_channels, *channels]
-        self.down = nn.ModuleList(
-            _double_conv(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(_double_conv(a, b, groups) for a, b in pairwise(widths))
         upward = list(channels)[::-1]
         self.raise_ = nn.ModuleList(
-            nn.ConvTranspose3d(a, b, kernel_size=2, stride=2)
-            for a, b in zip(upward, upward[1:], strict=False)
+            nn.ConvTranspose3d(a, b, kernel_size=2, stride=2) for a, b in pairwise(upward)
         )
         self.up = nn.ModuleList(_double_conv(2 * width, width, groups) for width in upward[1:])
         self.head = nn.Conv3d(channels[0], out_channels, kernel_size=1)

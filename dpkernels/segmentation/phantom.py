@@ -8,6 +8,7 @@ patient is behind any voxel, so pictures and results made from it may be publish
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,11 @@ def make_phantom(patient: int, *, size: int = 48, seed: int = 0) -> PhantomScan:
     if size < 16:
         raise ValueError(f"size must be at least 16 voxels, got {size}")
     rng = np.random.default_rng([seed, patient])
-    shape = (size, size - int(rng.integers(0, size // 12 + 1)), size - int(rng.integers(0, size // 6 + 1)))
+    shape = (
+        size,
+        size - int(rng.integers(0, size // 12 + 1)),
+        size - int(rng.integers(0, size // 6 + 1)),
+    )
     spacing = _FIELD_OF_VIEW_MM / size * rng.uniform(0.95, 1.05, size=3)
     centre = rng.uniform(-0.06, 0.06, size=3)
     axes = [
@@ -98,15 +103,18 @@ def write_phantom(
             f"folder must be empty or hold this very phantom (patients={patients}, size={size}, "
             f"seed={seed}); {root} holds something else. Choose another folder or delete it"
         )
+    unfinished = root.with_name(f".{root.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     for name in ("imagesTr", "labelsTr"):
-        (root / name).mkdir(parents=True, exist_ok=True)
+        (unfinished / name).mkdir(parents=True)
     for patient, entry in enumerate(description["training"]):
         scan = make_phantom(patient, size=size, seed=seed)
-        _save(scan.image, scan.affine, root / entry["image"])
-        _save(scan.label, scan.affine, root / entry["label"])
+        _save(scan.image, scan.affine, unfinished / entry["image"])
+        _save(scan.label, scan.affine, unfinished / entry["label"])
         if on_progress is not None:
             on_progress()
-    manifest.write_text(json.dumps(description, indent=1))
+    (unfinished / "dataset.json").write_text(json.dumps(description, indent=1))
+    unfinished.replace(root)
     return root
 
 
@@ -180,10 +188,14 @@ def _anatomy(grid, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     image[(stomach < 1) & inner] = _STOMACH + rng.normal(0, 8)
 
     right = _ellipsoid(
-        grid, (about(-0.38), about(0.02), about(0.02, 0.05)), (about(0.38), about(0.42), about(0.46))
+        grid,
+        (about(-0.38), about(0.02), about(0.02, 0.05)),
+        (about(0.38), about(0.42), about(0.46)),
     )
     left = _ellipsoid(
-        grid, (about(-0.02), about(0.23), about(0.16, 0.05)), (about(0.34), about(0.20), about(0.21))
+        grid,
+        (about(-0.02), about(0.23), about(0.16, 0.05)),
+        (about(0.34), about(0.20), about(0.21)),
     )
     liver = ((right < 1) | (left < 1)) & inner & (spine > 1.3)
     image[liver] = _LIVER_HU + rng.normal(0, 8)

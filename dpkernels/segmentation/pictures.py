@@ -83,8 +83,8 @@ def draw_overlay(
         config: for the intensity window.
         path: of the picture.
     """
-    low, high = config.window if config.intensity == "window" else np.percentile(
-        volume.image[0], (1, 99)
+    low, high = (
+        config.window if config.intensity == "window" else np.percentile(volume.image[0], (1, 99))
     )
     columns = (("scan", None), ("truth", volume.label), ("prediction", prediction))
     figure, axes = plt.subplots(3, 3, figsize=(8.4, 8.6), facecolor="black")

@@ -35,9 +35,7 @@ class TrainingBar(Protocol):
 class Display(Protocol):
     """Where progress goes."""
 
-    def counting(
-        self, title: str, total: int
-    ) -> AbstractContextManager[Callable[[], None]]:
+    def counting(self, title: str, total: int) -> AbstractContextManager[Callable[[], None]]:
         """A bar over `total` items; yields the function that advances it."""
 
     def training(self, plan: PrivacyPlan, done: int) -> AbstractContextManager[TrainingBar]:
@@ -148,8 +146,8 @@ class _ConsoleTrainingBar:
         last = self._done == self._plan.steps
         if not self._console.is_terminal and (now >= self._line or last):
             self._line = now + _SECONDS_BETWEEN_LINES
-            left = (now - self._began) / (self._done - self._first) * (
-                self._plan.steps - self._done
+            left = (
+                (now - self._began) / (self._done - self._first) * (self._plan.steps - self._done)
             )
             self._console.print(
                 f"step {self._done}/{self._plan.steps}  {shown}  {left:.0f} s left", highlight=False

@@ -90,9 +90,7 @@ class PrivacyReport:
             ("Views per patient and step", str(plan.views_per_patient)),
         ]
         if plan.enabled:
-            clipped = (
-                "unknown" if self.clipped_fraction is None else f"{self.clipped_fraction:.1%}"
-            )
+            clipped = "unknown" if self.clipped_fraction is None else f"{self.clipped_fraction:.1%}"
             rows += [
                 ("Noise multiplier sigma", f"{plan.noise_multiplier:.6g}"),
                 ("Clipping bound C", f"{plan.max_grad_norm:g}"),

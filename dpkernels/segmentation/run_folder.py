@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import math
 import os
@@ -16,11 +15,6 @@ from typing import Any
 
 import torch
 import yaml
-
-CSV_COLUMNS = (
-    "step", "loss", "epsilon", "clipped_fraction", "median_norm", "patients", "learning_rate",
-    "seconds", "validation_dice",
-)  # fmt: skip
 
 
 class RunFolder:
@@ -37,14 +31,16 @@ class RunFolder:
     def create(cls, root: str | Path) -> RunFolder:
         """A folder for a new run.
 
+        A run that failed before its first step may be overwritten.
+
         Raises:
-            ValueError: it already holds a run, or cannot be written.
+            ValueError: it holds a run that took steps, or cannot be written.
         """
         folder = cls(root)
-        if folder.config.exists():
+        if folder.ledger.exists() and folder.ledger.stat().st_size:
             raise ValueError(
-                f"--out: {folder.root} already holds a run; continue it with --resume, or choose "
-                "another folder"
+                f"--out: {folder.root} holds a run that took steps; continue it with --resume, "
+                "or choose another folder"
             )
         try:
             for part in (folder.root, folder.checkpoints, folder.overlays):
@@ -166,7 +162,7 @@ class StepLedger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.count = len(path.read_bytes().split()) if path.exists() else 0
-        self._file = open(path, "ab", buffering=0)
+        self._file = path.open("ab", buffering=0)
 
     def begin(self) -> int:
         """Enter one more step and return its number, from 1."""
@@ -178,36 +174,6 @@ class StepLedger:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-class MetricsCsv:
-    """`metrics.csv`, one row per step, flushed as it goes."""
-
-    def __init__(self, path: Path) -> None:
-        new = not path.exists()
-        self._file = open(path, "a", newline="")
-        self._writer = csv.DictWriter(self._file, CSV_COLUMNS)
-        if new:
-            self._writer.writeheader()
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row; absent and None values stay empty."""
-        self._writer.writerow({k: v for k, v in row.items() if v is not None})
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def read_metrics_csv(path: Path) -> dict[str, list[float]]:
-    """Columns of `metrics.csv`; empty cells are NaN."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        column: [float(row[column]) if row.get(column) else math.nan for row in rows]
-        for column in CSV_COLUMNS
-    }
 
 
 @contextlib.contextmanager

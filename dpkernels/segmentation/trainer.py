@@ -19,6 +19,7 @@ from dpkernels.segmentation.data import CaseStore, PatientDataset, split_patient
 from dpkernels.segmentation.decathlon import DecathlonFolder, Scan, read_decathlon
 from dpkernels.segmentation.ema import WeightAverage
 from dpkernels.segmentation.evaluate import CaseResult, Predictor, evaluate_scans, summarise
+from dpkernels.segmentation.logs import MetricsLog, read_metrics
 from dpkernels.segmentation.loss import build_loss
 from dpkernels.segmentation.model import (
     build_network,
@@ -40,12 +41,10 @@ from dpkernels.segmentation.privacy import (
 from dpkernels.segmentation.progress import Display, SilentDisplay
 from dpkernels.segmentation.report import PrivacyReport, build_report
 from dpkernels.segmentation.run_folder import (
-    MetricsCsv,
     RunFolder,
     StepLedger,
     environment,
     load_checkpoint,
-    read_metrics_csv,
 )
 
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
@@ -260,9 +259,7 @@ class SegmentationTrainer:
         trainable = [p for p in network.parameters() if p.requires_grad]
         optimizer = build_optimizer(training.optimizer, trainable)
         rate = optimizer.param_groups[0]["lr"]
-        dataset = PatientDataset(
-            self._split["train"], store, self._augmentation(), training.seed
-        )
+        dataset = PatientDataset(self._split["train"], store, self._augmentation(), training.seed)
         update = (PrivateUpdate if plan.enabled else PlainUpdate)(
             network, optimizer, dataset, plan, training.physical_batch_size
         )
@@ -273,7 +270,7 @@ class SegmentationTrainer:
             average.load_state_dict(checkpoint["average"])
         ledger = StepLedger(self.folder.ledger)
         update.count_lost_steps(ledger.count - update.steps_counted)
-        log = MetricsCsv(self.folder.metrics_csv)
+        log = MetricsLog(self.folder.metrics_csv, self.folder.root / "tensorboard")
         loss_of_rows = self._loss_of_rows(criterion)
 
         def save() -> None:
@@ -310,6 +307,9 @@ class SegmentationTrainer:
                     if self._checkpoint_due(step, time.monotonic() - saved):
                         save()
                         saved = time.monotonic()
+        except KeyboardInterrupt:
+            save()
+            raise
         finally:
             log.close()
             ledger.close()
@@ -317,7 +317,7 @@ class SegmentationTrainer:
         if average.enabled:
             self.folder.save_checkpoint("ema.pt", {"model": average.weights(network)})
         pictures.draw_progress(
-            read_metrics_csv(self.folder.metrics_csv), plan, self.folder.root / "progress.png"
+            read_metrics(self.folder.metrics_csv), plan, self.folder.root / "progress.png"
         )
         return update.steps_counted
 
@@ -331,9 +331,7 @@ class SegmentationTrainer:
             return None
         from monai.transforms import Compose
 
-        return Compose(
-            [instantiate(b, f"data.augmentations[{i}]") for i, b in enumerate(blocks)]
-        )
+        return Compose([instantiate(b, f"data.augmentations[{i}]") for i, b in enumerate(blocks)])
 
     def _loss_of_rows(self, criterion: nn.Module):
         bfloat16 = self.config.training.precision == "bfloat16"
@@ -416,7 +414,7 @@ class SegmentationTrainer:
         notes = list(data.notes) if data is not None else self.folder.read_json("notes.json")
         if data is not None:
             self.folder.write_json("notes.json", notes)
-        columns = read_metrics_csv(self.folder.metrics_csv)
+        columns = read_metrics(self.folder.metrics_csv)
         report = build_report(self.config, plan, steps, columns, notes)
         self.folder.write_json("privacy_report.json", report.to_dict())
         self.folder.write_text("privacy_report.md", report.to_markdown())

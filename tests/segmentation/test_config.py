@@ -1,0 +1,74 @@
+import pytest
+import yaml
+
+from dpkernels.segmentation.config import SegmentationConfig, load_yaml, merge, parse_override
+from dpkernels.segmentation.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_a_round_trip_through_yaml(name):
+    config = SegmentationConfig.from_dict(PRESETS[name])
+    again = SegmentationConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict())))
+    assert again == config
+
+
+def test_an_override_changes_one_setting():
+    values = merge(PRESETS["phantom"], parse_override("network.channels=[16,32,64]"))
+    values = merge(values, parse_override("privacy.delta=1e-6"))
+    config = SegmentationConfig.from_dict(values)
+    assert config.network["channels"] == [16, 32, 64]
+    assert config.network["strides"] == [2, 2]
+    assert config.privacy.delta == 1e-6
+
+
+def test_another_target_replaces_the_whole_block():
+    block = {"_target_": "monai.losses.TverskyLoss", "softmax": True}
+    merged = merge(PRESETS["phantom"], {"loss": block})
+    assert merged["loss"] == block
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.step=5", "unknown setting training.step; did you mean steps"),
+        ("foo=1", "unknown setting foo; expected one of data"),
+        ("training.steps=many", "training.steps must be a value of type int"),
+        ("training.steps=0", "training.steps must be at least 1"),
+        ("training.schedule=linear", "training.schedule must be constant or cosine"),
+        ("data.shape=32", "data.shape must be a list"),
+        ("data.shape=[32,32]", "data.shape must be three positive numbers"),
+        ("data.spacing=[1,1,1]", "either data.shape or data.spacing"),
+        ("data.test_share=1.5", "data.test_share must be between 0 and 1"),
+        ("data.window=[200,-150]", "data.window must be"),
+        ("data.cache=disk", "data.cache must be memory or none"),
+        ("privacy.noise_multiplier=1", "either privacy.epsilon or privacy.noise_multiplier"),
+        ("privacy.epsilon=-1", "privacy.epsilon must be positive"),
+        ("privacy.delta=2", "privacy.delta must be between 0 and 1"),
+        ("privacy=3", "privacy must be a mapping"),
+        ("network._target_=null", "network"),
+    ],
+)
+def test_faulty_settings_are_refused_by_name(override, message):
+    if override.startswith("network"):
+        values = {**PRESETS["phantom"], "network": {"channels": [1]}}
+    else:
+        values = merge(PRESETS["phantom"], parse_override(override))
+    with pytest.raises(ValueError, match=message):
+        SegmentationConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("text", ["training.steps", "=3", "a=[1"])
+def test_faulty_overrides_are_refused(text):
+    with pytest.raises(ValueError, match="--set"):
+        parse_override(text)
+
+
+def test_faulty_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_yaml(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_yaml(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("[1]")
+    with pytest.raises(ValueError, match="must hold a mapping, found list"):
+        load_yaml(tmp_path / "run.yaml")

@@ -1,0 +1,135 @@
+import functools
+import operator
+
+import numpy as np
+import pytest
+import torch
+
+from dpkernels.segmentation.config import DataConfig
+from dpkernels.segmentation.data import (
+    CaseStore,
+    PatientDataset,
+    collate_patients,
+    flatten_views,
+    prepare,
+    restore,
+    split_patients,
+)
+from dpkernels.segmentation.decathlon import read_decathlon
+from dpkernels.segmentation.volume import Volume
+
+
+def volume(shape=(10, 12, 14), spacing=(2.0, 2.0, 2.0)) -> Volume:
+    rng = np.random.default_rng(0)
+    image = rng.normal(50, 200, size=(1, *shape)).astype(np.float32)
+    label = np.zeros(shape, np.uint8)
+    label[2:6, 3:8, 4:9] = 1
+    return Volume("v", image, label, spacing, np.diag([*spacing, 1.0]))
+
+
+def store_of(folder, **settings) -> CaseStore:
+    store = CaseStore(read_decathlon(folder), DataConfig(**settings), divisor=4)
+    store.read_all()
+    return store
+
+
+def test_the_window_is_fixed_and_maps_to_zero_and_one():
+    config = DataConfig(shape=(10, 12, 14), window=(-100.0, 100.0))
+    scan = volume()
+    image = prepare(scan, config, divisor=2).image
+    expected = np.clip((scan.image + 100) / 200, 0, 1)
+    np.testing.assert_allclose(image.numpy(), expected, atol=1e-6)
+
+
+def test_zscore_uses_each_scan_alone():
+    image = prepare(volume(), DataConfig(shape=(10, 12, 14), intensity="zscore"), divisor=2).image
+    assert abs(float(image.mean())) < 1e-4
+    assert float(image.std()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(17, 16, 33), (8, 9, 10)])
+def test_axes_are_padded_to_multiples_of_the_total_stride(shape):
+    case = prepare(volume(), DataConfig(shape=shape), divisor=16)
+    assert case.content == shape
+    assert all(
+        n % 16 == 0 and 0 <= n - c < 16 for n, c in zip(case.image.shape[1:], shape, strict=False)
+    )
+    assert case.label.shape[1:] == case.image.shape[1:]
+
+
+def test_spacing_decides_the_grid():
+    config = DataConfig(spacing=(1.0, 2.0, 4.0), crop=(4, 4, 4))
+    assert prepare(volume(), config, divisor=1).content == (20, 12, 7)
+
+
+def test_restore_undoes_prepare():
+    scan = volume(shape=(16, 16, 16))
+    case = prepare(scan, DataConfig(shape=(32, 32, 24)), divisor=16)
+    scores = torch.nn.functional.one_hot(case.label[0].long(), 2).permute(3, 0, 1, 2)
+    restored = restore(scores.float(), case, scan).numpy()
+    overlap = 2 * (restored & scan.label).sum() / (restored.sum() + scan.label.sum())
+    assert restored.shape == scan.label.shape
+    assert overlap > 0.85
+
+
+def test_split_is_of_patients_disjoint_complete_and_fixed_by_the_seed():
+    names = [f"p{i}" for i in range(20)]
+    config = DataConfig(shape=(8, 8, 8), test_share=0.2, validation_share=0.1)
+    split = split_patients(names, config, seed=3)
+    assert [len(split[part]) for part in ("train", "validation", "test")] == [14, 2, 4]
+    assert sorted(functools.reduce(operator.iadd, split.values(), [])) == sorted(names)
+    assert split == split_patients(names, config, seed=3) != split_patients(names, config, seed=4)
+    with pytest.raises(ValueError, match="none is left to train on"):
+        split_patients(["a"], config, seed=0)
+
+
+def test_views_of_a_patient_are_adjacent_rows_from_any_of_their_scans(folder, manifest):
+    def one_patient_per_two_scans(values):
+        for number, entry in enumerate(values["training"]):
+            entry["patient_id"] = f"patient{number // 2}"
+
+    manifest(folder, one_patient_per_two_scans)
+    settings = {"spacing": (17.0, 17.0, 17.0), "crop": (8, 8, 8), "views_per_patient": 12}
+    store = store_of(folder, **settings)
+    dataset = PatientDataset(list(store.folder.patients), store, None, seed=0)
+    image, label = dataset[1]
+    assert image.shape == (12, 1, 8, 8, 8)
+    assert label.shape == (12, 1, 8, 8, 8)
+    assert image.dtype == torch.float32
+    assert label.dtype == torch.uint8
+    origins = {scan.name: 0 for scan in store.folder.patients["patient1"]}
+    for view in image:
+        for name in origins:
+            whole = next(s for s in store.folder.scans if s.name == name)
+            windows = store.case(whole).image[0]
+            for axis in range(3):
+                windows = windows.unfold(axis, 8, 1)
+            origins[name] += bool((windows == view[0]).flatten(3).all(-1).any())
+    assert sum(origins.values()) == 12
+    assert min(origins.values()) > 0
+
+    images, _ = collate_patients([dataset[0], dataset[1]])
+    torch.testing.assert_close(flatten_views(images)[12:], image)
+
+
+def test_draws_depend_on_seed_step_and_patient_only(cohort):
+    store = store_of(cohort, spacing=(17.0, 17.0, 17.0), crop=(8, 8, 8))
+    names = list(store.folder.patients)
+
+    def draw(seed, step):
+        dataset = PatientDataset(names, store, None, seed=seed)
+        dataset.step = step
+        return dataset[2][0]
+
+    torch.testing.assert_close(draw(0, 5), draw(0, 5), rtol=0, atol=0)
+    assert any(not torch.equal(draw(0, 5), draw(*other)) for other in ((0, 6), (1, 5), (0, 7)))
+
+
+def test_without_a_cache_the_same_cases_come_from_disk(cohort):
+    cached, fresh = (
+        store_of(cohort, shape=(8, 8, 8)),
+        store_of(cohort, shape=(8, 8, 8), cache="none"),
+    )
+    scan = cached.folder.scans[0]
+    assert cached.case(scan) is cached.case(scan)
+    torch.testing.assert_close(fresh.case(scan).image, cached.case(scan).image)
