@@ -14,6 +14,7 @@ from dpkernels.ops.affine import (
     normalization_grad_sample,
     normalization_last_grad_sample,
 )
+from dpkernels.ops.clip import clip_factor, finish_grad_, weighted_sum_
 from dpkernels.ops.conv import conv_clipped_grad, conv_grad_sample, conv_norm_sq
 from dpkernels.ops.embedding import (
     embedding_clipped_grad,
@@ -21,6 +22,7 @@ from dpkernels.ops.embedding import (
     embedding_norm_sq,
 )
 from dpkernels.ops.linear import linear_clipped_grad, linear_grad_sample, linear_norm_sq
+from dpkernels.ops.noise import gaussian_noise_
 from dpkernels.ops.registry import BackendUnavailable, all_ops, use_backend
 
 __all__ = [
@@ -32,16 +34,20 @@ __all__ = [
     "all_ops",
     "bias_grad_sample",
     "bias_last_grad_sample",
+    "clip_factor",
     "conv_clipped_grad",
     "conv_grad_sample",
     "conv_norm_sq",
     "embedding_clipped_grad",
     "embedding_grad_sample",
     "embedding_norm_sq",
+    "finish_grad_",
+    "gaussian_noise_",
     "linear_clipped_grad",
     "linear_grad_sample",
     "linear_norm_sq",
     "normalization_grad_sample",
     "normalization_last_grad_sample",
     "use_backend",
+    "weighted_sum_",
 ]
