@@ -22,9 +22,10 @@ _PHANTOM: dict[str, Any] = {
     },
     "loss": _DICE_CE,
     "training": {
-        "steps": 60,
+        "steps": 100,
         "batch_size": 16,
-        "optimizer": {"_target_": "torch.optim.NAdam", "lr": 5e-3},
+        "optimizer": {"_target_": "torch.optim.NAdam", "lr": 1e-2},
+        "ema_decay": 0.9,
     },
     "privacy": {"epsilon": 8.0, "delta": 1e-5, "max_grad_norm": 0.5},
 }

@@ -1,0 +1,374 @@
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from dpkernels.accounting import get_epsilon
+from dpkernels.segmentation.config import SegmentationConfig, load_yaml, merge
+from dpkernels.segmentation.logs import read_metrics
+from dpkernels.segmentation.progress import SilentDisplay
+from dpkernels.segmentation.run_folder import load_checkpoint
+from dpkernels.segmentation.trainer import SegmentationTrainer
+
+
+class StopAfter(SilentDisplay):
+    """Interrupts training after a number of steps, as Ctrl-C would."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    @contextlib.contextmanager
+    def training(self, plan, done):
+        with super().training(plan, done) as bar:
+            yield _StoppingBar(bar, self._steps)
+
+
+class _StoppingBar:
+    def __init__(self, bar, steps: int) -> None:
+        self._bar, self._left = bar, steps
+
+    def advance(self, statistics):
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
+        return self._bar.advance(statistics)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One finished run on six phantom patients, used read only."""
+    root = tmp_path_factory.mktemp("runs")
+    values = {
+        "data": {
+            "shape": [16, 16, 16],
+            "test_share": 0.34,
+            "validation_share": 0.17,
+            "phantom": {"patients": 6, "size": 20},
+        },
+        "network": {
+            "_target_": "monai.networks.nets.UNet",
+            "spatial_dims": 3,
+            "channels": [4, 8],
+            "strides": [2],
+        },
+        "loss": {"_target_": "monai.losses.DiceCELoss", "softmax": True, "to_onehot_y": True},
+        "training": {"steps": 3, "batch_size": 2, "ema_decay": 0.9, "validate_every": 2},
+        "evaluation": {"overlays": 1},
+    }
+    SegmentationTrainer(SegmentationConfig.from_dict(values), root / "run").fit()
+    return root / "run"
+
+
+def weights(run: Path) -> torch.Tensor:
+    state = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
+    return torch.cat([value.flatten() for value in state.values()])
+
+
+def history(run: Path) -> list:
+    update = load_checkpoint(run / "checkpoints" / "last.pt")["update"]
+    return [list(entry) for entry in update["accountant"]["history"]]
+
+
+def test_the_run_folder_holds_everything_that_is_promised(finished):
+    for name in (
+        "config.yaml",
+        "env.json",
+        "split.json",
+        "metrics.csv",
+        "metrics.json",
+        "privacy_report.json",
+        "privacy_report.md",
+        "progress.png",
+        "checkpoints/last.pt",
+        "checkpoints/ema.pt",
+    ):
+        assert (finished / name).stat().st_size > 0, name
+    assert len(list((finished / "overlays").glob("*.png"))) == 1
+    assert list((finished / "tensorboard").iterdir())
+    assert not list(finished.rglob("*.partial"))
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics["summary"]) == {"liver", "cancer"}
+    assert 0 <= metrics["summary"]["liver"]["dice"] <= 1
+    assert len(metrics["cases"]) == 2
+    assert metrics["weights"] == "ema"
+    columns = read_metrics(finished / "metrics.csv")
+    assert columns["step"] == [1, 2, 3]
+    assert [np.isfinite(v) for v in columns["validation_dice"]] == [False, True, False]
+
+
+def test_the_report_states_the_numbers_of_the_guarantee(finished):
+    report = json.loads((finished / "privacy_report.json").read_text())
+    assert report["unit"] == "patient"
+    assert report["patients"] == 3
+    assert report["sample_rate"] == pytest.approx(2 / 3)
+    assert report["steps"] == report["planned_steps"] == 3
+    expected = get_epsilon(
+        noise_multiplier=report["noise_multiplier"],
+        sample_rate=report["sample_rate"],
+        steps=3,
+        delta=1e-5,
+    )
+    assert report["epsilon"] == expected
+    assert 7.8 < expected <= 8
+    text = (finished / "privacy_report.md").read_text()
+    for phrase in ("The unit is the patient", "3 training patients", "Not covered", "Opacus RDP"):
+        assert phrase in text
+
+
+def test_the_resolved_configuration_reproduces_the_run(finished):
+    config = SegmentationConfig.from_dict(load_yaml(finished / "config.yaml"))
+    assert config.training.steps == 3
+    assert config.data.phantom.patients == 6
+    assert SegmentationTrainer.from_run(finished).config == config
+
+
+def test_evaluation_can_be_repeated(finished, tmp_path):
+    run = tmp_path / finished.name
+    shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
+    first = json.loads((run / "metrics.json").read_text())
+    SegmentationTrainer.from_run(run).evaluate()
+    assert json.loads((run / "metrics.json").read_text()) == first
+
+
+def test_predictions_lie_on_the_grid_of_their_files(finished, tmp_path):
+    phantom = next(finished.parent.glob("phantom-*"))
+    source = tmp_path / "in"
+    source.mkdir()
+    original = phantom / "imagesTr" / "phantom_000.nii.gz"
+    image = nib.load(original)
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(("L", "S", "P"))
+    )
+    nib.save(image.as_reoriented(turn), source / "turned.nii.gz")
+    shutil.copy(original, source / "upright.nii.gz")
+    (source / "._upright.nii.gz").write_bytes(b"leftover")
+    trainer = SegmentationTrainer.from_run(finished)
+    written = trainer.predict(source, tmp_path / "out")
+    assert [path.name for path in written] == ["turned.nii.gz", "upright.nii.gz"]
+    turned, upright = (nib.load(path) for path in written)
+    for prediction, name in ((turned, "turned"), (upright, "upright")):
+        scan = nib.load(source / f"{name}.nii.gz")
+        assert prediction.shape == scan.shape
+        np.testing.assert_allclose(prediction.affine, scan.affine, atol=1e-4)
+    np.testing.assert_array_equal(
+        np.asanyarray(upright.as_reoriented(turn).dataobj), np.asanyarray(turned.dataobj)
+    )
+    with pytest.raises(ValueError, match="OUT must be another folder"):
+        trainer.predict(source, source)
+    with pytest.raises(ValueError, match="does not exist"):
+        trainer.predict(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_an_interrupted_run_continues_with_an_exact_history(tiny, tmp_path):
+    config = tiny({"training": {"steps": 5}})
+    with pytest.raises(KeyboardInterrupt):
+        SegmentationTrainer(config, tmp_path / "run", StopAfter(2)).fit()
+    assert history(tmp_path / "run")[0][2] == 2
+    result = SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True)
+    assert result.steps == 5
+    ((sigma, rate, steps),) = history(tmp_path / "run")
+    assert (steps, rate) == (5, 2 / 6)
+    assert result.epsilon == get_epsilon(
+        noise_multiplier=sigma, sample_rate=rate, steps=5, delta=1e-5
+    )
+    assert read_metrics(tmp_path / "run" / "metrics.csv")["step"] == [1, 3, 4, 5]
+
+
+def test_a_resumed_run_takes_the_very_steps_of_an_uninterrupted_one(tiny, tmp_path):
+    """Without noise, and with every patient in every batch, nothing else is random."""
+    change = {
+        "training": {"steps": 5, "batch_size": 6, "ema_decay": 0.9, "schedule": "cosine"},
+        "privacy": {"enabled": False},
+        "data": {"spacing": [15.0, 15.0, 15.0], "shape": None, "crop": [8, 8, 8]},
+    }
+    SegmentationTrainer(tiny(change), tmp_path / "whole").fit()
+    with pytest.raises(KeyboardInterrupt):
+        SegmentationTrainer(tiny(change), tmp_path / "parts", StopAfter(3)).fit()
+    SegmentationTrainer.from_run(tmp_path / "parts").fit(resume=True)
+    torch.testing.assert_close(
+        weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=1e-5
+    )
+    ema = [
+        load_checkpoint(tmp_path / run / "checkpoints" / "ema.pt")["model"]
+        for run in ("parts", "whole")
+    ]
+    for name, value in ema[0].items():
+        torch.testing.assert_close(value, ema[1][name], rtol=0, atol=1e-5)
+
+
+def test_resuming_with_other_privacy_parameters_is_refused(tiny, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        SegmentationTrainer(tiny({"training": {"steps": 4}}), tmp_path / "run", StopAfter(2)).fit()
+    for change, name in (
+        ({"privacy": {"epsilon": 9.0}}, "noise_multiplier"),
+        ({"privacy": {"max_grad_norm": 0.7}}, "max_grad_norm"),
+        ({"privacy": {"delta": 1e-6}}, "delta"),
+        ({"privacy": {"enabled": False}}, "enabled"),
+        ({"training": {"steps": 40}}, "steps"),
+        ({"training": {"batch_size": 3}}, "sample_rate"),
+        ({"training": {"seed": 1}}, "split"),
+        ({"data": {"test_share": 0.4}}, "patients"),
+    ):
+        config = tiny(merge({"training": {"steps": 4}}, change))
+        with pytest.raises(ValueError, match=f"--resume: a privacy parameter .*{name}"):
+            SegmentationTrainer(config, tmp_path / "run").fit(resume=True)
+
+
+def test_a_finished_run_is_neither_resumed_nor_overwritten(finished):
+    trainer = SegmentationTrainer.from_run(finished)
+    with pytest.raises(ValueError, match="all 3 planned steps are taken"):
+        trainer.fit(resume=True)
+    with pytest.raises(ValueError, match="holds a run that took steps"):
+        trainer.fit()
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_repeated(tiny, tmp_path, folder):
+    (folder / "imagesTr" / "phantom_003.nii.gz").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"phantom_003.nii.gz: not a readable NIfTI"):
+        SegmentationTrainer(tiny(root=folder), tmp_path / "run").fit()
+    assert not (tmp_path / "run" / "checkpoints" / "steps.ledger").exists()
+    assert SegmentationTrainer(tiny(), tmp_path / "run").fit().steps == 3
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatch):
+    config = tiny({"training": {"steps": 4, "checkpoint_every": 1}})
+    write = torch.save
+    written = []
+
+    def fill_the_disk(state, path):
+        written.append(path)
+        if len(written) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(state, path)
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match=r"last.pt: .*No space left.*previous checkpoint is whole"):
+        SegmentationTrainer(config, tmp_path / "run").fit()
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    monkeypatch.undo()
+    result = SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True)
+    assert result.steps == 4
+    assert history(tmp_path / "run")[0][2] == 4
+
+
+def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"--out: cannot write to .*file"):
+        SegmentationTrainer(tiny(), tmp_path / "file" / "run").fit()
+
+
+def _run_and_say(values: dict, out: Path, resume: bool) -> None:
+    torch.set_num_threads(1)
+    SegmentationTrainer(SegmentationConfig.from_dict(values), out).fit(resume=resume)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork server to be fast")
+def test_killed_ten_times_no_step_goes_uncounted_and_no_checkpoint_is_unreadable(tiny, tmp_path):
+    steps, run = 60, tmp_path / "run"
+    values = tiny({"training": {"steps": steps, "checkpoint_every": 2}}).to_dict()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dpkernels.segmentation.trainer"])
+    rng = np.random.default_rng(0)
+    ledger, last = run / "checkpoints" / "steps.ledger", run / "checkpoints" / "last.pt"
+
+    def taken() -> int:
+        return len(ledger.read_bytes().split()) if ledger.exists() else 0
+
+    for kill in range(10):
+        started = taken()
+        child = context.Process(target=_run_and_say, args=(values, run, started > 0))
+        child.start()
+        target = started + int(rng.integers(1, 6))
+        while taken() < target:
+            assert child.is_alive(), f"the run ended by itself before kill {kill}"
+            time.sleep(0.002)
+        time.sleep(float(rng.uniform(0, 0.05)))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert not last.exists() or load_checkpoint(last)["step"] <= taken()
+    counted_before = taken()
+    _run_and_say(values, run, True)
+    assert counted_before < steps == taken()
+    ((_, _, counted),) = history(run)
+    assert counted == steps
+    assert json.loads((run / "privacy_report.json").read_text())["epsilon"] <= 8
+
+
+def test_fine_tuning_starts_from_a_checkpoint_and_trains_only_the_listed_layers(
+    finished, tiny, tmp_path
+):
+    start = finished / "checkpoints" / "last.pt"
+    network = {"num_res_units": 0, "bias": True}
+    training = {"init_from": str(start), "train_layers": ["model.2.*"]}
+    config = tiny({"network": network, "training": training})
+    SegmentationTrainer(config, tmp_path / "run").fit()
+    before = load_checkpoint(start)["model"]
+    after = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("model.2.")}
+    text = (tmp_path / "run" / "privacy_report.md").read_text()
+    assert "their budget adds to this one" in text
+    for bad, message in (
+        ({"train_layers": ["nothing.*"]}, "matches no parameter"),
+        ({"init_from": str(tmp_path / "no.pt")}, "no such checkpoint"),
+        ({"init_from": str(finished / "config.yaml")}, "not a readable checkpoint"),
+    ):
+        config = tiny({"network": network, "training": bad})
+        with pytest.raises(ValueError, match=message):
+            SegmentationTrainer(config, tmp_path / "other").fit()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"shape": None, "spacing": [9, 9, 9], "crop": [9, 8, 8]}}, "data.crop must be m"),
+        ({"network": {"out_channels": 2}}, "network.out_channels must be 3"),
+        ({"network": {"channels": [4]}}, "network: cannot build"),
+        ({"network": {"norm": ["GROUP", {"num_groups": 4}]}}, "num_groups must divide the 3"),
+        ({"network": {"norm": "BATCH"}}, "BatchNorm"),
+        ({"loss": {"batch": True}}, "batch=True"),
+        ({"training": {"optimizer": {"lr": -1.0}}}, "training.optimizer: .* is refused"),
+        ({"training": {"device": "tpu"}}, "training.device must be"),
+        ({"training": {"batch_size": 7}}, "training.batch_size must be at most the 6"),
+    ],
+)
+def test_faulty_settings_end_before_the_first_step(tiny, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationTrainer(tiny(change), tmp_path / "run").fit()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_other_modalities_need_zscore(folder, manifest, tiny, tmp_path):
+    manifest(folder, lambda values: values.update(modality={"0": "MRI"}))
+    with pytest.raises(ValueError, match="a Hounsfield window fits CT only"):
+        SegmentationTrainer(tiny(root=folder), tmp_path / "run").fit()
+    config = tiny({"data": {"intensity": "zscore"}}, root=folder)
+    assert SegmentationTrainer(config, tmp_path / "run").fit().steps == 3
+
+
+def test_bfloat16_and_deep_supervision_train(tiny, tmp_path):
+    network = {
+        "_target_": "monai.networks.nets.DynUNet",
+        "spatial_dims": 3,
+        "kernel_size": [3, 3, 3],
+        "strides": [1, 2, 2],
+        "upsample_kernel_size": [2, 2],
+        "filters": [4, 4, 4],
+        "deep_supervision": True,
+        "deep_supr_num": 1,
+    }
+    config = tiny({"network": network, "training": {"precision": "bfloat16", "steps": 2}})
+    assert yaml.safe_dump(config.to_dict())
+    assert SegmentationTrainer(config, tmp_path / "run").fit().steps == 2
