@@ -233,9 +233,7 @@ class FusedDPOptimizer(DPOptimizer):
         """total = scale * ((total if accumulate) + sum_b factor[b] stored[b] + noise)."""
         factor = factor.to(total.device)
         if self.generator is not None and noise_std:
-            ops.finish_grad_(
-                total, stored, factor, 0.0, 1.0, self._noise.key, 0, accumulate
-            )
+            ops.finish_grad_(total, stored, factor, 0.0, 1.0, *self._noise.take(0), accumulate)
             noise = _generate_noise(noise_std, total, generator=self.generator)
             total.add_(noise).mul_(scale)
             return

@@ -26,21 +26,18 @@ class _PerSample(torch.autograd.Function):
     def forward(
         ctx: Any,
         anchor: torch.Tensor,
-        parameter: nn.Parameter,
+        value: torch.Tensor,
+        receive: Callable[[torch.Tensor], None],
         samples: int,
-        unit: UnitForward,
     ) -> torch.Tensor:
-        ctx.parameter, ctx.samples, ctx.unit = parameter, samples, unit
+        ctx.receive = receive
         ctx.set_materialize_grads(False)
-        return parameter.detach().expand(samples, *parameter.shape)
+        return value.expand(samples, *value.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_sample: torch.Tensor | None) -> tuple[None, ...]:
-        sink = ctx.unit.capture.sink
-        if grad_sample is not None and sink is not None:
-            sink.begin(ctx.samples)
-            operand = StoredOperand(grad_sample.detach())
-            sink.add(ctx.parameter, operand, ctx.samples, ctx.unit.name)
+        if grad_sample is not None:
+            ctx.receive(grad_sample.detach())
         return (None, None, None, None)
 
 
@@ -64,9 +61,7 @@ class UnitForward(CapturedForward):
             for t in leaves
         ]
         grouped = [self._group(t, samples) if b else t for t, b in zip(leaves, batched)]
-        parameters = {
-            id(p): _PerSample.apply(capture.anchor, p, samples, self) for _, _, p in slots
-        }
+        parameters = {id(p): self._per_sample(p, samples) for _, _, p in slots}
 
         def one_sample(
             parameters: dict[int, torch.Tensor], tensors: list[torch.Tensor]
@@ -87,6 +82,17 @@ class UnitForward(CapturedForward):
         outputs = iter(self._run(one_sample, parameters, inputs, samples))
         merged = [self._ungroup(next(outputs)) if o is None else o[0] for o in others]
         return tree_unflatten(merged, output_spec)
+
+    def _per_sample(self, parameter: nn.Parameter, samples: int) -> torch.Tensor:
+        """[samples, *shape]: the parameter expanded; its gradient goes to the sink."""
+
+        def receive(grad_sample: torch.Tensor) -> None:
+            sink = self.capture.sink
+            if sink is not None:
+                sink.begin(samples)
+                sink.add(parameter, StoredOperand(grad_sample), samples, self.name)
+
+        return _PerSample.apply(self.capture.anchor, parameter.detach(), receive, samples)
 
     def _slots(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """Every place below the unit where a trained parameter sits."""
