@@ -28,7 +28,9 @@ MODES = ("auto", "off", "cpu", "cuda")
 def find_compiler(environ: Mapping[str, str]) -> str | None:
     """Path of the C++ compiler that CMake is going to find, or None."""
     names = [environ["CXX"].split()[0]] if environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next(filter(None, (shutil.which(name, path=environ.get("PATH")) for name in names)), None)
+    return next(
+        filter(None, (shutil.which(name, path=environ.get("PATH")) for name in names)), None
+    )
 
 
 def find_nvcc(environ: Mapping[str, str]) -> str | None:

@@ -94,6 +94,7 @@ namespace DPKERNELS_DEVICE {
 
 // One per op family; cpu_module.cpp and cuda_module.cpp call those that their device has.
 void register_clip(py::module_& m);
+void register_conv(py::module_& m);
 void register_noise(py::module_& m);
 
 }  // namespace DPKERNELS_DEVICE

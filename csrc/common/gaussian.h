@@ -4,8 +4,8 @@
 //     z0 = sqrt(-2 ln u) cos(2 pi v),   z1 = sqrt(-2 ln u) sin(2 pi v),   |z| <= 9.5
 //
 // Everything is computed from the distance to the nearer end of (0, 1), so u is never rounded to 0
-// or 1 and ln u keeps its relative precision at both ends. The polynomials are minimax fits made for
-// this file (relative error before rounding: logarithm 6e-9, sine 3e-9, cosine 1e-10).
+// or 1 and ln u keeps its relative precision at both ends. The polynomials are minimax fits made
+// for this file (relative error before rounding: logarithm 6e-9, sine 3e-9, cosine 1e-10).
 #pragma once
 
 #include <cmath>

@@ -27,9 +27,9 @@ void add_row(Wide* sum,     // [count]
 }
 
 template <class Wide, class Out, class Sample>
-void finish(Out* out,                     // [numel]
-            const Sample* grad_sample,    // [batch, numel]
-            const Wide* clip_factor,      // [batch]
+void finish(Out* out,                   // [numel]
+            const Sample* grad_sample,  // [batch, numel]
+            const Wide* clip_factor,    // [batch]
             std::int64_t batch, std::int64_t numel, Wide noise_std, Wide scale, const Key& key,
             std::uint64_t block, bool accumulate, int threads) {
     for_chunks(numel, threads, [=](std::int64_t begin, std::int64_t end) {

@@ -9,8 +9,8 @@ namespace dpkernels::cpu {
 
 // Output channels and weight columns ((input channel, tap) pairs) of a tile: all sums, one gradient
 // per row and one input fit the registers.
-constexpr int kTileRows = kLanes == 8 ? 2 : 4;
-constexpr int kTileColumns = kLanes == 4 ? 3 : 6;
+constexpr int kTileRows = kLanes == 16 ? 4 : 2;
+constexpr int kTileColumns = 6;
 
 // Operands of a tile: grads[r] . inputs[c], summed over `planes` runs of `length` floats.
 struct Tile {
@@ -28,6 +28,16 @@ using UnalignedFloats =
 
 DPK_INLINE Floats load(const float* address) {
     return *reinterpret_cast<const UnalignedFloats*>(address);
+}
+
+DPK_INLINE void store(float* address, const Floats& value) {
+    *reinterpret_cast<UnalignedFloats*>(address) = value;
+}
+
+// Lanes 0, 2, 4, ... of two vectors in a row.
+DPK_INLINE Floats even_lanes(const Floats& low, const Floats& high) {
+    Words index = 2 * lane_index();
+    return __builtin_shuffle(low, high, index);
 }
 
 template <int Count>
@@ -49,14 +59,19 @@ DPK_INLINE Quad fold(const typename Vector<Count>::type& value) {
 
 // The four horizontal sums of four vectors.
 DPK_INLINE Quad sum_lanes(Quad a, Quad b, Quad c, Quad d) {
-    const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    const Quad ab =
+        __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Quad cd =
+        __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
+           __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-// Adds the first `columns` sums of each of `Rows` rows to result[row * row_size + column].
+// Writes the first `columns` sums of each of `Rows` rows to result[row * row_size + column], or
+// adds them to what is there.
 template <int Rows>
-void add_tile(const Tile& tile, int columns, float* result, std::int64_t row_size) {
+void multiply_tile(const Tile& tile, int columns, bool accumulate, float* result,
+                   std::int64_t row_size) {
     Floats total[Rows][kTileColumns] = {};
     for (std::int64_t plane = 0; plane < tile.planes; ++plane) {
         const std::int64_t grad_offset = plane * tile.grad_plane;
@@ -64,7 +79,8 @@ void add_tile(const Tile& tile, int columns, float* result, std::int64_t row_siz
         for (std::int64_t at = 0; at < tile.length; at += kLanes) {
             Floats grads[Rows];
 #pragma GCC unroll 4
-            for (int row = 0; row < Rows; ++row) grads[row] = load(tile.grads[row] + grad_offset + at);
+            for (int row = 0; row < Rows; ++row)
+                grads[row] = load(tile.grads[row] + grad_offset + at);
 #pragma GCC unroll 6
             for (int column = 0; column < kTileColumns; ++column) {
                 const Floats seen = load(tile.inputs[column] + input_offset + at);
@@ -73,17 +89,23 @@ void add_tile(const Tile& tile, int columns, float* result, std::int64_t row_siz
             }
         }
     }
-    Quad sums[kTileColumns];
+    float sums[Rows][8];
+#pragma GCC unroll 4
+    for (int row = 0; row < Rows; ++row) {
+        Quad folded[kTileColumns];
 #pragma GCC unroll 6
-    for (int column = 0; column < kTileColumns; ++column) {
-        Quad folded[4] = {};
-#pragma GCC unroll 4
-        for (int row = 0; row < Rows; ++row) folded[row] = fold<kLanes>(total[row][column]);
-        sums[column] = sum_lanes(folded[0], folded[1], folded[2], folded[3]);
+        for (int column = 0; column < kTileColumns; ++column) {
+            folded[column] = fold<kLanes>(total[row][column]);
+        }
+        const Quad first = sum_lanes(folded[0], folded[1], folded[2], folded[3]);
+        const Quad second = sum_lanes(folded[4], folded[5], folded[4], folded[5]);
+        std::memcpy(sums[row], &first, sizeof(first));
+        std::memcpy(sums[row] + 4, &second, sizeof(second));
     }
-    for (int column = 0; column < columns; ++column) {
-#pragma GCC unroll 4
-        for (int row = 0; row < Rows; ++row) result[row * row_size + column] += sums[column][row];
+    for (int row = 0; row < Rows; ++row, result += row_size) {
+        for (int column = 0; column < columns; ++column) {
+            result[column] = sums[row][column] + (accumulate ? result[column] : 0.0f);
+        }
     }
 }
 

@@ -21,7 +21,34 @@ void add_noise(T* tensor,  // [numel]
     });
 }
 
+template <class T>
+void normals_of_words(T* z,                        // [blocks, 8]
+                      const std::uint32_t* words,  // [blocks, 16]
+                      std::int64_t blocks, int threads) {
+    for_chunks(blocks, threads, [=](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t first = begin; first < end; first += kLanes) {
+            const int lanes = static_cast<int>(std::min<std::int64_t>(kLanes, end - first));
+            Words x[16] = {};
+            for (int lane = 0; lane < lanes; ++lane) {
+                for (int i = 0; i < 16; ++i) x[i][lane] = words[16 * (first + lane) + i];
+            }
+            T group[kPerGroup];
+            normals_of(x, group);
+            std::copy_n(group, kPerBlock * lanes, z + kPerBlock * first);
+        }
+    });
+}
+
 }  // namespace
+
+void standard_normals(void* z, DType type, const std::uint32_t* words, std::int64_t blocks,
+                      Launch launch) {
+    if (type == DType::float64) {
+        normals_of_words(static_cast<double*>(z), words, blocks, launch.threads);
+    } else {
+        normals_of_words(static_cast<float*>(z), words, blocks, launch.threads);
+    }
+}
 
 void chacha20_blocks(std::uint32_t* words, std::int64_t blocks, Key key, std::uint64_t counter,
                      std::uint64_t nonce, Launch launch) {

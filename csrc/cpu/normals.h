@@ -21,11 +21,10 @@ inline void chacha20_lanes(Words (&x)[16], const Key& key, std::uint64_t counter
     chacha20_block(x, key, low, high, nonce);
 }
 
-inline void normals_group(float* z,  // [kPerGroup]
-                          const Key& key, std::uint64_t counter) {
-    Words x[16];
+// One block per lane becomes eight normals per lane, block after block.
+inline void normals_of(const Words (&x)[16],
+                       float* z) {  // [kPerGroup]
     Floats lanes[kPerBlock];
-    chacha20_lanes(x, key, counter, 0);
     for (int j = 0; j < 4; ++j) {
         gaussian_pair<Ints>(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3], lanes[2 * j],
                             lanes[2 * j + 1]);
@@ -35,10 +34,8 @@ inline void normals_group(float* z,  // [kPerGroup]
     }
 }
 
-inline void normals_group(double* z,  // [kPerGroup]
-                          const Key& key, std::uint64_t counter) {
-    Words x[16];
-    chacha20_lanes(x, key, counter, 0);
+inline void normals_of(const Words (&x)[16],
+                       double* z) {  // [kPerGroup]
     for (int lane = 0; lane < kLanes; ++lane) {
         double* block = z + kPerBlock * lane;
         for (int j = 0; j < 4; ++j) {
@@ -46,6 +43,14 @@ inline void normals_group(double* z,  // [kPerGroup]
                           x[4 * j + 3][lane], block[2 * j], block[2 * j + 1]);
         }
     }
+}
+
+template <class T>
+void normals_group(T* z,  // [kPerGroup]
+                   const Key& key, std::uint64_t counter) {
+    Words x[16];
+    chacha20_lanes(x, key, counter, 0);
+    normals_of(x, z);
 }
 
 // The first `count` normals from block `counter` on.

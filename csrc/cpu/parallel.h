@@ -1,4 +1,5 @@
-// Static division of a flat range into chunks, one thread each; the result never depends on `threads`.
+// Static division of a flat range into chunks, one thread each; the result never depends on
+// `threads`.
 #pragma once
 
 #include <algorithm>

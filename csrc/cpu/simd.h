@@ -1,5 +1,6 @@
 // Vectors as wide as the instruction set that this file is compiled for (CMakeLists.txt compiles
-// every CPU kernel once per instruction set; the loader picks the library that the machine can run).
+// every CPU kernel once per instruction set; the loader picks the library that the machine can
+// run).
 #pragma once
 
 #include <cstdint>

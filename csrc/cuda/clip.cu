@@ -1,10 +1,9 @@
-#include "dpkernels/clip.h"
-
 #include "common/chacha20.h"
 #include "common/clip_factor.h"
-#include "common/gaussian.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/normals.cuh"
+#include "dpkernels/clip.h"
 
 namespace dpkernels::cuda {
 
@@ -18,14 +17,6 @@ __global__ void factor_kernel(T* factor,         // [batch]
     if (b < batch) factor[b] = clip_factor_of(norm_sq[b], max_grad_norm, gamma);
 }
 
-__device__ void normal_pair(const std::uint32_t* x, float& z0, float& z1) {
-    gaussian_pair<std::int32_t>(x[0], x[1], x[2], x[3], z0, z1);
-}
-
-__device__ void normal_pair(const std::uint32_t* x, double& z0, double& z1) {
-    gaussian_pair(x[0], x[1], x[2], x[3], z0, z1);
-}
-
 // sum += noise_std * z of one ChaCha20 block.
 template <class Wide>
 __device__ void add_normals(Wide (&sum)[kPerBlock], Wide noise_std, const Key& key,
@@ -33,18 +24,15 @@ __device__ void add_normals(Wide (&sum)[kPerBlock], Wide noise_std, const Key& k
     std::uint32_t x[16];
     chacha20_block(x, key, static_cast<std::uint32_t>(counter),
                    static_cast<std::uint32_t>(counter >> 32), 0);
+    Wide z[kPerBlock];
+    normals_of(x, z);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        Wide z0, z1;
-        normal_pair(x + 4 * j, z0, z1);
-        sum[2 * j] += noise_std * z0;
-        sum[2 * j + 1] += noise_std * z1;
-    }
+    for (int i = 0; i < kPerBlock; ++i) sum[i] += noise_std * z[i];
 }
 
 // One thread makes eight elements: the noise of one ChaCha20 block.
 template <class Wide>
-__global__ void finish_kernel(void* out,                // [numel]
+__global__ void finish_kernel(void* out,  // [numel]
                               DType out_type,
                               const void* grad_sample,  // [batch, numel]
                               DType sample_type,

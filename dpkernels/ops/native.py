@@ -107,10 +107,22 @@ def write_back(tensor: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(result)
 
 
+def instruction_sets() -> list[str]:
+    """The instruction sets that are built and that this machine runs, widest first."""
+    return [name for name in _runnable() if _cpu_path(name).is_file()]
+
+
+def _runnable() -> tuple[str, ...]:
+    return _RUNNABLE.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
+
+
+def _cpu_path(name: str) -> Path:
+    return _PACKAGE / f"_cpu.{name}{_SUFFIX}"
+
+
 def _cpu_library() -> Path | str:
-    runnable = _RUNNABLE.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
     wanted = os.environ.get("DPKERNELS_INSTRUCTION_SET")
-    if wanted is not None and wanted not in runnable:
-        return f"DPKERNELS_INSTRUCTION_SET={wanted!r}: this machine runs {', '.join(runnable)}"
-    candidates = [_PACKAGE / f"_cpu.{name}{_SUFFIX}" for name in runnable if wanted in (None, name)]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    if wanted is not None and wanted not in _runnable():
+        return f"DPKERNELS_INSTRUCTION_SET={wanted!r}: this machine runs {', '.join(_runnable())}"
+    built = instruction_sets()
+    return _cpu_path(wanted or (built[0] if built else "baseline"))

@@ -151,7 +151,9 @@ class Op:
         if forced is not None:
             reason = self.why_not(forced, *args, **kwargs)
             if reason:
-                raise BackendUnavailable(f"{self.name}: backend {forced!r} was forced, but {reason}")
+                raise BackendUnavailable(
+                    f"{self.name}: backend {forced!r} was forced, but {reason}"
+                )
             return forced
         reasons = []
         for backend in _AUTO_ORDER.get(_device_type(args, kwargs), ("reference",)):

@@ -9,14 +9,14 @@ namespace dpkernels::DPKERNELS_DEVICE {
 
 // factor = min(1, C / norm), or C / (norm + gamma) where gamma > 0; 0 where the norm is not finite.
 // Shrunk by two units of rounding, so that factor * norm <= C however it is computed.
-void clip_factor(void* factor,          // [batch], of `type`
-                 const void* norm_sq,   // [batch], of `type`
-                 DType type,            // float32 or float64
+void clip_factor(void* factor,         // [batch], of `type`
+                 const void* norm_sq,  // [batch], of `type`
+                 DType type,           // float32 or float64
                  std::int64_t batch, double max_grad_norm, double gamma, Launch launch);
 
 // out = scale * ((accumulate ? out : 0) + sum_b clip_factor[b] grad_sample[b] + noise_std * z),
 // z as in gaussian_noise; noise_std == 0 draws nothing. Samples with factor 0 are never read.
-void finish_grad(void* out,                // [numel], contiguous, of `out_type`
+void finish_grad(void* out,  // [numel], contiguous, of `out_type`
                  DType out_type,
                  const void* grad_sample,  // [batch, numel], contiguous, of `sample_type`
                  DType sample_type,

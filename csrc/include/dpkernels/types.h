@@ -1,7 +1,8 @@
 // What every native op shares: element types and where a kernel runs.
 //
-// The headers are compiled once per device with DPKERNELS_DEVICE set to cpu or cuda: one declaration
-// serves both backends, which then live side by side in dpkernels::cpu and dpkernels::cuda.
+// The headers are compiled once per device with DPKERNELS_DEVICE set to cpu or cuda: one
+// declaration serves both backends, which then live side by side in dpkernels::cpu and
+// dpkernels::cuda.
 #pragma once
 
 #include <cstdint>

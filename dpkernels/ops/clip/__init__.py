@@ -42,7 +42,9 @@ def _check_weighted_sum_(
     require_clip_factor(clip_factor, grad_sample.shape[0])
     for name, tensor in (("grad_sample", grad_sample), ("clip_factor", clip_factor)):
         if tensor.device != out.device:
-            raise ValueError(f"{name} is on {tensor.device}, out on {out.device}: expected one device")
+            raise ValueError(
+                f"{name} is on {tensor.device}, out on {out.device}: expected one device"
+            )
 
 
 def _check_finish_grad_(

@@ -42,9 +42,7 @@ def finish_grad_(
     accumulate: bool,
 ) -> torch.Tensor:
     key_bytes = native.key_bytes(key)
-    return _finish(
-        out, grad_sample, clip_factor, noise_std, scale, key_bytes, block, accumulate
-    )
+    return _finish(out, grad_sample, clip_factor, noise_std, scale, key_bytes, block, accumulate)
 
 
 def _finish(

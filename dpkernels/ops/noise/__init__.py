@@ -21,7 +21,14 @@ from dpkernels.ops.checks import FLOAT_DTYPES, checked_by
 from dpkernels.ops.noise.source import NoiseSource, blocks_needed
 from dpkernels.ops.registry import contract
 
-__all__ = ["NoiseSource", "blocks_needed", "chacha20_blocks_", "check_noise", "gaussian_noise_"]
+__all__ = [
+    "NoiseSource",
+    "blocks_needed",
+    "chacha20_blocks_",
+    "check_noise",
+    "gaussian_noise_",
+    "standard_normals",
+]
 
 
 def check_noise(noise_std: float, key: torch.Tensor, block: int) -> None:
@@ -36,6 +43,11 @@ def check_noise(noise_std: float, key: torch.Tensor, block: int) -> None:
         raise ValueError(f"block={block}: expected a block counter in [0, 2**63)")
 
 
+def _require_words(words: torch.Tensor) -> None:
+    if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != 16:
+        raise ValueError(f"words: {words.dtype} {list(words.shape)}, expected int32 [blocks, 16]")
+
+
 def _check_gaussian_noise_(
     tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int
 ) -> None:
@@ -47,11 +59,16 @@ def _check_gaussian_noise_(
 def _check_chacha20_blocks_(
     words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0
 ) -> None:
-    if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != 16:
-        raise ValueError(f"words: {words.dtype} {list(words.shape)}, expected int32 [blocks, 16]")
+    _require_words(words)
     if not words.is_contiguous():
         raise ValueError(f"words: strides {words.stride()}, expected a contiguous tensor")
     check_noise(0.0, key, block)
+
+
+def _check_standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+    _require_words(words)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype={dtype}: expected float32 or float64")
 
 
 @contract(mutates=("tensor",))
@@ -95,3 +112,18 @@ def chacha20_blocks_(
         `words`.
     """
     return words
+
+
+@contract()
+@checked_by(_check_standard_normals)
+def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The transform alone: eight standard normals from the sixteen words of each block.
+
+    Args:
+        words: [blocks, 16] int32 (the bits of unsigned words).
+        dtype: float32 or float64, the precision of the transform.
+
+    Returns:
+        [blocks, 8] of `dtype`.
+    """
+    return words.new_empty((len(words), 8), dtype=dtype)

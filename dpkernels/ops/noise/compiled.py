@@ -39,3 +39,17 @@ def chacha20_blocks_(
         native.launch_on(words),
     )
     return native.write_back(words, words)
+
+
+def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    source = words.contiguous()
+    z = source.new_empty((len(source), 8), dtype=dtype)
+    if len(source) > 0:
+        native.extension(source).standard_normals(
+            z.data_ptr(),
+            native.dtype_code(dtype),
+            source.data_ptr(),
+            len(source),
+            native.launch_on(source),
+        )
+    return z

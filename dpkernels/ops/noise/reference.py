@@ -23,14 +23,19 @@ def chacha20_words(key: bytes, block: int, count: int, nonce: int = 0) -> np.nda
     x = state.copy()
     for _ in range(10):
         for a, b, c, d in _COLUMNS + _DIAGONALS:
-            for target, other, moved, bits in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
+            for target, other, moved, bits in (
+                (a, b, d, 16),
+                (c, d, b, 12),
+                (a, b, d, 8),
+                (c, d, b, 7),
+            ):
                 x[target] += x[other]
                 x[moved] ^= x[target]
                 x[moved] = (x[moved] << np.uint32(bits)) | (x[moved] >> np.uint32(32 - bits))
     return np.ascontiguousarray((x + state).T)
 
 
-def standard_normals(words: np.ndarray) -> np.ndarray:
+def normals_of(words: np.ndarray) -> np.ndarray:
     """Eight normals per block by Box-Muller: [count, 16] uint32 -> [count, 8] float64."""
     pairs = words.astype("<u4").view("<u8").reshape(len(words), 4, 2)
     r, a = pairs[..., 0], pairs[..., 1]
@@ -44,7 +49,7 @@ def standard_normals(words: np.ndarray) -> np.ndarray:
 def noise_like(tensor: torch.Tensor, key: torch.Tensor, block: int) -> torch.Tensor:
     """z for `tensor`: same shape and device, float64."""
     words = chacha20_words(key.numpy().tobytes(), block, blocks_needed(tensor.numel()))
-    z = torch.from_numpy(standard_normals(words).reshape(-1)[: tensor.numel()])
+    z = torch.from_numpy(normals_of(words).reshape(-1)[: tensor.numel()])
     return z.reshape(tensor.shape).to(tensor.device)
 
 
@@ -62,3 +67,8 @@ def chacha20_blocks_(
 ) -> torch.Tensor:
     stream = chacha20_words(key.numpy().tobytes(), block, len(words), nonce)
     return words.copy_(torch.from_numpy(stream.view(np.int32)))
+
+
+def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    z = normals_of(words.cpu().contiguous().numpy().view(np.uint32))
+    return torch.from_numpy(z).to(words.device, dtype)
