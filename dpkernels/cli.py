@@ -28,7 +28,7 @@ def root() -> None:
 
 @app.command()
 def info() -> None:
-    """Versions, device, native extensions, and which backend each op uses and why not the others."""
+    """Versions, device, native extensions, the backend of each op and why not the others."""
     from dpkernels.info import show
 
     show()

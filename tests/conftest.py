@@ -50,11 +50,10 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped where there is no CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are left out where there is no CUDA device."""
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="no CUDA device is available to PyTorch")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]

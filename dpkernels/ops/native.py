@@ -55,7 +55,7 @@ def extension(tensor: torch.Tensor) -> ModuleType:
     """The extension for the device of `tensor`.
 
     Raises:
-        RuntimeError: it is not available; :func:`why_not_cpu` and :func:`why_not_cuda` say so first.
+        RuntimeError: it is not available, as :func:`why_not_cpu` or :func:`why_not_cuda` says.
     """
     module = load(tensor.device.type)
     if isinstance(module, str):
