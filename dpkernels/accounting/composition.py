@@ -69,6 +69,21 @@ class TiltedSum:
         return self.log_mgf - rate * epsilon + (math.log(bound) if bound > 0 else -math.inf)
 
 
+@dataclass(frozen=True)
+class Window:
+    """A range of S under a tilt, and the Chernoff moves of the tilt that reach its ends."""
+
+    tilt: float
+    low: float
+    high: float
+    backward: float
+    forward: float
+
+    @property
+    def width(self) -> float:
+        return self.high - self.low
+
+
 class _TiltedStep:
     """One discrete step under a tilt, to be taken `count` times."""
 
@@ -110,11 +125,11 @@ class Composition:
         self.log_cut = log_cut
         self._cut = float(-ndtri_exp(log_cut - math.log(2 * self.steps)))
         nodes = [law.nodes(self._cut) for law in laws]
-        self._losses = np.stack([losses for losses, _ in nodes])
-        self._log_weights = np.stack([weights for _, weights in nodes])
+        self._nodes = nodes
+        self.rounding = _UNIT * (self.steps + 4 * math.log2(MAX_CELLS))
         self._counts = np.array([law.phase.steps for law in laws], dtype=np.float64)
-        self.max_loss = float(self._counts @ self._losses.max(axis=1))
-        self.min_loss = float(self._counts @ self._losses.min(axis=1))
+        self.max_loss = float(self._counts @ [losses[-1] for losses, _ in nodes])
+        self.min_loss = float(self._counts @ [losses[0] for losses, _ in nodes])
 
     def cumulants(self, tilts: Array | float) -> tuple[Array, Array, Array]:
         """log E exp(tilt * S) and its first two derivatives by quadrature: to choose, not to prove.
@@ -127,9 +142,7 @@ class Composition:
         """
         tilts = np.atleast_1d(np.asarray(tilts, dtype=np.float64))
         totals = np.zeros((3, tilts.size))
-        for losses, log_weights, count in zip(
-            self._losses, self._log_weights, self._counts, strict=True
-        ):
+        for (losses, log_weights), count in zip(self._nodes, self._counts, strict=True):
             exponents = log_weights + tilts[:, None] * losses
             peak = exponents.max(axis=1, keepdims=True)
             weights = np.exp(exponents - peak)
@@ -139,41 +152,52 @@ class Composition:
             totals += count * np.stack([np.log(norm) + peak[:, 0], mean, spread])
         return totals[0], totals[1], totals[2]
 
-    def _reach(self, tilt: float, exponent: float) -> tuple[float, float, float, float]:
-        """A window of S that the tilted law leaves with probability about exp(-exponent) a side.
+    def window(self, tilt: float, spacing: float, exponent: float) -> Window:
+        """The range of S that the tilted law leaves with probability about exp(-exponent) a side.
 
-        Returns:
-            (low, high, backward move, forward move): the Chernoff tilts that reach the ends.
+        The discrete law spreads further than the true one: by at most one cell a step, and in
+        cumulants by about steps * (move * spacing)^2 / 8.
+
+        Args:
+            tilt: exponent of the tilt, any real number.
+            spacing: grid step that will be used.
+            exponent: > 0.
         """
         base, mean, spread = (float(value[0]) for value in self.cumulants(tilt))
         scale = 1 / math.sqrt(max(spread, 1e-300))
         moves = scale * np.geomspace(0.02, 200.0, 32)
         log_mgf = self.cumulants(np.concatenate([tilt + moves, tilt - moves]))[0]
+        exponent = exponent + self.steps * (moves * spacing) ** 2 / 8
         forward = (log_mgf[:32] - base + exponent) / moves
         backward = (base - log_mgf[32:] - exponent) / moves
         up, down = int(np.argmin(forward)), int(np.argmax(backward))
-        low = max(float(backward[down]), self.min_loss)
-        high = min(float(forward[up]), self.max_loss)
-        return min(low, mean), max(high, mean), float(moves[down]), float(moves[up])
+        low = max(float(backward[down]), self.min_loss - self.steps * spacing)
+        high = min(float(forward[up]), self.max_loss + self.steps * spacing)
+        return Window(
+            tilt=tilt,
+            low=min(low, mean),
+            high=max(high, mean),
+            backward=float(moves[down]),
+            forward=float(moves[up]),
+        )
 
-    def compose(self, tilt: float, spacing: float, exponent: float) -> TiltedSum:
+    def compose(self, window: Window, spacing: float) -> TiltedSum:
         """Distribution of S on a grid.
 
         Args:
-            tilt: exponent of the tilt, any real number.
+            window: range and tilt, from `window`.
             spacing: grid step wished for; it grows where the grid would exceed MAX_CELLS.
-            exponent: the tilted law may leave the grid with probability about exp(-exponent).
         """
-        low, high, backward, forward = self._reach(tilt, exponent)
-        spacing = max(spacing, (high - low) / (MAX_CELLS // 2))
+        tilt = window.tilt
+        spacing = max(spacing, window.width / (MAX_CELLS // 2))
         steps = [
-            _TiltedStep(law.phase.steps, *self._discretise(law, spacing, tilt), tilt, spacing)
+            _TiltedStep(law.phase.steps, *self._discretise(law, spacing), tilt, spacing)
             for law in self.laws
         ]
         lowest = sum(step.lowest for step in steps)
         highest = sum(step.highest for step in steps)
-        start = max(math.floor(low / spacing) - 3, lowest)
-        stop = min(math.ceil(high / spacing) + 3, highest)
+        start = max(math.floor(window.low / spacing) - 3, lowest)
+        stop = min(math.ceil(window.high / spacing) + 3, highest)
         size = next_fast_len(max(stop - start, 1) + 1, real=True)
         spectrum: Array | complex = 1.0
         for step in steps:
@@ -183,25 +207,24 @@ class Composition:
         losses = (start + np.arange(size)) * spacing
         escaped = 0.0
         if stop < highest:
-            log_tail = sum(step.log_growth(forward) for step in steps) - forward * losses[-1]
+            log_tail = sum(step.log_growth(window.forward) for step in steps)
+            log_tail -= window.forward * losses[-1]
             escaped += math.exp(min(0.0, log_tail))
         if start > lowest:
-            log_tail = sum(step.log_growth(-backward) for step in steps) + backward * losses[0]
+            log_tail = sum(step.log_growth(-window.backward) for step in steps)
+            log_tail += window.backward * losses[0]
             escaped += math.exp(min(0.0, log_tail))
-        unit = _UNIT * (self.steps + 4 * math.log2(size))
         return TiltedSum(
             losses=losses,
             mass=np.roll(mass, (offset - start) % size),
             tilt=tilt,
             log_mgf=sum(step.count * step.log_mgf for step in steps),
             escaped=escaped,
-            noise=unit * math.sqrt(float(mass @ mass) / size),
+            noise=self.rounding * math.sqrt(float(mass @ mass) / size),
             steps=self.steps,
         )
 
-    def _discretise(
-        self, law: StepLaw, spacing: float, tilt: float
-    ) -> tuple[np.ndarray, Array]:
+    def _discretise(self, law: StepLaw, spacing: float) -> tuple[np.ndarray, Array]:
         """Grid indices and log masses (mixture) of one step, dominating the true step."""
         ends = np.array(law.support(self._cut))
         bottom, top = law.loss(ends)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,22 @@ def _interval_mass(low: Array, high: Array) -> Array:
     return np.maximum(ndtr(np.where(right, -low, high)) - ndtr(first), 0.0)
 
 
+@lru_cache(maxsize=4)
+def _legendre(count: int) -> tuple[Array, Array]:
+    return np.polynomial.legendre.leggauss(count)
+
+
 class StepLaw(ABC):
-    """One subsampled step seen by one adversary, as a pair of laws of a real coordinate."""
+    """One subsampled step seen by one adversary, as a pair of laws of a real coordinate.
+
+    Attributes:
+        phase: the phase the step belongs to.
+        rate: sample rate.
+        shift: 1 / noise multiplier, the distance between null and joined.
+        log_copies: log of how many points x the coordinate stands for.
+    """
+
+    log_copies = 0.0
 
     def __init__(self, phase: Phase) -> None:
         self.phase = phase
@@ -62,13 +77,18 @@ class StepLaw(ABC):
             inner = np.log(-np.expm1(np.minimum(self._log_absent - losses, 0.0)))
         return self.coordinate_of(losses - self._log_rate + inner)
 
-    def nodes(self, cut: float, count: int = 384) -> tuple[Array, Array]:
-        """Quadrature of the step under the mixture: losses and log weights, [2 * count]."""
-        z = np.linspace(-cut, cut, count)
-        log_weight = -0.5 * z * z - 0.5 * math.log(2 * math.pi) + math.log(z[1] - z[0])
-        losses = np.concatenate([self.loss(z), self.loss(z + self.shift)])
-        weights = np.concatenate([self._log_absent + log_weight, self._log_rate + log_weight])
-        return losses, weights
+    def nodes(self, cut: float) -> tuple[Array, Array]:
+        """Quadrature of the step under the mixture over `support`: losses and log weights."""
+        points, weights = _legendre(256)
+        low, high = self.support(cut)
+        panels = np.linspace(low, high, 2 + math.ceil(self.shift / (2 * cut)))
+        half = (panels[1] - panels[0]) / 2
+        x = (panels[:-1, None] + half * (1 + points)).ravel()
+        ratio = self.joined_log_ratio(x)
+        log_null = -0.5 * x * x - 0.5 * math.log(2 * math.pi) + self.log_copies
+        losses = np.logaddexp(self._log_absent, self._log_rate + ratio)
+        log_weights = log_null + losses + np.tile(np.log(half * weights), panels.size - 1)
+        return losses, log_weights
 
 
 class WorstCase(StepLaw):
@@ -91,6 +111,8 @@ class WorstCase(StepLaw):
 
 class Relaxed(StepLaw):
     """Null N(0, 1), joined N(+-1 / sigma, 1): the sign is unknown, so |x| is all that counts."""
+
+    log_copies = math.log(2)
 
     def joined_log_ratio(self, coordinate: Array) -> Array:
         size = self.shift * np.abs(coordinate)
