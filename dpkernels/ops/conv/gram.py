@@ -8,52 +8,40 @@ from __future__ import annotations
 
 import torch
 
+from dpkernels.ops.conv.geometry import Geometry
+
 SCRATCH_ELEMENTS = 1 << 21
+BOX_COST = 16
+"""Time of one element of a box sum, a pass over memory, in floating-point operations of a GEMM."""
 
 
-def is_cheaper(
-    input_shape: torch.Size,
-    grad_shape: torch.Size,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> bool:
+def is_cheaper(input_shape: torch.Size, grad_shape: torch.Size, geometry: Geometry) -> bool:
     """Whether the Gram form needs fewer floating-point operations than forming the gradient.
 
     Counts one sample: two Grams, the box sums (one pass per tap and axis over the widest array)
     and the product, against 2 * positions * weights.
     """
     positions, inputs = grad_shape[2:].numel(), input_shape[2:].numel()
-    padded = torch.Size(n + 2 * p for n, p in zip(input_shape[2:], padding)).numel()
-    boxes = groups * sum(weight_shape[2:]) * padded * max(positions, padded)
+    widest = geometry.groups * max(positions, inputs) ** 2
+    boxes = sum(geometry.kernel) * widest
     grams = 2 * (inputs**2 * input_shape[1] + positions**2 * grad_shape[1])
-    fits = groups * padded**2 <= SCRATCH_ELEMENTS
-    return fits and grams + 4 * boxes < 2 * positions * torch.Size(weight_shape).numel()
+    fits = widest <= SCRATCH_ELEMENTS
+    return fits and grams + BOX_COST * boxes < 2 * positions * geometry.weights
 
 
 def channel_gram_norm_sq(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
-    """Squared norms [B]; arguments as `conv_norm_sq`, operands float32 or float64.
+    """Squared norms [B]; operands float32 or float64.
 
     Works on a few samples at a time: scratch is a small multiple of SCRATCH_ELEMENTS, or of one
-    sample's padded Gram where that is larger.
+    sample's Gram where that is larger.
     """
-    padded = torch.Size(n + 2 * p for n, p in zip(input.shape[2:], padding)).numel()
-    chunk = max(1, SCRATCH_ELEMENTS // max(1, groups * padded**2))
+    widest = max(input.shape[2:].numel(), grad_output.shape[2:].numel())
+    chunk = max(1, SCRATCH_ELEMENTS // max(1, geometry.groups * widest**2))
     parts = [
-        (_box_gram(seen, weight_shape, grad.shape[2:], stride, padding, dilation, groups))
-        .mul_(_gram(grad, groups))
-        .sum((1, 2, 3))
-        for seen, grad in zip(input.split(chunk), grad_output.split(chunk))
+        _box_gram(seen, grad.shape[2:], geometry).mul_(_gram(grad, geometry.groups)).sum((1, 2, 3))
+        for seen, grad in zip(input.split(chunk), grad_output.split(chunk), strict=True)
     ]
     return torch.cat(parts).clamp_(min=0)
 
@@ -64,17 +52,9 @@ def _gram(tensor: torch.Tensor, groups: int) -> torch.Tensor:
     return rows.transpose(2, 3) @ rows
 
 
-def _box_gram(
-    input: torch.Tensor,
-    weight_shape: list[int],
-    spatial: torch.Size,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
+def _box_gram(input: torch.Tensor, spatial: torch.Size, geometry: Geometry) -> torch.Tensor:
     """sum_k <a_{t+k}, a_{s+k}> for all output positions: [B, groups, T, T]."""
-    axes = len(stride)
+    axes, groups = geometry.axes, geometry.groups
     sizes = input.shape[2:]
     gram = _gram(input, groups).view(input.shape[0], groups, *sizes, *sizes)
     for axis in range(axes):
@@ -82,9 +62,9 @@ def _box_gram(
         shape = list(gram.shape)
         shape[left] = shape[right] = spatial[axis]
         total = gram.new_zeros(shape)
-        for tap in range(weight_shape[2 + axis]):
-            offset = tap * dilation[axis] - padding[axis]
-            out, seen = _overlap(offset, stride[axis], sizes[axis], spatial[axis])
+        for tap in range(geometry.kernel[axis]):
+            offset = tap * geometry.dilation[axis] - geometry.padding[axis]
+            out, seen = _overlap(offset, geometry.stride[axis], sizes[axis], spatial[axis])
             window = gram[_at(left, seen)][_at(right, seen)]
             total[_at(left, out)][_at(right, out)] += window
         gram = total

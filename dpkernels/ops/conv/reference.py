@@ -30,10 +30,10 @@ def conv_grad_sample(
     padded = F.pad(input.to(dtype), [n for axis in reversed(padding) for n in (axis, axis)])
     grads = grad_output.to(dtype).reshape(batch, groups, channels_out // groups, -1)
     for tap in itertools.product(*(range(size) for size in kernel)):
-        starts = [index * step for index, step in zip(tap, dilation)]
+        starts = [index * step for index, step in zip(tap, dilation, strict=True)]
         window = tuple(
             slice(start, start + (size - 1) * step + 1, step)
-            for start, size, step in zip(starts, spatial, stride)
+            for start, size, step in zip(starts, spatial, stride, strict=True)
         )
         seen = padded[(slice(None), slice(None), *window)].reshape(batch, groups, channels_in, -1)
         tap_grad = torch.einsum("bgot,bgit->bgoi", grads, seen)

@@ -10,7 +10,9 @@ from dpkernels.ops.checks import kept_samples, result_dtype
 def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     dtype = result_dtype(activations, grad_output)
-    rows = (grad.to(dtype).T @ act.to(dtype) for act, grad in zip(activations, grad_output))
+    rows = (
+        grad.to(dtype).T @ act.to(dtype) for act, grad in zip(activations, grad_output, strict=True)
+    )
     empty = (0, grad_output.shape[2], activations.shape[2])
     return (
         torch.stack(list(rows)) if len(activations) else grad_output.new_empty(empty, dtype=dtype)

@@ -1,0 +1,70 @@
+"""Per-sample convolution gradients by our own kernel, csrc/cpu/conv_grad_sample.cpp.
+
+It packs a block of all channels once and keeps tiles of dot products over positions in registers:
+no layout conversion, no unfold, any stride, padding, dilation, groups and memory format.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dpkernels.ops import native
+from dpkernels.ops.conv.geometry import Geometry
+
+CHANNEL_BLOCK = 16
+"""The library works on blocks of 16 channels: what is not a multiple is slow there, or padded."""
+
+FEW_POSITIONS = 64
+SOME_POSITIONS = 216
+MANY_POSITIONS = {1: 512, 2: 1024, 3: 32768}
+
+
+def is_faster(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry) -> bool:
+    """Whether the kernel beats the library's per-sample calls here.
+
+    The rule is read off `bench/ops_bench.py` (one thread, AVX-512): a tile pays for its horizontal
+    sums with positions; below the library's channel block it is up to ten times as fast, at
+    multiples of the block only where the library's layout conversion weighs (full-resolution
+    layers), and never with a stride.
+    """
+    if input.dtype != torch.float32 or native.why_not_cpu() is not None:
+        return False
+    if native.extension(input).instruction_set == "baseline":
+        return False
+    positions = grad_output.shape[2:].numel()
+    if min(geometry.channels) < CHANNEL_BLOCK:
+        return positions >= FEW_POSITIONS
+    if any(channels % CHANNEL_BLOCK for channels in geometry.channels):
+        return positions >= SOME_POSITIONS
+    return positions >= MANY_POSITIONS[geometry.axes] and set(geometry.stride) == {1}
+
+
+def grad_sample(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Per-sample gradients [B, *weight_shape]; float32 operands of any strides."""
+    result = input.new_empty((input.shape[0], *geometry.weight_shape))
+    native.extension(input).conv_grad_sample(
+        input.data_ptr(),
+        _strides(input),
+        grad_output.data_ptr(),
+        _strides(grad_output),
+        result.data_ptr(),
+        (input.shape[0], input.shape[1], grad_output.shape[1], geometry.groups),
+        _three(input.shape[2:], 1),
+        _three(grad_output.shape[2:], 1),
+        _three(geometry.kernel, 1),
+        _three(geometry.stride, 1),
+        _three(geometry.padding, 0),
+        _three(geometry.dilation, 1),
+        native.launch_on(input),
+    )
+    return result
+
+
+def _three(values: tuple[int, ...], missing: int) -> tuple[int, ...]:
+    """One entry for each of the three axes that the kernel knows."""
+    return (*[missing] * (3 - len(values)), *values)
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    sample, channel, *spatial = tensor.stride()
+    return (sample, channel, *_three(tuple(spatial), 0))
