@@ -36,6 +36,9 @@ class Sink(Protocol):
     def begin(self, samples: int) -> None:
         """A backward pass over `samples` samples is under way."""
 
+    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
+        """A layer's activations or backprops, sample axis first, as they pass by."""
+
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         """One parameter's contribution from one call of one layer."""
 
@@ -61,6 +64,7 @@ class ModelCapture:
         self.trained: frozenset[int] | None = None
         self.samples: int | None = None
         self.empty = False
+        self.probe: Callable[..., None] | None = None
         self._depth = 0
         self._guards: dict[int, Any] = {}
         #: a leaf that requires gradients, so that a first layer's node is reached at all
@@ -77,7 +81,7 @@ class ModelCapture:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.update(sink=None, trained=None, samples=None, _guards={}, _depth=0)
+        state.update(sink=None, trained=None, samples=None, probe=None, _guards={}, _depth=0)
         return state
 
     @property
@@ -161,6 +165,7 @@ class LayerCall:
         if owner.capture.axis:
             backprops = backprops.transpose(0, 1)
             saved = tuple(t.transpose(0, 1) for t in saved)
+        sink.saw(owner.name, "backprops", backprops, self.samples)
         found = owner.rule.operands(owner.module, saved, backprops, self.samples, self.wanted)
         for name, operand in found:
             sink.add(owner.module._parameters[name], operand, self.samples, owner.name)
@@ -246,6 +251,7 @@ class LayerForward(CapturedForward):
             args = (x, *args[1:])
         else:
             kwargs = {**kwargs, key: x}
+        capture.sink.saw(self.name, "activations", x.movedim(capture.axis, 0), samples)
         own = self.module._parameters
         with swapped((self.module, n, own[n].detach()) for n in wanted):
             output = self.original(*args, **kwargs)
@@ -295,6 +301,9 @@ class RootForward(CapturedForward):
             )
         capture.samples = rows // capture.views
         try:
+            if capture.probe is not None and capture.samples > 1:
+                probe, capture.probe = capture.probe, None
+                probe(capture, self._trial, (args, kwargs), rows)
             output = self.original(*args, **kwargs)
         finally:
             samples, capture.samples = capture.samples, None
@@ -302,8 +311,14 @@ class RootForward(CapturedForward):
             output = tree_map(lambda t: self._no_rows(t, rows), output)
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(_Begin(capture.sink, samples))
+                leaf.register_hook(_Begin(capture.sink, samples, capture.axis))
         return output
+
+    def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
+        """The tensors that a forward pass over `batch` returns."""
+        args, kwargs = batch
+        leaves = tree_leaves(self.original(*args, **kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = self.capture.axis
@@ -333,12 +348,16 @@ class RootForward(CapturedForward):
 class _Begin:
     """Tensor hook on the model's outputs: tells the sink that a backward pass has reached it."""
 
-    def __init__(self, sink: Sink, samples: int):
+    def __init__(self, sink: Sink, samples: int, axis: int):
         self.sink = sink
         self.samples = samples
+        self.axis = axis
 
     def __call__(self, grad: torch.Tensor) -> None:
         self.sink.begin(self.samples)
+        rows = grad.movedim(self.axis, 0) if grad.ndim > self.axis else grad
+        if rows.ndim and len(rows) and len(rows) % self.samples == 0:
+            self.sink.saw("", "criterion", rows, self.samples)
 
 
 def _plain(leaf: Any) -> Any:

@@ -82,6 +82,9 @@ class PendingGradients:
                 "so their rows cannot be paired; call backward() and optimizer.step() for each"
             )
 
+    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
+        """Nothing to do: only a trial run looks at what passes by."""
+
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         """One parameter's contribution from one call of one layer."""
         gradient = self.gradients.get(parameter)

@@ -12,6 +12,7 @@ from dpkernels.engine.capture import CapturedForward, LayerForward, ModelCapture
 from dpkernels.engine.gradients import PendingGradients
 from dpkernels.engine.optimizer import FusedDPOptimizer
 from dpkernels.engine.planner import Planner
+from dpkernels.engine.probe import refuse_mixing
 from dpkernels.engine.unit import UnitForward
 from dpkernels.layers import find_rule, refusal
 
@@ -73,6 +74,7 @@ class _FusedCapture:
         capture = self.capture
         capture.trained = frozenset(id(p) for p in optimizer.params)
         capture.sink = PendingGradients(self.planner, capture, optimizer.privatize)
+        capture.probe = refuse_mixing
         capture.guard_all()
 
     def forbid_grad_accumulation(self) -> None:

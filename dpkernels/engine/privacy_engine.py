@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -23,6 +24,7 @@ from dpkernels.engine.loader import poisson_loader, sample_rate_of
 from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule, incompatibilities
 from dpkernels.engine.optimizer import FusedDPOptimizer
 from dpkernels.engine.planner import Plan
+from dpkernels.engine.probe import check_criterion
 
 register()
 
@@ -242,6 +244,31 @@ class PrivacyEngine(OpacusPrivacyEngine):
         if self._module is None:
             raise ValueError("explain(): call make_private(grad_sample_mode='fused') first")
         return Plan.of(self._module.planner)
+
+    def check_per_sample(
+        self, model: nn.Module, criterion: Callable[..., torch.Tensor], batch: Sequence[Any]
+    ) -> None:
+        """Check on one batch that neither the model nor the criterion mixes samples.
+
+        One sample is replaced by another; no activation and no gradient of the others may move.
+
+        Args:
+            model: the private model, or one that is still ordinary.
+            criterion: called as ``criterion(model(*inputs), target)``.
+            batch: ``(*inputs, target)`` with at least two samples that differ.
+
+        Raises:
+            ValueError: samples mix; the message names the layer or the criterion.
+        """
+        if isinstance(model, (FusedGradSampleModule, FusedGradSampleHooks)):
+            check_criterion(model, model.capture, criterion, batch)
+            return
+        self.validate(module=model)
+        hooks = FusedGradSampleHooks(model)
+        try:
+            check_criterion(model, hooks.capture, criterion, batch)
+        finally:
+            hooks.cleanup()
 
     def _prepare_data_loader(
         self, data_loader: DataLoader, *, poisson_sampling: bool, distributed: bool, **kwargs: Any

@@ -8,12 +8,13 @@ definition itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, swapped
 from dpkernels.layers.operands import StoredOperand
@@ -47,6 +48,7 @@ class UnitForward(CapturedForward):
     def __init__(self, module: nn.Module, name: str, capture: ModelCapture):
         super().__init__(module, name, capture)
         self.loop_reason: str | None = None
+        self._unverified = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
@@ -60,6 +62,9 @@ class UnitForward(CapturedForward):
             isinstance(t, torch.Tensor) and t.ndim > capture.axis and t.shape[capture.axis] == rows
             for t in leaves
         ]
+        for tensor in (t for t, b in zip(leaves, batched) if b):
+            rows_first = tensor.movedim(capture.axis, 0)
+            capture.sink.saw(self.name, "activations", rows_first, samples)
         grouped = [self._group(t, samples) if b else t for t, b in zip(leaves, batched)]
         parameters = {id(p): self._per_sample(p, samples) for _, _, p in slots}
 
@@ -79,9 +84,35 @@ class UnitForward(CapturedForward):
         others: list[tuple[Any] | None] = []
         output_spec: Any = None
         inputs = [t for t, b in zip(grouped, batched) if b]
+        if self._unverified:
+            self._verify(one_sample, inputs, samples, args, kwargs)
         outputs = iter(self._run(one_sample, parameters, inputs, samples))
         merged = [self._ungroup(next(outputs)) if o is None else o[0] for o in others]
         return tree_unflatten(merged, output_spec)
+
+    def _verify(
+        self,
+        one_sample: Callable[..., list[torch.Tensor]],
+        inputs: list[torch.Tensor],
+        samples: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Refuse a unit whose result for the batch is not its results sample by sample."""
+        self._unverified = False
+        slots = self._slots()
+        with torch.no_grad(), _deterministic(self.module), self.capture.paused():
+            whole = tree_leaves(self.original(*args, **kwargs))
+            plain = {id(p): p.expand(samples, *p.shape) for _, _, p in slots}
+            apart = [self._ungroup(t) for t in self._run(one_sample, plain, inputs, samples)]
+        whole = [t for t in whole if isinstance(t, torch.Tensor)]
+        if all(a.shape == b.shape and _close(a, b) for a, b in zip(whole, apart, strict=True)):
+            return
+        raise NotPerSample(
+            f"module {self.name!r} ({type(self.module).__name__}): its output for the batch is not "
+            "what it returns sample by sample, so it couples samples or has them on another axis. "
+            "Give it inputs with the sample axis first (batch_first=True), or freeze it"
+        )
 
     def _per_sample(self, parameter: nn.Parameter, samples: int) -> torch.Tensor:
         """[samples, *shape]: the parameter expanded; its gradient goes to the sink."""
@@ -143,3 +174,22 @@ class UnitForward(CapturedForward):
             for b in range(samples)
         ]
         return [torch.stack(column) for column in zip(*rows)]
+
+
+@contextlib.contextmanager
+def _deterministic(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: no dropout, no statistics."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    tolerance = 1e-9 if a.dtype == torch.float64 else 1e-3 if a.dtype == torch.float32 else 3e-2
+    scale = float(a.double().abs().max()) if a.numel() else 0.0
+    return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * scale)

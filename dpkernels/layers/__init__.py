@@ -6,7 +6,12 @@ from torch import nn
 
 from dpkernels.layers.conv import ConvRule, ConvTransposeRule
 from dpkernels.layers.dense import EmbeddingRule, LinearRule
-from dpkernels.layers.norm import GroupNormRule, LayerNormRule, PReLURule, batch_norm_refusal
+from dpkernels.layers.norm import GroupNormRule, LayerNormRule, PReLURule
+from dpkernels.layers.refusals import (
+    batch_norm_refusal,
+    reparametrization_refusal,
+    running_statistics_refusal,
+)
 from dpkernels.layers.rule import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -27,10 +32,10 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 def refusal(module: nn.Module) -> str | None:
     """Why this module cannot be trained with per-sample clipping, with the remedy; None if it can."""
-    reason = batch_norm_refusal(module)
-    if reason is None and isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        reason = GroupNormRule().refusal(module)
-    if reason is None:
-        rule = find_rule(module)
-        reason = rule.refusal(module) if rule is not None else None
-    return reason
+    rule = find_rule(module)
+    return (
+        batch_norm_refusal(module)
+        or running_statistics_refusal(module)
+        or reparametrization_refusal(module)
+        or (rule.refusal(module) if rule is not None else None)
+    )

@@ -1,4 +1,4 @@
-"""Normalisations that keep samples apart, and what refuses those that do not."""
+"""Normalisations that keep samples apart, and learned activations."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def _statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor
     return mean, (variance + eps).rsqrt()
 
 
+_INSTANCE_AXES = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
+
+
 class GroupNormRule(Rule):
     """``nn.GroupNorm`` and ``nn.InstanceNorm1d/2d/3d`` with affine parameters, [rows, C, *]."""
 
@@ -28,14 +31,6 @@ class GroupNormRule(Rule):
     def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
         axes = (a for kind, a in _INSTANCE_AXES.items() if isinstance(module, kind))
         return input.ndim == next(axes, input.ndim) and input.ndim >= 2
-
-    def refusal(self, module: nn.Module) -> str | None:
-        if getattr(module, "track_running_stats", False):
-            return (
-                "track_running_stats=True keeps statistics of private data outside the mechanism; "
-                "use track_running_stats=False"
-            )
-        return None
 
     def operands(
         self,
@@ -120,21 +115,3 @@ class PReLURule(Rule):
         x = x.reshape(len(x), channels, -1).clamp(max=0)
         slope = ops.affine_grad_sample(x.to(backprops.dtype), backprops.reshape(x.shape))
         yield "weight", StoredOperand(sum_rows(slope, samples))
-
-
-_INSTANCE_AXES = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-
-
-def batch_norm_refusal(module: nn.Module) -> str | None:
-    """Why a batch normalisation cannot be trained; None if it is frozen (eval mode) or none."""
-    if isinstance(module, _BATCH_NORMS) and not isinstance(
-        module, nn.modules.instancenorm._InstanceNorm
-    ):
-        if module.training or any(p.requires_grad for p in module.parameters()):
-            return (
-                "normalises over the batch, so samples mix and no per-sample gradient exists; "
-                "use nn.GroupNorm with a stated number of groups, "
-                "PrivacyEngine.get_compatible_module(model), or freeze it in eval mode"
-            )
-    return None

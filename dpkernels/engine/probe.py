@@ -1,0 +1,216 @@
+"""Do samples mix? One sample of a batch is replaced, and nothing that belongs to the others may move.
+
+Run once before training starts, this finds what no list of layer types can: a transposed batch axis,
+positions embedded once for the whole batch, statistics over the batch, a loss that normalises by
+the whole batch. Both runs draw the same random numbers, so dropout does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dpkernels.engine.capture import ModelCapture, NotPerSample
+from dpkernels.layers.fold import merge_rows
+from dpkernels.layers.operands import Operand
+
+#: relative change of another sample's values that counts as rounding, by significand
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_COARSE_TOLERANCE = 3e-2
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Fingerprints of one tensor, [samples, 2]: sums and sums of squares per sample."""
+
+    layer: str
+    kind: str
+    fingerprint: torch.Tensor
+    tolerance: float
+
+
+class _Observer:
+    """A sink that only looks: it keeps fingerprints and no gradients."""
+
+    def __init__(self) -> None:
+        self.samples: int | None = None
+        self.seen: list[_Seen] = []
+
+    def reset(self) -> None:
+        self.samples = None
+
+    def begin(self, samples: int) -> None:
+        self.samples = samples
+
+    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
+        """Gradients are of no interest here."""
+
+    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
+        flat = merge_rows(rows.detach().reshape(len(rows), -1), samples)
+        values = flat.reshape(samples, -1).double()
+        fingerprint = torch.stack([values.sum(1), values.square().sum(1)], 1)
+        tolerance = _TOLERANCE.get(rows.dtype, _COARSE_TOLERANCE)
+        if not rows.dtype.is_floating_point:
+            tolerance = _TOLERANCE[torch.float64]
+        self.seen.append(_Seen(layer, kind, fingerprint, tolerance))
+
+
+def find_mixing(
+    capture: ModelCapture,
+    run: Callable[[Any], list[torch.Tensor]],
+    batch: Any,
+    rows: int,
+    source: int = -1,
+) -> str | None:
+    """Where another sample's values move when sample 0 is replaced; None if nowhere.
+
+    Args:
+        capture: the model's capture.
+        run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
+        batch: nested arguments; every tensor with `rows` rows on the sample axis is batched.
+        rows: rows of the batch.
+        source: the sample that takes the place of sample 0.
+
+    Returns:
+        A sentence that names the layer, or None. None too if the batch cannot tell (one sample,
+        or all alike).
+    """
+    views = capture.views
+    samples = rows // views
+    if samples < 2:
+        return None
+    start = (source % samples) * views
+    twin = tree_map(lambda t: _replace_first(t, rows, views, capture.axis, start), batch)
+    if all(_equal(a, b) for a, b in zip(tree_leaves(batch), tree_leaves(twin))):
+        return None
+    devices = sorted({p.device.index or 0 for p in capture.root.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices), _kept_buffers(capture.root):
+        seed = int(torch.randint(2**31, ()))
+        first = _observe(capture, run, batch, seed)
+        second = _observe(capture, run, twin, seed)
+    return _compare(first, second)
+
+
+def _observe(
+    capture: ModelCapture, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
+) -> list[_Seen]:
+    sink, observer = capture.sink, _Observer()
+    capture.sink = observer
+    try:
+        torch.manual_seed(seed)
+        outputs = [t for t in run(batch) if t.requires_grad]
+        torch.manual_seed(seed + 1)
+        total = [_curved(t) if t.ndim > capture.axis else t.sum() for t in outputs]
+        if total:
+            torch.stack([t.double() for t in total]).sum().backward()
+    finally:
+        capture.sink = sink
+    return observer.seen
+
+
+def _curved(output: torch.Tensor) -> torch.Tensor:
+    """A stand-in loss that is a sum over samples and whose gradient depends on the output."""
+    values = output.float() if output.dtype.itemsize < 4 else output
+    return (values * torch.rand_like(values) + values.square() / 2).sum()
+
+
+def _compare(first: list[_Seen], second: list[_Seen]) -> str | None:
+    if [(s.layer, s.kind) for s in first] != [(s.layer, s.kind) for s in second]:
+        return "the model takes another path through its layers when one sample is replaced"
+    for a, b in zip(first, second):
+        others = (a.fingerprint - b.fingerprint)[1:].abs()
+        scale = a.fingerprint.abs().amax(0) + torch.finfo(torch.float32).tiny
+        moved = (others > a.tolerance * scale).any(1).nonzero()
+        if len(moved):
+            return _sentence(a, int(moved[0]) + 1)
+    return None
+
+
+def _sentence(seen: _Seen, sample: int) -> str:
+    if seen.kind == "criterion":
+        return (
+            f"the gradient of the criterion for sample {sample} moves when sample 0 is replaced: the "
+            "criterion couples samples (batch-wide Dice, weighted or ignore_index mean, a "
+            "contrastive loss). Use a loss that is a mean of per-sample losses"
+        )
+    return (
+        f"layer {seen.layer!r}: the {seen.kind} of sample {sample} move when sample 0 is replaced, so "
+        "rows of its first axis are not the samples, or a layer beside it couples samples. Give the "
+        "layer inputs with the sample axis first (batch_first=True in attention and recurrent "
+        "layers, positions as [batch, length]), and use GroupNorm for batch statistics"
+    )
+
+
+def _replace_first(leaf: Any, rows: int, views: int, axis: int, start: int) -> Any:
+    """The tensor with the rows of sample 0 replaced by the rows from `start`."""
+    if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != rows:
+        return leaf
+    twin = leaf.detach().clone()
+    twin.narrow(axis, 0, views).copy_(leaf.detach().narrow(axis, start, views))
+    return twin.requires_grad_(leaf.requires_grad)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return not isinstance(a, torch.Tensor) or torch.equal(a, b)
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Give buffers their values back afterwards: a trial run leaves no trace."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def check_criterion(
+    model: nn.Module,
+    capture: ModelCapture,
+    criterion: Callable[..., torch.Tensor],
+    batch: Sequence[Any],
+) -> None:
+    """Raise :class:`NotPerSample` where model or criterion let samples influence each other.
+
+    Args:
+        model: the captured model, in training mode.
+        capture: its capture.
+        criterion: called as ``criterion(model(*inputs), target)``.
+        batch: inputs, then the target; at least two samples.
+    """
+    rows = batch[0].shape[capture.axis]
+    if rows // capture.views < 2:
+        raise ValueError(f"batch: it holds {rows} rows, expected at least two samples")
+
+    def run(batch: Sequence[Any]) -> list[torch.Tensor]:
+        *inputs, target = batch
+        return [criterion(model(*inputs), target)]
+
+    probe, capture.probe = capture.probe, None
+    samples = rows // capture.views
+    try:
+        for source in sorted({1, samples // 2, samples - 1}):
+            refuse_mixing(capture, run, list(batch), rows, source)
+    finally:
+        capture.probe = probe
+
+
+def refuse_mixing(
+    capture: ModelCapture,
+    run: Callable[[Any], list[torch.Tensor]],
+    batch: Any,
+    rows: int,
+    source: int = -1,
+) -> None:
+    """Raise :class:`NotPerSample` where :func:`find_mixing` finds mixing."""
+    fault = find_mixing(capture, run, batch, rows, source)
+    if fault is not None:
+        raise NotPerSample(fault)
