@@ -1,0 +1,175 @@
+"""The rules of the house, read off the syntax trees: who imports whom, and what csrc may contain."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dpkernels"
+
+MAY_IMPORT = {
+    "ops": set(),
+    "accounting": set(),
+    "layers": {"ops"},
+    "reconstruction": {"accounting"},
+    "engine": {"ops", "layers", "accounting"},
+    "segmentation": {"engine", "accounting", "reconstruction"},
+}
+ONLY_IN = {
+    "monai": {"segmentation"},
+    "nibabel": {"segmentation"},
+    "triton": {"ops"},
+}
+ROOM_OF_NAME = {"PrivacyEngine": "engine"}
+LONG_FILE = 400
+
+
+def imports_of(tree: ast.AST, top_level_only: bool = False) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of everything that a module imports."""
+    nodes = ast.iter_child_nodes(tree) if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "." * node.level + (node.module or "")
+            else:
+                yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def room_violations(room: str, source: str) -> list[str]:
+    """What is wrong with the imports of a module of `room`."""
+    found = []
+    for line, name in imports_of(ast.parse(source)):
+        if name.startswith("."):
+            found.append(f"line {line}: relative import {name}")
+            continue
+        parts = name.split(".")
+        if parts[0] == "dpkernels":
+            target = parts[1] if len(parts) > 1 else "the whole package"
+            target = ROOM_OF_NAME.get(target, target)
+            if target not in {room, "__version__"} | MAY_IMPORT[room]:
+                found.append(f"line {line}: {room} may not import {target}")
+        elif parts[0] in ("tests", "bench"):
+            found.append(f"line {line}: nothing imports {parts[0]}")
+        elif room not in ONLY_IN.get(parts[0], {room}):
+            found.append(f"line {line}: {parts[0]} belongs to {', '.join(ONLY_IN[parts[0]])}")
+    return found
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_import_rule(room: str) -> None:
+    found = {
+        str(path.relative_to(ROOT)): violations
+        for path in sorted((PACKAGE / room).rglob("*.py"))
+        if (violations := room_violations(room, path.read_text()))
+    }
+    assert not found
+
+
+def test_every_package_is_a_known_room() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert rooms <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("ops", "from dpkernels.engine import module"),
+        ("ops", "from dpkernels import PrivacyEngine"),
+        ("ops", "import dpkernels"),
+        ("layers", "def f():\n    import dpkernels.segmentation.loss"),
+        ("engine", "from dpkernels import segmentation"),
+        ("engine", "from . import module"),
+        ("engine", "import monai.losses"),
+        ("accounting", "from dpkernels.reconstruction.bounds import rero_bound"),
+        ("segmentation", "from tests.engine import truth"),
+    ],
+)
+def test_the_rule_notices(room: str, source: str) -> None:
+    assert room_violations(room, source)
+
+
+def test_importing_the_package_loads_no_torch_and_no_native_code() -> None:
+    script = (
+        "import sys, dpkernels; dpkernels.__version__; "
+        "print([m for m in ('torch', 'triton', 'opacus', 'dpkernels.ops') if m in sys.modules])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert output.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import dpkernels.accounting",
+        "import dpkernels.ops",
+    ],
+)
+def test_what_must_not_be_needed(statement: str) -> None:
+    """Accounting works without torch; the ops work without triton."""
+    absent = ["torch", "opacus"] if "accounting" in statement else ["triton"]
+    script = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); {statement}"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+# csrc
+
+SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md")
+HEADERS = sorted((ROOT / "csrc" / "include").rglob("*.h"))
+FORBIDDEN = re.compile(r'#include\s*[<"](torch|ATen|c10)/')
+PYBIND = re.compile(r"pybind11|Python\.h")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_torch_in_csrc_and_pybind_only_in_bindings(path: Path) -> None:
+    text = path.read_text()
+    assert not FORBIDDEN.search(text)
+    if path.parent.name != "bindings":
+        assert not PYBIND.search(text)
+
+
+def pointers_without_shape(header: str) -> list[str]:
+    """Pointer parameters on whose line no comment gives a shape in brackets."""
+    code = [line for line in header.splitlines() if not line.strip().startswith("//")]
+    pointer = re.compile(r"\b(?:void|float|double|std::\w+|int|\w+_t)\s*\*\s*\w+\s*[,)]")
+    return [line for line in code if pointer.search(line) and not re.search(r"//.*\[", line)]
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)
+def test_every_pointer_states_its_shape(path: Path) -> None:
+    assert not pointers_without_shape(path.read_text())
+
+
+def test_the_shape_rule_notices() -> None:
+    assert pointers_without_shape("void f(const float* x,\n       int n);")
+    assert not pointers_without_shape("void f(const float* x,  // [n]\n       int n);")
+
+
+def test_bindings_know_every_family() -> None:
+    """Each header has its register function, and the CPU module calls it."""
+    module = (ROOT / "csrc" / "bindings" / "cpu_module.cpp").read_text()
+    for header in HEADERS:
+        if header.stem != "types":
+            assert f"register_{header.stem}(m)" in module, header.name
+
+
+def test_long_files_are_pointed_out() -> None:
+    """Advice, not a rule: a file of more than 400 lines is a warning."""
+    files = [path for room in ("dpkernels", "csrc") for path in (ROOT / room).rglob("*.*")]
+    text = [path for path in files if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}]
+    assert text
+    for path in text:
+        lines = len(path.read_text().splitlines())
+        if lines > LONG_FILE:
+            warnings.warn(f"{path.relative_to(ROOT)} has {lines} lines", stacklevel=1)
