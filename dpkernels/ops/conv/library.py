@@ -18,8 +18,10 @@ def pointwise_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """For kernels of one tap without padding: G_b X_b^T per group."""
-    steps = zip(grad_output.shape[2:], geometry.stride, strict=True)
-    seen = input[(..., *(slice(0, size * step, step) for size, step in steps))]
+    seen = input
+    for axis, (size, step) in enumerate(zip(grad_output.shape[2:], geometry.stride, strict=True)):
+        seen = seen.narrow(2 + axis, 0, (size - 1) * step + 1)
+        seen = seen[(slice(None),) * (2 + axis) + (slice(None, None, step),)]
     channels_in, channels_out = geometry.channels
     rows = input.shape[0] * geometry.groups
     grads = grad_output.reshape(rows, channels_out, -1)

@@ -29,15 +29,15 @@ def conv_grad_sample(
         return result
     padded = F.pad(input.to(dtype), [n for axis in reversed(padding) for n in (axis, axis)])
     grads = grad_output.to(dtype).reshape(batch, groups, channels_out // groups, -1)
-    for tap in itertools.product(*(range(size) for size in kernel)):
-        starts = [index * step for index, step in zip(tap, dilation, strict=True)]
-        window = tuple(
-            slice(start, start + (size - 1) * step + 1, step)
-            for start, size, step in zip(starts, spatial, stride, strict=True)
-        )
-        seen = padded[(slice(None), slice(None), *window)].reshape(batch, groups, channels_in, -1)
+    for index, tap in enumerate(itertools.product(*(range(size) for size in kernel))):
+        starts = [at * step for at, step in zip(tap, dilation, strict=True)]
+        seen = padded
+        for axis, (start, size, step) in enumerate(zip(starts, spatial, stride, strict=True)):
+            last = start + (size - 1) * step
+            seen = seen.index_select(2 + axis, torch.arange(start, last + 1, step).to(seen.device))
+        seen = seen.reshape(batch, groups, channels_in, -1)
         tap_grad = torch.einsum("bgot,bgit->bgoi", grads, seen)
-        result[(..., *tap)] = tap_grad.reshape(batch, channels_out, channels_in)
+        result.flatten(3)[..., index] = tap_grad.reshape(batch, channels_out, channels_in)
     return result
 
 
