@@ -188,7 +188,7 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, backprops: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if backprops is not None:
             ctx.call.backward(backprops.detach(), ctx.saved_tensors)
-        return (backprops, None, None, *(None for _ in ctx.saved_tensors))
+        return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
 
 
 @contextlib.contextmanager
@@ -269,9 +269,9 @@ class LayerForward(CapturedForward):
                 f"{tuple(x.shape)} has no sample axis; give it a batched input, or freeze the layer"
             )
         rows = x.shape[capture.axis]
-        if rows == 1 and (capture.samples or 1) > 1 and x.ndim > 1:
+        if rows == 1 and (capture.samples or 1) * capture.views > 1 and x.ndim > 1:
             shape = list(x.shape)
-            shape[capture.axis] = rows = capture.samples
+            shape[capture.axis] = rows = capture.samples * capture.views
             x = x.expand(shape)
         return x, capture.samples_for(rows, self.name)
 

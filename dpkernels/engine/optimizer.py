@@ -34,6 +34,25 @@ class StepReport:
     clip_factor: torch.Tensor
 
 
+@dataclass(frozen=True)
+class StepCounter:
+    """Step hook that reports every step to the accountant; it pickles, unlike a closure.
+
+    Attributes:
+        accountant: an Opacus ``IAccountant``.
+        sample_rate: probability q with which a record enters one backward pass.
+    """
+
+    accountant: Any
+    sample_rate: float
+
+    def __call__(self, optimizer: DPOptimizer) -> None:
+        self.accountant.step(
+            noise_multiplier=optimizer.noise_multiplier,
+            sample_rate=self.sample_rate * optimizer.accumulated_iterations,
+        )
+
+
 class FusedDPOptimizer(DPOptimizer):
     """An Opacus ``DPOptimizer`` that clips, sums and adds noise at the end of ``backward()``.
 

@@ -22,7 +22,7 @@ from dpkernels.accounting import get_noise_multiplier
 from dpkernels.accounting.opacus_adapter import register
 from dpkernels.engine.loader import poisson_loader, sample_rate_of
 from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule, incompatibilities
-from dpkernels.engine.optimizer import FusedDPOptimizer
+from dpkernels.engine.optimizer import FusedDPOptimizer, StepCounter
 from dpkernels.engine.planner import Plan
 from dpkernels.engine.probe import check_criterion
 
@@ -186,9 +186,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             materialize_grad_samples=materialize_grad_samples,
             **kwargs,
         )
-        private_optimizer.attach_step_hook(
-            self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate)
-        )
+        private_optimizer.attach_step_hook(StepCounter(self.accountant, sample_rate))
         private_module.connect(private_optimizer)
         self._module = private_module
         return private_module, private_optimizer, private_loader

@@ -1,0 +1,423 @@
+"""The engine in ordinary Opacus loops: only the import changed."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from opacus.optimizers import DPOptimizer
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from opacus.validators.errors import UnsupportedModuleError
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+from dpkernels import PrivacyEngine
+from tests.engine.truth import microbatching, relative_error
+
+
+class TextClassifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 8, padding_idx=0)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.embedding(ids)).mean(1))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4),
+    )  # fmt: skip
+
+
+def images(count: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(count, 3, 8, 8, generator=generator)
+    return TensorDataset(x, (x.mean((1, 2, 3)) > 0).long())
+
+
+def sentences(count: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 50, (count, 7), generator=generator)
+    return TensorDataset(ids, ids.sum(1) % 3)
+
+
+def private(
+    model: nn.Module, dataset: TensorDataset, batch_size: int = 8, noise: float = 1.0, **kwargs: object
+):
+    engine = PrivacyEngine()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    loader = DataLoader(dataset, batch_size=batch_size)
+    arguments = {"noise_multiplier": noise, "max_grad_norm": 1.0, **kwargs}
+    made = engine.make_private(module=model, optimizer=optimizer, data_loader=loader, **arguments)
+    return engine, *made
+
+
+@pytest.mark.parametrize("build, dataset", [(cnn, images(64)), (TextClassifier, sentences(64))])
+def test_an_opacus_loop_runs_with_the_import_changed(build, dataset) -> None:
+    torch.manual_seed(0)
+    engine, model, optimizer, loader = private(build(), dataset)
+    before = [p.detach().clone() for p in model.parameters()]
+    steps = 0
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        steps += 1
+    assert steps == len(loader) == 8
+    assert engine.accountant.history == [(1.0, 8 / 64, 8)]
+    assert 0 < engine.get_epsilon(1e-5) < 10
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_opacus_own_mode_behaves_as_opacus() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    engine, model, optimizer, loader = private(plain, images(16), grad_sample_mode="hooks")
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert all(len(p.grad_sample) == 4 for p in model.parameters())
+    optimizer.step()
+    assert len(engine.accountant) == 1
+
+
+def test_optimizer_and_module_are_what_opacus_users_expect() -> None:
+    from opacus.grad_sample import AbstractGradSampleModule
+
+    _, model, optimizer, loader = private(cnn(), images(16))
+    assert isinstance(optimizer, DPOptimizer)
+    assert isinstance(model, AbstractGradSampleModule)
+    assert optimizer.expected_batch_size == 8
+    assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (1.0, 1.0)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    standard = model.to_standard_module()
+    assert "forward" not in standard.__dict__
+    assert "forward" not in standard[0].__dict__
+    nn.functional.cross_entropy(standard(images(4).tensors[0]), images(4).tensors[1]).backward()
+
+
+@pytest.mark.parametrize("physical", [1, 3, 8])
+def test_batch_memory_manager_gives_the_gradient_of_the_logical_batch(physical: int) -> None:
+    torch.manual_seed(0)
+    model = cnn()
+    dataset = images(10)
+    expected = microbatching(
+        model,
+        lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]),
+        dataset.tensors,
+        1.0,
+    )
+    engine, model, optimizer, loader = private(model, dataset, 10, 0.0, poisson_sampling=False)
+    steps = 0
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=physical, optimizer=optimizer
+    ) as physical_loader:
+        for x, y in physical_loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            stepped = optimizer._check_skip_next_step(pop_next=False)
+            if not stepped:
+                for name, p in model._module.named_parameters():
+                    assert relative_error(p.grad, expected.gradients[name]) < 1e-5
+            optimizer.step()
+            steps += 1
+    assert steps == math.ceil(10 / physical)
+    assert engine.accountant.history == [(0.0, 1.0, 1)]
+
+
+def test_empty_batches_step_with_noise_alone() -> None:
+    engine, model, optimizer, loader = private(cnn(), images(40), 1)
+    empty = 0
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        if len(x) == 0:
+            empty += 1
+            spread = torch.cat([p.grad.flatten() for p in model.parameters()])
+            assert 0.9 < float(spread.std()) < 1.1
+        optimizer.step()
+    assert empty > 0
+    assert engine.accountant.history == [(1.0, 1 / 40, 40)]
+
+
+def test_noise_only_step_counts() -> None:
+    engine, model, optimizer, _ = private(cnn(), images(40))
+    optimizer.make_private_noise_only()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert 0.9 / 8 < float(gradient.std()) < 1.1 / 8
+    optimizer.step()
+    assert engine.accountant.history == [(1.0, 8 / 40, 1)]
+
+
+def test_noise_has_the_stated_deviation_and_reaches_every_parameter() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 10))
+    unused = nn.Linear(100, 100)
+    model.register_module("unused", nn.Identity())
+    model[1].register_module("never", unused)
+    x = torch.randn(4, 200)
+    noisy = private(copy.deepcopy(model), TensorDataset(x), 4, 2.0, max_grad_norm=0.5)
+    quiet = private(copy.deepcopy(model), TensorDataset(x), 4, 0.0, max_grad_norm=0.5)
+    for _, wrapped, _, _ in (noisy, quiet):
+        wrapped(x).square().flatten(1).sum(1).mean().backward()
+    for (name, a), (_, b) in zip(noisy[1].named_parameters(), quiet[1].named_parameters()):
+        difference = (a.grad - b.grad).flatten()
+        expected = 2.0 * 0.5 / 4
+        error = expected / math.sqrt(2 * len(difference))
+        assert abs(float(difference.std()) - expected) < 6 * error, name
+    assert all(float(p.grad.abs().min()) > 0 for p in noisy[1]._module[1].never.parameters())
+
+
+def test_noise_generator_makes_noise_repeatable_and_default_does_not() -> None:
+    def gradient(generator: torch.Generator | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        _, model, optimizer, _ = private(cnn(), images(8), noise_generator=generator)
+        x, y = images(8).tensors
+        nn.functional.cross_entropy(model(x), y).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    seeded = [gradient(torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*seeded)
+    assert not torch.equal(gradient(None), gradient(None))
+
+
+def test_gradient_accumulation_without_poisson_sampling() -> None:
+    torch.manual_seed(0)
+    model = cnn()
+    dataset = images(8)
+    expected = microbatching(
+        model, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), dataset.tensors, 1.0
+    )
+    engine, model, optimizer, _ = private(model, dataset, 4, 0.0, poisson_sampling=False)
+    for half in (slice(0, 4), slice(4, 8)):
+        x, y = (t[half] for t in dataset.tensors)
+        nn.functional.cross_entropy(model(x), y).backward()
+    for name, p in model._module.named_parameters():
+        assert relative_error(p.grad, expected.gradients[name]) < 1e-5
+    optimizer.step()
+    assert engine.accountant.history == [(0.0, 2 * 0.5, 1)]
+
+
+def test_second_backward_under_poisson_sampling_is_refused() -> None:
+    _, model, optimizer, _ = private(cnn(), images(16))
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(ValueError, match="not compatible with grad accumulation"):
+        nn.functional.cross_entropy(model(x), y).backward()
+
+
+def test_steps_without_cleared_or_private_gradients_are_refused() -> None:
+    _, model, optimizer, _ = private(cnn(), images(16))
+    x, y = images(4).tensors
+    with pytest.raises(ValueError, match="Not updated in backward pass"):
+        optimizer.step()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="haven't been cleared"):
+        nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    parameter = next(model.parameters())
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match="was not made private"):
+        optimizer.step()
+
+
+def test_a_second_optimizer_step_does_not_reuse_a_gradient() -> None:
+    engine, model, optimizer, _ = private(cnn(), images(16))
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="haven't been cleared"):
+        optimizer.step()
+    assert engine.accountant.history[0][2] == 1
+
+
+def test_evaluation_and_no_grad_capture_nothing() -> None:
+    _, model, optimizer, _ = private(cnn(), images(16))
+    x, y = images(4).tensors
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    with pytest.raises(ValueError, match="eval mode"):
+        nn.functional.cross_entropy(model(x), y).backward()
+    model.train()
+    model(x)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def test_bad_input_is_named() -> None:
+    model, dataset = cnn(), images(16)
+    with pytest.raises(UnsupportedModuleError, match="BatchNorm2d.*GroupNorm"):
+        private(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), dataset)
+    with pytest.raises(UnsupportedModuleError, match="track_running_stats=False"):
+        private(nn.InstanceNorm2d(3, track_running_stats=True, affine=True), dataset)
+    with pytest.raises(UnsupportedModuleError, match="training mode"):
+        private(cnn().eval(), dataset)
+    with pytest.raises(ValueError, match="noise_multiplier=-1"):
+        private(model, dataset, noise=-1.0)
+    with pytest.raises(ValueError, match="max_grad_norm=0"):
+        private(model, dataset, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match="views_per_sample=0"):
+        private(model, dataset, views_per_sample=0)
+    with pytest.raises(ValueError, match="clipping='nonsense'"):
+        private(model, dataset, clipping="nonsense")
+    foreign = torch.optim.SGD(cnn().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="not in the module"):
+        PrivacyEngine().make_private(
+            module=model, optimizer=foreign, data_loader=DataLoader(dataset, batch_size=4),
+            noise_multiplier=1.0, max_grad_norm=1.0,
+        )  # fmt: skip
+    _, wrapped, optimizer, _ = private(model, dataset, views_per_sample=2)
+    with pytest.raises(ValueError, match="views_per_sample=2.*3 rows"):
+        wrapped(dataset.tensors[0][:3])
+
+
+def test_frozen_batch_norm_is_allowed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    model[1].requires_grad_(False).eval()
+    _, wrapped, optimizer, _ = private(model, images(16))
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(wrapped(x), y).backward()
+    optimizer.step()
+
+
+def test_nan_input_names_the_sample_and_releases_nothing() -> None:
+    _, model, optimizer, _ = private(cnn(), images(16))
+    x, y = images(4).tensors
+    model(x)
+    x = x.clone()
+    x[2, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="sample 2 .*not finite"):
+        nn.functional.cross_entropy(model(x), y).backward()
+    assert all(p.grad is None for p in model.parameters())
+    nn.functional.cross_entropy(model(images(4).tensors[0]), y).backward()
+    optimizer.step()
+
+
+def test_rate_steps_and_denominator_are_exact() -> None:
+    for count in (98, 107, 161):
+        _, _, optimizer, loader = private(nn.Linear(4, 2), TensorDataset(torch.randn(count, 4)), 1)
+        assert len(loader) == count
+        assert len(list(loader.batch_sampler)) == count
+        assert optimizer.expected_batch_size == 1
+    _, _, optimizer, loader = private(nn.Linear(4, 2), TensorDataset(torch.randn(100, 4)), 64)
+    assert (len(loader), loader.sample_rate, optimizer.expected_batch_size) == (2, 0.64, 64)
+
+
+def test_samplers_that_poisson_sampling_would_replace_are_refused() -> None:
+    dataset = images(16)
+    loader = DataLoader(dataset, batch_size=4, sampler=WeightedRandomSampler([1.0] * 16, 16))
+    model = cnn()
+    with pytest.raises(ValueError, match="WeightedRandomSampler"):
+        PrivacyEngine().make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader,
+            noise_multiplier=1.0, max_grad_norm=1.0,
+        )  # fmt: skip
+
+
+def test_copies_and_pickles() -> None:
+    torch.manual_seed(0)
+    engine, model, optimizer, _ = private(cnn(), images(16))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    x, y = images(4).tensors
+    assert float(model(x).abs().sum()) > 0, "the copy must not share the original's layers"
+    assert float(twin(x).abs().sum()) == 0
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    pickle.loads(pickle.dumps(optimizer)).zero_grad()
+    copy.deepcopy(optimizer).zero_grad()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    restored = torch.load(buffer, weights_only=False)
+    assert torch.equal(restored(x), model(x))
+
+
+def test_checkpoints_restore_the_history(tmp_path) -> None:
+    engine, model, optimizer, loader = private(cnn(), images(16))
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    path = tmp_path / "checkpoint.pt"
+    engine.save_checkpoint(path=path, module=model, optimizer=optimizer)
+    other, twin, twin_optimizer, _ = private(cnn(), images(16))
+    other.load_checkpoint(path=path, module=twin, optimizer=twin_optimizer)
+    assert other.accountant.history == engine.accountant.history
+    assert other.get_epsilon(1e-5) == engine.get_epsilon(1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+def test_epsilon_is_the_target_after_the_planned_epochs() -> None:
+    engine = PrivacyEngine()
+    model = cnn()
+    model, optimizer, loader = engine.make_private_with_epsilon(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(images(30), batch_size=8), target_epsilon=4.0, target_delta=1e-4,
+        epochs=3, max_grad_norm=1.0,
+    )  # fmt: skip
+    for _ in range(3 * len(loader)):
+        optimizer.zero_grad()
+        optimizer.make_private_noise_only()
+        optimizer.step()
+    assert 0.98 * 4.0 < engine.get_epsilon(1e-4) <= 4.0
+
+
+def test_grad_samples_on_request() -> None:
+    torch.manual_seed(0)
+    _, model, optimizer, _ = private(cnn(), images(16), materialize_grad_samples=True)
+    x, y = images(4).tensors
+    plain = copy.deepcopy(model.to_standard_module())
+    _, model, optimizer, _ = private(copy.deepcopy(plain), images(16), materialize_grad_samples=True)
+    nn.functional.cross_entropy(model(x), y).backward()
+    nn.functional.cross_entropy(plain(x[1:2]), y[1:2]).backward()
+    for p, q in zip(model.parameters(), plain.parameters()):
+        assert p.grad_sample.shape == (4, *p.shape)
+        torch.testing.assert_close(p.grad_sample[1], q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_explain_names_every_parameter() -> None:
+    engine, model, optimizer, _ = private(cnn(), images(16))
+    assert "no plan yet" in str(engine.explain())
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(model(x), y).backward()
+    rows = engine.explain().rows
+    assert {r["parameter"] for r in rows} == {n for n, _ in model._module.named_parameters()}
+    assert sum(r["share"] for r in rows) == pytest.approx(1.0)
+    assert "0.weight" in str(engine.explain())
+
+
+def test_without_wrapper_the_model_stays_the_users() -> None:
+    model = cnn()
+    _, hooks, optimizer, _ = private(model, images(16), wrap_model=False)
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    hooks.cleanup()
+    assert "forward" not in model.__dict__
+
+
+def test_automatic_clipping_scales_every_sample_to_the_bound() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 2)
+    x = torch.randn(1, 6)
+    _, model, optimizer, _ = private(
+        model, TensorDataset(x), 1, 0.0, clipping="automatic", max_grad_norm=3.0
+    )
+    model(x).square().sum(1).mean().backward()
+    norm = float(optimizer.last_step.per_sample_norm[0])
+    total = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+    assert float(total) == pytest.approx(3.0 * norm / (norm + 0.01), rel=1e-5)

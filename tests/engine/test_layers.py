@@ -1,0 +1,315 @@
+"""Every layer rule and the fallback against one sample at a time, float64, hostile shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tests.engine.truth import assert_private
+
+
+def squared_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A loss whose gradient depends on the output, mean over rows of axis 0."""
+    output = model(batch[0])
+    output = output[0] if isinstance(output, tuple) else output
+    weight = torch.linspace(0.5, 1.5, output[0].numel(), dtype=output.dtype).reshape(output[0].shape)
+    return (weight * (output - 0.3).square()).flatten(1).sum(1).mean()
+
+
+class Positions(nn.Module):
+    """Token and position embeddings; position ids have batch size 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 6, padding_idx=0)
+        self.positions = nn.Embedding(9, 6)
+        self.norm = nn.LayerNorm(6, bias=False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+        return self.head(self.norm(self.tokens(ids) + self.positions(positions)))
+
+
+class Tied(nn.Module):
+    """Input and output embedding share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 6)
+        self.mix = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.tokens(ids)).tanh())
+
+
+class Reused(nn.Module):
+    """One layer called three times, with different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+        self.scale = nn.PReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.scale(self.layer(x))
+        return self.scale(self.layer(x)) + self.layer(x[:, :1])
+
+
+class Twice(nn.Module):
+    """One module registered under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(3, 3, 3, padding=1)
+        self.second = nn.ModuleList([self.first])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second[0](self.first(x).relu())
+
+
+class BareParameters(nn.Module):
+    """Parameters used directly, beside dropout at rate 0 and a layer with a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(1, 4, 5))
+        self.table = nn.Parameter(torch.randn(7, 5))
+        self.layer = nn.Linear(5, 4)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = torch.tensor([0, 3, 3, 6])
+        return self.layer(self.dropout(x + self.shift) * self.table[index])
+
+
+class StandardisedConv(nn.Conv2d):
+    """A subclass that computes its own weight: the rule of its base class must not apply."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Branch(nn.Module):
+    """A branch that is not taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.taken(x)
+
+
+class KeywordsOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.conv = nn.Linear(6, 6), nn.Conv1d(3, 2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(input=self.layer(input=x))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 2)
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = checkpoint(self.block, self.stem(x), use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+class Windows(nn.Module):
+    """Folds windows into the batch axis, as Swin blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, length, width = x.shape
+        folded = x.reshape(rows * length // 2, 2, width)
+        return self.layer(self.norm(folded)).reshape(rows, length, width)
+
+
+def frozen_first() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[0].weight.requires_grad_(False)
+    return model
+
+
+def conv(
+    dims: int, cin: int, cout: int, *args: object, transposed: bool = False, **kwargs: object
+) -> nn.Module:
+    kind = ("ConvTranspose" if transposed else "Conv") + f"{dims}d"
+    return getattr(nn, kind)(cin, cout, *args, **kwargs)
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 11, shape, generator=torch.Generator().manual_seed(3))
+
+
+def values(*shape: int) -> torch.Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return x * torch.linspace(0.4, 2.0, shape[0]).double().reshape(-1, *[1] * (len(shape) - 1))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
+    "linear-2d": (lambda: nn.Linear(7, 3), values(4, 7)),
+    "linear-3d": (lambda: nn.Linear(7, 3, bias=False), values(4, 5, 7)),
+    "linear-4d": (lambda: nn.Linear(7, 3), values(4, 2, 3, 7)),
+    "linear-5d": (lambda: nn.Linear(2, 1), values(4, 2, 1, 3, 2)),
+    "linear-long": (lambda: nn.Linear(3, 2), values(4, 300, 3)),
+    "one-sample": (lambda: nn.Linear(7, 3), values(1, 5, 7)),
+    "conv1d": (lambda: conv(1, 3, 4, 3, stride=2, padding=1, dilation=2), values(4, 3, 17)),
+    "conv2d-groups": (lambda: conv(2, 4, 6, 3, groups=2), values(4, 4, 7, 8)),
+    "conv2d-depthwise": (lambda: conv(2, 4, 8, 3, groups=4, padding=1), values(4, 4, 5, 6)),
+    "conv2d-remainder": (lambda: conv(2, 2, 3, 3, stride=3), values(4, 2, 8, 10)),
+    "conv2d-asymmetric": (lambda: conv(2, 2, 3, (1, 4), padding=(0, 2)), values(4, 2, 5, 6)),
+    "conv2d-same-even": (lambda: conv(2, 2, 3, (2, 4), padding="same"), values(4, 2, 5, 6)),
+    "conv2d-valid": (lambda: conv(2, 2, 3, 3, padding="valid"), values(4, 2, 5, 6)),
+    "conv2d-circular": (lambda: conv(2, 2, 3, 3, padding=1, padding_mode="circular"), values(4, 2, 5, 6)),
+    "conv2d-reflect": (lambda: conv(2, 2, 3, 3, padding=2, padding_mode="reflect"), values(4, 2, 5, 6)),
+    "conv2d-replicate": (
+        lambda: conv(2, 2, 3, 3, padding=1, stride=2, padding_mode="replicate"),
+        values(4, 2, 5, 6),
+    ),
+    "conv2d-channels-last": (
+        lambda: conv(2, 3, 4, 3),
+        values(4, 3, 6, 7).contiguous(memory_format=torch.channels_last),
+    ),
+    "conv3d": (lambda: conv(3, 2, 3, 3, padding=1), values(3, 2, 5, 4, 6)),
+    "conv3d-one-channel": (lambda: conv(3, 1, 1, 1), values(3, 1, 3, 3, 3)),
+    "conv3d-stride": (lambda: conv(3, 2, 3, 3, stride=2, padding=1), values(3, 2, 5, 4, 6)),
+    "transposed1d": (lambda: conv(1, 3, 4, 3, stride=2, transposed=True), values(4, 3, 6)),
+    "transposed2d-output-padding": (
+        lambda: conv(2, 4, 6, 3, stride=3, padding=1, output_padding=2, groups=2, transposed=True),
+        values(4, 4, 4, 3),
+    ),
+    "transposed3d": (
+        lambda: conv(3, 3, 2, 3, stride=2, padding=1, output_padding=1, transposed=True),
+        values(3, 3, 3, 2, 4),
+    ),
+    "group-norm": (lambda: nn.GroupNorm(2, 6), values(4, 6, 5, 3)),
+    "group-norm-no-space": (lambda: nn.GroupNorm(2, 6), values(4, 6)),
+    "instance-norm": (lambda: nn.InstanceNorm2d(3, affine=True), values(4, 3, 5, 4)),
+    "layer-norm": (lambda: nn.LayerNorm((3, 4)), values(4, 2, 3, 4)),
+    "rms-norm": (lambda: nn.RMSNorm(5), values(4, 2, 5)),
+    "prelu": (lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU()), values(4, 3, 4)),
+    "prelu-channels": (lambda: nn.PReLU(3), values(4, 3, 5)),
+    "inplace-relu": (
+        lambda: nn.Sequential(
+            conv(2, 2, 3, 3), nn.InstanceNorm2d(3, affine=True), nn.ReLU(inplace=True), conv(2, 3, 2, 1)
+        ),
+        values(4, 2, 6, 6),
+    ),
+    "inplace-after-3d-linear": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)),
+        values(4, 3, 4),
+    ),
+    "positions": (Positions, ids(4, 9)),
+    "tied": (Tied, ids(4, 5)),
+    "reused": (Reused, values(4, 3, 5)),
+    "registered-twice": (Twice, values(4, 3, 8)),
+    "bare-parameters": (BareParameters, values(3, 4, 5)),
+    "overridden-forward": (lambda: StandardisedConv(2, 3, 3), values(4, 2, 6, 6)),
+    "weight-norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), values(4, 4)),
+    "attention": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        values(4, 5, 8),
+    ),
+    "branch-not-taken": (Branch, values(4, 4)),
+    "keywords-only": (KeywordsOnly, values(4, 3, 6)),
+    "checkpoint": (lambda: Checkpointed(False), values(4, 3, 4)),
+    "checkpoint-reentrant": (lambda: Checkpointed(True), values(4, 3, 4)),
+    "windows": (Windows, values(3, 6, 4)),
+    "frozen": (frozen_first, values(4, 4)),
+    "dropout-eval": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5).eval()), values(4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_microbatching(name: str, poisoned_memory: None) -> None:
+    torch.manual_seed(0)
+    build, x = CASES[name]
+    assert_private(build().double(), squared_loss, (x,))
+
+
+@pytest.mark.parametrize("name", ["linear-3d", "conv2d-groups", "group-norm", "positions", "tied"])
+def test_views_of_one_sample_are_averaged_before_clipping(name: str) -> None:
+    torch.manual_seed(0)
+    build, x = CASES[name]
+    assert_private(build().double(), squared_loss, (x,), views=2)
+
+
+def test_second_axis_is_the_sample_axis() -> None:
+    torch.manual_seed(0)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return (model(batch[0]).square().sum((0, 2))).mean()
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2)).double()
+    assert_private(model, loss, (values(3, 5, 4),), batch_axis=1)
+
+
+def test_expanded_backprops() -> None:
+    torch.manual_seed(0)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return model(batch[0]).flatten(1).sum(1).mean()
+
+    assert_private(nn.Conv2d(2, 3, 3).double(), loss, (values(4, 2, 6, 6),))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_accurate_as_the_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.LayerNorm(32), nn.Linear(32, 4))
+    x = values(6, 5, 16).float()
+    assert_private(model.to(dtype), squared_loss, (x.to(dtype),), 1.0, tolerance=5e-2)
+
+
+def test_autocast_keeps_parameters_and_sums_in_float32() -> None:
+    torch.manual_seed(0)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(batch[0])
+        return output.float().square().flatten(1).sum(1).mean()
+
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, 4))
+    assert_private(model, loss, (values(6, 2, 6, 6).float(),), 1.0, tolerance=3e-2)
+
+
+def test_functional_use_of_a_weight_is_refused_by_name() -> None:
+    class Bypass(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.layer.weight)
+
+    with pytest.raises(ValueError, match="layer.weight.*outside its module's forward"):
+        assert_private(Bypass().double(), squared_loss, (values(4, 4),))
+
+
+def test_a_norm_wrong_by_one_percent_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpkernels.engine.gradients import ParameterGradient
+
+    true_norm = ParameterGradient.norm_sq
+    monkeypatch.setattr(ParameterGradient, "norm_sq", lambda self: true_norm(self) * 1.01**2)
+    with pytest.raises(AssertionError, match="relative error|norms differ"):
+        assert_private(nn.Linear(7, 3).double(), squared_loss, (values(4, 7),))
