@@ -42,6 +42,10 @@ def train(
     noise_multiplier: Annotated[
         float | None, typer.Option(help="Set the noise directly, instead of --epsilon.")
     ] = None,
+    insecure_fixed_noise: Annotated[
+        int | None,
+        typer.Option(help="Seed for noise and sampling: for tests only, voids the guarantee."),
+    ] = None,
     non_private: Annotated[
         bool, typer.Option("--non-private", help="Train without any guarantee, to compare.")
     ] = False,
@@ -95,6 +99,7 @@ def train(
             "training.steps": steps,
             "training.seed": seed,
             "training.device": device,
+            "privacy.insecure_fixed_noise": insecure_fixed_noise,
             **_privacy_changes(epsilon, delta, noise_multiplier, non_private),
         }
         base = _stored(out) if resume else _preset(preset)

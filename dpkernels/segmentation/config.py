@@ -192,6 +192,8 @@ class PrivacyConfig:
         noise_multiplier: std of the noise divided by max_grad_norm; None: found from `epsilon`.
         max_grad_norm: bound on one patient's gradient.
         accountant: "tight", "rdp", "prv" or "gdp".
+        insecure_fixed_noise: seed for noise and sampling, for tests only: whoever knows it can
+            subtract the noise, so there is no guarantee; the report says so.
     """
 
     enabled: bool = True
@@ -200,6 +202,7 @@ class PrivacyConfig:
     noise_multiplier: float | None = None
     max_grad_norm: float = 1.0
     accountant: str = "tight"
+    insecure_fixed_noise: int | None = None
 
     def __post_init__(self) -> None:
         _require(

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.transforms import Compose, RandCropByPosNegLabeld, RandSpatialCropd, SpatialPadd
 from torch.utils.data import Dataset
 
 from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.decathlon import DecathlonFolder, Scan
 from dpkernels.segmentation.volume import Volume, check_headers, load_volume
+
+_FOREGROUND_VOXELS = 4096
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class Case:
         image: [M, X, Y, Z], float32, resampled, normalised, padded.
         label: [1, X, Y, Z], uint8, on the same grid; None for scans without a label.
         content: [3], voxels before padding (padding is added at the end of each axis).
+        foreground: [n, 3], labelled voxels to centre crops on, at most a few thousand.
     """
 
     image: torch.Tensor
     label: torch.Tensor | None
     content: tuple[int, int, int]
+    foreground: torch.Tensor
 
 
 def prepare(volume: Volume, config: DataConfig, divisor: int) -> Case:
@@ -60,7 +63,15 @@ def prepare(volume: Volume, config: DataConfig, divisor: int) -> Case:
         F.pad(image, padding, value=float(image.min())),
         None if label is None else F.pad(label, padding),
         content,
+        _foreground(label),
     )
+
+
+def _foreground(label: torch.Tensor | None) -> torch.Tensor:
+    if label is None:
+        return torch.zeros(0, 3, dtype=torch.long)
+    voxels = label[0].nonzero()
+    return voxels[:: math.ceil(len(voxels) / _FOREGROUND_VOXELS) or 1]
 
 
 def restore(logits: torch.Tensor, case: Case, volume: Volume) -> torch.Tensor:
@@ -135,7 +146,6 @@ class PatientDataset(Dataset):
         self._augment = augment
         self._seed = seed
         self._scans = store.folder.patients
-        self._crop = _crop(store.config)
 
     def __len__(self) -> int:
         return len(self.patients)
@@ -149,21 +159,22 @@ class PatientDataset(Dataset):
         rng = np.random.default_rng([self._seed, self.step, index])
         scans = self._scans[self.patients[index]]
         views = [
-            self._view(scans[int(rng.integers(len(scans)))], int(rng.integers(2**31)))
+            self._view(scans[int(rng.integers(len(scans)))], rng)
             for _ in range(self.store.config.views_per_patient)
         ]
         images, labels = zip(*views, strict=True)
         return torch.stack(images), torch.stack(labels)
 
-    def _view(self, scan: Scan, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        case = self.store.case(scan)
-        sample = {"image": case.image, "label": case.label}
-        for transform in (self._crop, self._augment):
-            if transform is not None:
-                transform.set_random_state(seed=seed)
-                sample = transform(sample)
-        sample = sample[0] if isinstance(sample, list) else sample
-        return _plain(sample["image"]).float(), _plain(sample["label"]).to(torch.uint8)
+    def _view(self, scan: Scan, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        case, config = self.store.case(scan), self.store.config
+        image, label = case.image, case.label
+        if config.crop is not None:
+            image, label = crop_view(case, config.crop, config.foreground_share, rng)
+        if self._augment is not None:
+            self._augment.set_random_state(seed=int(rng.integers(2**31)))
+            sample = self._augment({"image": image, "label": label})
+            image, label = _plain(sample["image"]).float(), _plain(sample["label"])
+        return image, label.to(torch.uint8)
 
 
 def collate_patients(
@@ -202,19 +213,35 @@ def split_patients(patients: Sequence[str], config: DataConfig, seed: int) -> di
     }
 
 
-def _crop(config: DataConfig) -> Compose | None:
-    if config.crop is None:
-        return None
-    keys, size = ("image", "label"), config.crop
-    share = config.foreground_share
-    cropper = (
-        RandSpatialCropd(keys, roi_size=size, random_size=False)
-        if share == 0
-        else RandCropByPosNegLabeld(
-            keys, label_key="label", spatial_size=size, pos=share, neg=1 - share, num_samples=1
-        )
-    )
-    return Compose([SpatialPadd(keys, spatial_size=size), cropper])
+def crop_view(
+    case: Case, size: Sequence[int], foreground_share: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random crop; with chance `foreground_share` it has a labelled voxel at its centre.
+
+    A case without labelled voxels is cropped anywhere; a case smaller than the crop is padded at
+    the end of each axis.
+
+    Args:
+        case: a prepared, labelled scan.
+        size: of the crop, voxels.
+        foreground_share: chance of centring on a labelled voxel.
+        rng: decides.
+
+    Returns:
+        image [M, *size] and label [1, *size].
+    """
+    shape = case.image.shape[1:]
+    room = [max(n - s, 0) for n, s in zip(shape, size, strict=True)]
+    start = [int(rng.integers(0, r + 1)) for r in room]
+    if len(case.foreground) and rng.random() < foreground_share:
+        centre = case.foreground[int(rng.integers(len(case.foreground)))].tolist()
+        start = [min(max(c - s // 2, 0), r) for c, s, r in zip(centre, size, room, strict=True)]
+    box = tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))
+    padding: list[int] = []
+    for n, s in zip(reversed(shape), reversed(size), strict=True):
+        padding += [0, max(s - n, 0)]
+    image, label = case.image[(slice(None), *box)], case.label[(slice(None), *box)]
+    return F.pad(image, padding, value=float(case.image.min())), F.pad(label, padding)
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ class PrivacyPlan:
         views_per_patient: rows averaged into one patient before clipping.
         delta: probability that the epsilon bound does not hold.
         accountant: name of the accountant that bounds epsilon.
+        insecure_fixed_noise: seed of noise and sampling; None: the operating system's entropy.
     """
 
     enabled: bool
@@ -46,6 +47,7 @@ class PrivacyPlan:
     views_per_patient: int
     delta: float
     accountant: str
+    insecure_fixed_noise: int | None = None
 
     @property
     def expected_batch_size(self) -> float:
@@ -119,6 +121,7 @@ def plan_privacy(config: SegmentationConfig, patients: int) -> PrivacyPlan:
         views_per_patient=config.data.views_per_patient,
         delta=privacy.delta,
         accountant=privacy.accountant,
+        insecure_fixed_noise=privacy.insecure_fixed_noise,
     )
 
 
@@ -148,7 +151,7 @@ class PrivateUpdate:
     Guarantees:
         Every step, also on an empty batch, adds noise of std noise_multiplier * max_grad_norm and
         is counted. Sampling and noise are drawn from the operating system's entropy, never from a
-        seed of the run.
+        seed of the run (except with `insecure_fixed_noise`, which voids the guarantee).
     """
 
     def __init__(
@@ -169,11 +172,12 @@ class PrivateUpdate:
                 dataset,
                 batch_size=round(plan.expected_batch_size),
                 collate_fn=collate_patients,
-                generator=_entropy(),
+                generator=_generator(plan),
             ),
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             poisson_sampling=True,
+            noise_generator=None if plan.insecure_fixed_noise is None else _generator(plan),
             views_per_sample=plan.views_per_patient,
         )
         if abs(loader.sample_rate - plan.sample_rate) > 1e-12:
@@ -256,7 +260,7 @@ class PlainUpdate:
                 dataset,
                 sample_rate=plan.sample_rate,
                 collate_fn=collate_patients,
-                generator=_entropy(),
+                generator=_generator(plan),
             )
         )
         self.steps_counted = 0
@@ -299,6 +303,8 @@ def endless(loader: DataLoader) -> Iterator[Any]:
         yield from loader
 
 
-def _entropy() -> torch.Generator:
-    """A generator that the operating system seeds: sampling follows no seed of the run."""
+def _generator(plan: PrivacyPlan) -> torch.Generator:
+    """Seeded by the operating system, so that sampling follows no seed of the run."""
+    if plan.insecure_fixed_noise is not None:
+        return torch.Generator().manual_seed(plan.insecure_fixed_noise)
     return torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))

@@ -42,7 +42,8 @@ class PrivacyReport:
             "planned_steps": self.plan.steps,
             "steps": self.steps,
             "expected_batch_size": self.plan.expected_batch_size,
-            "sampler": "Poisson over patients, operating-system entropy",
+            "sampler": f"Poisson over patients, {self._entropy()}",
+            "noise": self._entropy(),
             "denominator": "sample_rate * patients (fixed), never the drawn batch",
             "epsilon": self.epsilon,
             "epsilon_rdp": self.epsilon_rdp,
@@ -60,6 +61,10 @@ class PrivacyReport:
             parts += ["", "## Notes on the data", "", *[f"- {text}" for text in self.notes]]
         return "\n".join(parts) + "\n"
 
+    def _entropy(self) -> str:
+        seed = self.plan.insecure_fixed_noise
+        return "operating-system entropy" if seed is None else f"INSECURE fixed seed {seed}"
+
     def _reading(self) -> list[str]:
         if not self.plan.enabled:
             return [
@@ -67,6 +72,12 @@ class PrivacyReport:
                 "noise, for comparison. Do not release it if its training data are private."
             ]
         plan = self.plan
+        if plan.insecure_fixed_noise is not None:
+            return [
+                f"**This model has no privacy guarantee: noise and sampling came from the fixed "
+                f"seed {plan.insecure_fixed_noise} (insecure_fixed_noise).** Whoever knows the "
+                f"seed can subtract the noise. Use such a run for tests only."
+            ]
         bound = _largest_success(self.epsilon, plan.delta)
         return [
             f"The weights of this model are ({self.epsilon:.4g}, {plan.delta:g})-differentially "
@@ -98,7 +109,7 @@ class PrivacyReport:
                 (f"Epsilon ({plan.accountant} accountant)", f"{self.epsilon:.6g}"),
                 ("Epsilon (Opacus RDP accountant)", _number(self.epsilon_rdp)),
                 ("Patients clipped, mean share", clipped),
-                ("Noise and sampling from", "the operating system's entropy, no seed"),
+                ("Noise and sampling from", self._entropy()),
             ]
         return ["| | |", "|---|---|", *[f"| {name} | {value} |" for name, value in rows]]
 

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dpkernels.segmentation import pictures
 from dpkernels.segmentation.config import SegmentationConfig, load_yaml
 from dpkernels.segmentation.data import CaseStore, PatientDataset, split_patients
 from dpkernels.segmentation.decathlon import DecathlonFolder, Scan, read_decathlon
-from dpkernels.segmentation.ema import WeightAverage
 from dpkernels.segmentation.evaluate import CaseResult, Predictor, evaluate_scans, summarise
-from dpkernels.segmentation.logs import MetricsLog, read_metrics
+from dpkernels.segmentation.logs import read_metrics
+from dpkernels.segmentation.loop import TrainingLoop, rows_loss
 from dpkernels.segmentation.loss import build_loss
 from dpkernels.segmentation.model import (
     build_network,
-    build_optimizer,
     instantiate,
     resolve_device,
     select_trainable,
@@ -32,22 +28,16 @@ from dpkernels.segmentation.model import (
 from dpkernels.segmentation.phantom import write_phantom
 from dpkernels.segmentation.predict import predict_path
 from dpkernels.segmentation.privacy import (
-    PlainUpdate,
     PrivacyPlan,
-    PrivateUpdate,
-    StepStatistics,
     plan_privacy,
 )
 from dpkernels.segmentation.progress import Display, SilentDisplay
 from dpkernels.segmentation.report import PrivacyReport, build_report
 from dpkernels.segmentation.run_folder import (
     RunFolder,
-    StepLedger,
     environment,
     load_checkpoint,
 )
-
-_SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 
 @dataclass(frozen=True)
@@ -255,75 +245,25 @@ class SegmentationTrainer:
         checkpoint: dict[str, Any] | None,
     ) -> int:
         training = self.config.training
-        network.train()
-        trainable = [p for p in network.parameters() if p.requires_grad]
-        optimizer = build_optimizer(training.optimizer, trainable)
-        rate = optimizer.param_groups[0]["lr"]
         dataset = PatientDataset(self._split["train"], store, self._augmentation(), training.seed)
-        update = (PrivateUpdate if plan.enabled else PlainUpdate)(
-            network, optimizer, dataset, plan, training.physical_batch_size
-        )
-        average = WeightAverage(network, training.ema_decay)
+        loop = TrainingLoop(training, plan, self.folder, network, dataset)
         if checkpoint is not None:
-            network.load_state_dict(checkpoint["model"])
-            update.load_state_dict(checkpoint["update"])
-            average.load_state_dict(checkpoint["average"])
-        ledger = StepLedger(self.folder.ledger)
-        update.count_lost_steps(ledger.count - update.steps_counted)
-        log = MetricsLog(self.folder.metrics_csv, self.folder.root / "tensorboard")
-        loss_of_rows = self._loss_of_rows(criterion)
+            loop.load_state_dict(checkpoint)
 
-        def save() -> None:
-            state = {
-                "model": network.state_dict(),
-                "update": update.state_dict(),
-                "average": average.state_dict(),
-                "step": ledger.count,
-                "plan": plan.to_dict(),
-            }
-            self.folder.save_checkpoint("last.pt", state)
+        def validate() -> float | None:
+            scans = _scans_of(store.folder, self._split["validation"])
+            with loop.average.applied_to(network):
+                predictor = Predictor(network, self.config, self.device)
+                results = evaluate_scans(predictor, store, scans, surface_distance=False)
+            return next(iter(summarise(results).values()))["dice"] if results else None
 
-        saved = time.monotonic()
-        try:
-            with self.display.training(plan, done=ledger.count) as bar:
-                while ledger.count < plan.steps:
-                    began = time.monotonic()
-                    step = ledger.begin()
-                    dataset.step = step
-                    for group in update.optimizer.param_groups:
-                        group["lr"] = rate * _schedule(training.schedule, step - 1, plan.steps)
-                    statistics = update.step(loss_of_rows)
-                    if statistics.loss is not None and not math.isfinite(statistics.loss):
-                        raise FloatingPointError(
-                            f"the loss is {statistics.loss} at step {step}; lower the learning "
-                            "rate, or look for extreme intensities in the scans"
-                        )
-                    average.update(network)
-                    row = _row(step, statistics, group["lr"], time.monotonic() - began)
-                    row["epsilon"] = bar.advance(statistics)
-                    if training.validate_every and step % training.validate_every == 0:
-                        row["validation_dice"] = self._validation_dice(network, average, store)
-                    log.write(row)
-                    if self._checkpoint_due(step, time.monotonic() - saved):
-                        save()
-                        saved = time.monotonic()
-        except KeyboardInterrupt:
-            save()
-            raise
-        finally:
-            log.close()
-            ledger.close()
-        save()
-        if average.enabled:
-            self.folder.save_checkpoint("ema.pt", {"model": average.weights(network)})
+        counted = loop.run(
+            rows_loss(criterion, self.device, training.precision), validate, self.display
+        )
         pictures.draw_progress(
             read_metrics(self.folder.metrics_csv), plan, self.folder.root / "progress.png"
         )
-        return update.steps_counted
-
-    def _checkpoint_due(self, step: int, elapsed: float) -> bool:
-        every = self.config.training.checkpoint_every
-        return step % every == 0 if every else elapsed > _SECONDS_BETWEEN_CHECKPOINTS
+        return counted
 
     def _augmentation(self) -> Callable | None:
         blocks = self.config.data.augmentations
@@ -332,28 +272,6 @@ class SegmentationTrainer:
         from monai.transforms import Compose
 
         return Compose([instantiate(b, f"data.augmentations[{i}]") for i, b in enumerate(blocks)])
-
-    def _loss_of_rows(self, criterion: nn.Module):
-        bfloat16 = self.config.training.precision == "bfloat16"
-
-        def loss_of_rows(model: nn.Module, image: torch.Tensor, label: torch.Tensor):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-                output = model(image.to(self.device))
-            return criterion(output, label.to(self.device))
-
-        return loss_of_rows
-
-    def _validation_dice(
-        self, network: nn.Module, average: WeightAverage, store: CaseStore
-    ) -> float | None:
-        scans = _scans_of(store.folder, self._split["validation"])
-        if not scans:
-            return None
-        with average.applied_to(network):
-            results = evaluate_scans(
-                Predictor(network, self.config, self.device), store, scans, surface_distance=False
-            )
-        return next(iter(summarise(results).values()))["dice"]
 
     def _trained_network(self, labels: dict[int, str], channels: int) -> nn.Module:
         ema = self.folder.checkpoints / "ema.pt"
@@ -423,21 +341,3 @@ class SegmentationTrainer:
 
 def _scans_of(folder: DecathlonFolder, patients: list[str]) -> list[Scan]:
     return [scan for patient in patients for scan in folder.patients[patient]]
-
-
-def _schedule(name: str, step: int, steps: int) -> float:
-    return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * step / steps))}[name]
-
-
-def _row(
-    step: int, statistics: StepStatistics, learning_rate: float, seconds: float
-) -> dict[str, Any]:
-    return {
-        "step": step,
-        "loss": statistics.loss,
-        "clipped_fraction": statistics.clipped,
-        "median_norm": statistics.median_norm,
-        "patients": statistics.patients,
-        "learning_rate": learning_rate,
-        "seconds": round(seconds, 4),
-    }

@@ -10,6 +10,7 @@ from dpkernels.segmentation.data import (
     CaseStore,
     PatientDataset,
     collate_patients,
+    crop_view,
     flatten_views,
     prepare,
     restore,
@@ -133,3 +134,38 @@ def test_without_a_cache_the_same_cases_come_from_disk(cohort):
     scan = cached.folder.scans[0]
     assert cached.case(scan) is cached.case(scan)
     torch.testing.assert_close(fresh.case(scan).image, cached.case(scan).image)
+
+
+def test_crops_centre_on_labelled_voxels_as_often_as_asked():
+    case = prepare(volume(shape=(24, 24, 24)), DataConfig(shape=(24, 24, 24)), divisor=1)
+    rng = np.random.default_rng(0)
+    centred = sum(int(crop_view(case, (3, 3, 3), 0.75, rng)[1][0, 1, 1, 1]) for _ in range(600))
+    inside = float((case.label > 0).float().mean())
+    expected = 600 * (0.75 + 0.25 * inside)
+    assert abs(centred - expected) < 5 * np.sqrt(600 * 0.25 * 0.75)
+
+
+def test_crops_larger_than_the_scan_are_padded_and_unlabelled_scans_are_cropped_anywhere():
+    scan = volume(shape=(6, 6, 6))
+    scan.label[:] = 0
+    case = prepare(scan, DataConfig(shape=(6, 6, 6)), divisor=1)
+    image, label = crop_view(case, (8, 4, 6), 1.0, np.random.default_rng(0))
+    assert image.shape == label.shape == (1, 8, 4, 6)
+    assert float(image[:, 6:].max()) == float(case.image.min())
+
+
+def test_augmentations_act_on_image_and_label_alike_and_leave_the_cache_alone(cohort):
+    class FlipBoth:
+        def set_random_state(self, seed):
+            self.seed = seed
+
+        def __call__(self, sample):
+            return {key: value.flip(1) for key, value in sample.items()}
+
+    store = store_of(cohort, shape=(8, 8, 8))
+    names = list(store.folder.patients)
+    plain = PatientDataset(names, store, None, seed=0)[0]
+    flipped = PatientDataset(names, store, FlipBoth(), seed=0)[0]
+    for a, b in zip(plain, flipped, strict=True):
+        torch.testing.assert_close(a.flip(2), b)
+    torch.testing.assert_close(PatientDataset(names, store, None, seed=0)[0], plain)

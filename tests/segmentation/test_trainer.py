@@ -350,6 +350,31 @@ def test_faulty_settings_end_before_the_first_step(tiny, tmp_path, change, messa
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
+def test_fixed_noise_repeats_a_run_and_the_report_withdraws_the_guarantee(tiny, tmp_path):
+    config = tiny({"privacy": {"insecure_fixed_noise": 7}})
+    for name in ("a", "b"):
+        SegmentationTrainer(config, tmp_path / name).fit()
+    torch.testing.assert_close(weights(tmp_path / "a"), weights(tmp_path / "b"), rtol=0, atol=1e-6)
+    text = (tmp_path / "a" / "privacy_report.md").read_text()
+    assert "no privacy guarantee" in text
+    assert "INSECURE fixed seed 7" in text
+    SegmentationTrainer(tiny(), tmp_path / "c").fit()
+    assert not torch.allclose(weights(tmp_path / "a"), weights(tmp_path / "c"), atol=1e-3)
+
+
+def test_two_modalities_and_empty_labels_train(folder, manifest, rewrite, tiny, tmp_path):
+    manifest(folder, lambda values: values.update(modality={"0": "CT", "1": "CT"}))
+    for path in (folder / "imagesTr").iterdir():
+        rewrite(path, lambda array: np.stack([array, array // 2], axis=-1))
+    for path in (folder / "labelsTr").iterdir():
+        rewrite(path, np.zeros_like)
+    crops = {"shape": None, "spacing": [17.0, 17.0, 17.0], "crop": [8, 8, 8]}
+    SegmentationTrainer(tiny({"data": crops}, root=folder), tmp_path / "run").fit()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["modalities"]) == 2
+    assert all(case["hd95"]["liver"] is None for case in metrics["cases"])
+
+
 def test_other_modalities_need_zscore(folder, manifest, tiny, tmp_path):
     manifest(folder, lambda values: values.update(modality={"0": "MRI"}))
     with pytest.raises(ValueError, match="a Hounsfield window fits CT only"):
