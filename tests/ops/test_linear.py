@@ -1,0 +1,149 @@
+"""Linear gradients: every backend and CPU strategy against one sample at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dpkernels import ops
+from dpkernels.ops.linear import cpu
+from tests.ops import shapes
+from tests.ops.compare import BACKENDS, DTYPES, assert_as_exact_as_torch, skip_unless_runs
+
+
+def operands(
+    name: str, dtype: torch.dtype, layout: str = "contiguous"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, positions, inputs, outputs = shapes.LINEAR[name]
+    generator = torch.Generator().manual_seed(11)
+    drawn = (
+        torch.randn(batch, positions, n, generator=generator, dtype=torch.float64).to(dtype)
+        for n in (inputs, outputs)
+    )
+    activations, grad_output = (shapes.LAYOUTS[layout](each) for each in drawn)
+    return activations, grad_output
+
+
+def microbatch(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """Each sample alone through autograd: [B, O, I] in the operands' dtype."""
+    shape = (grad_output.shape[2], activations.shape[2])
+    grads = activations.new_zeros((len(activations), *shape))
+    for sample, (act, grad) in enumerate(zip(activations, grad_output, strict=True)):
+        weight = activations.new_zeros(shape, requires_grad=True)
+        (grads[sample],) = torch.autograd.grad(F.linear(act, weight), weight, grad)
+    return grads
+
+
+def truths(
+    activations: torch.Tensor, grad_output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per-sample gradients at the dtype, exactly, and of absolute values."""
+    wide = activations.double(), grad_output.double()
+    return (
+        microbatch(activations, grad_output),
+        microbatch(*wide),
+        microbatch(wide[0].abs(), wide[1].abs()),
+    )
+
+
+def square_sums(grads: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(grad.flatten(1).square().sum(1) for grad in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", shapes.LINEAR)
+def test_equals_one_sample_at_a_time(name: str, dtype: torch.dtype, backend: str) -> None:
+    activations, grad_output = operands(name, dtype)
+    skip_unless_runs(ops.linear_grad_sample, backend, activations, grad_output)
+    grads = truths(activations, grad_output)
+    factor = torch.linspace(0.2, 1.0, len(activations), dtype=torch.float32)
+    clipped = tuple(torch.einsum("b,boi->oi", factor.to(g.dtype), g) for g in grads)
+    with ops.use_backend(backend):
+        actual = ops.linear_grad_sample(activations, grad_output)
+        norm_sq = ops.linear_norm_sq(activations, grad_output)
+        total = ops.linear_clipped_grad(activations, grad_output, factor)
+    assert_as_exact_as_torch(actual, *grads)
+    assert_as_exact_as_torch(norm_sq, *square_sums(grads))
+    assert_as_exact_as_torch(total, *clipped)
+
+
+@pytest.mark.parametrize("layout", shapes.LAYOUTS)
+@pytest.mark.parametrize("name", ["odd", "one position", "several Gram tiles"])
+def test_any_memory_layout(name: str, layout: str) -> None:
+    activations, grad_output = operands(name, torch.float32, layout)
+    grads = truths(activations, grad_output)
+    assert_as_exact_as_torch(ops.linear_grad_sample(activations, grad_output), *grads)
+    assert_as_exact_as_torch(ops.linear_norm_sq(activations, grad_output), *square_sums(grads))
+
+
+@pytest.mark.parametrize("form", [cpu.gram_norm_sq, cpu.recompute_norm_sq])
+@pytest.mark.parametrize("name", shapes.LINEAR)
+def test_every_norm_strategy(name: str, form: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SCRATCH_ELEMENTS", 3000)
+    monkeypatch.setattr(cpu, "GRAM_TILE", 5)
+    for dtype in (torch.float32, torch.float64):
+        activations, grad_output = operands(name, dtype)
+        grads = truths(activations, grad_output)
+        assert_as_exact_as_torch(form(activations, grad_output), *square_sums(grads))  # type: ignore[operator]
+
+
+def test_calls_of_one_module_add_before_the_norm() -> None:
+    """Calls concatenated along the positions give the norm of the sum of their gradients."""
+    first, second = operands("odd", torch.float64), operands("odd", torch.float64)
+    second = (second[0].flip(1), second[1] * 0.3)
+    both = tuple(torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
+    exact = (microbatch(*first) + microbatch(*second)).flatten(1).square().sum(1)
+    torch.testing.assert_close(ops.linear_norm_sq(*both), exact)
+
+
+@pytest.mark.parametrize("name", ["one position", "odd", "several Gram tiles"])
+def test_a_bad_sample_stays_alone(name: str) -> None:
+    activations, grad_output = operands(name, torch.float32)
+    clean = ops.linear_norm_sq(activations, grad_output)
+    rest = ops.linear_clipped_grad(
+        activations[1:], grad_output[1:], torch.ones(len(activations) - 1)
+    )
+    activations[0, 0, 0] = torch.nan
+    norm_sq = ops.linear_norm_sq(activations, grad_output)
+    assert norm_sq[0].isnan()
+    assert torch.equal(norm_sq[1:], clean[1:])
+    factor = torch.ones(len(activations))
+    factor[0] = 0
+    assert torch.equal(ops.linear_clipped_grad(activations, grad_output, factor), rest)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_library_registration(backend: str, layout: str) -> None:
+    args = operands("odd", torch.float32, layout)
+    library = torch.ops.dpkernels
+    with ops.use_backend(backend):
+        torch.library.opcheck(library.linear_grad_sample.default, args)
+        torch.library.opcheck(library.linear_norm_sq.default, args)
+        torch.library.opcheck(library.linear_clipped_grad.default, (*args, torch.ones(3)))
+
+
+def test_mutation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that is off by one percent fails the comparison that guards the suite."""
+    honest = cpu.linear_norm_sq
+    monkeypatch.setattr(cpu, "linear_norm_sq", lambda *args: honest(*args) * 1.01)
+    with pytest.raises(pytest.fail.Exception, match="elements pass"):
+        test_equals_one_sample_at_a_time("odd", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(2, 3, 4)), "activations"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2, 4, 4)), "grad_output"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.int32)), "grad_output"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(3)), "clip_factor"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2).half()), "clip_factor"),
+    ],
+)
+def test_wrong_arguments_are_named(args: tuple[torch.Tensor, ...], named: str) -> None:
+    op = ops.linear_norm_sq if len(args) == 2 else ops.linear_clipped_grad
+    with pytest.raises(ValueError, match=f"^{named}"):
+        op(*args)
