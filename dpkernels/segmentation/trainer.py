@@ -29,6 +29,7 @@ from dpkernels.segmentation.phantom import write_phantom
 from dpkernels.segmentation.predict import predict_path
 from dpkernels.segmentation.privacy import (
     PrivacyPlan,
+    check_patients_do_not_mix,
     plan_privacy,
 )
 from dpkernels.segmentation.progress import Display, SilentDisplay
@@ -246,6 +247,8 @@ class SegmentationTrainer:
     ) -> int:
         training = self.config.training
         dataset = PatientDataset(self._split["train"], store, self._augmentation(), training.seed)
+        if plan.enabled:
+            check_patients_do_not_mix(network.train(), criterion, dataset, self.device)
         loop = TrainingLoop(training, plan, self.folder, network, dataset)
         if checkpoint is not None:
             loop.load_state_dict(checkpoint)

@@ -14,6 +14,7 @@ from dpkernels.segmentation.privacy import (
     PlainUpdate,
     PrivacyPlan,
     PrivateUpdate,
+    check_patients_do_not_mix,
     plan_privacy,
 )
 
@@ -171,3 +172,24 @@ def test_a_given_noise_multiplier_is_kept(tiny):
 def test_plans_that_guarantee_nothing_are_refused(tiny, change, message):
     with pytest.raises(ValueError, match=message):
         plan_privacy(tiny(change), patients=6)
+
+
+class BatchCentred(torch.nn.Module):
+    """Subtracts the mean over the batch: no layer is refused by type, yet rows mix."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, image):
+        return self.conv(image - image.mean(dim=0, keepdim=True))
+
+
+def test_a_network_that_mixes_patients_is_refused(cohort, tiny):
+    network, _, dataset = parts(tiny(), cohort, [0, 1])
+    criterion = build_loss(tiny().loss, 3)
+    cpu = torch.device("cpu")
+    check_patients_do_not_mix(network, criterion, dataset, cpu)
+    assert all(p.grad is None for p in network.parameters())
+    with pytest.raises(ValueError, match="couples samples"):
+        check_patients_do_not_mix(BatchCentred(1, 3), criterion, dataset, cpu)
