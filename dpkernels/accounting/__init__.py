@@ -10,6 +10,7 @@ from dpkernels.accounting.api import (
     get_noise_multiplier,
 )
 from dpkernels.accounting.events import Phase, as_history
+from dpkernels.accounting.tradeoff import trade_off
 
 __all__ = [
     "Phase",
@@ -18,4 +19,5 @@ __all__ = [
     "get_epsilon",
     "get_history_epsilon",
     "get_noise_multiplier",
+    "trade_off",
 ]

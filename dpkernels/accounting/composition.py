@@ -126,6 +126,7 @@ class Composition:
         self._cut = float(-ndtri_exp(log_cut - math.log(2 * self.steps)))
         nodes = [law.nodes(self._cut) for law in laws]
         self._nodes = nodes
+        self._widest = max(float(losses[-1] - losses[0]) for losses, _ in nodes)
         self.rounding = _UNIT * (self.steps + 4 * math.log2(MAX_CELLS))
         self._counts = np.array([law.phase.steps for law in laws], dtype=np.float64)
         self.max_loss = float(self._counts @ [losses[-1] for losses, _ in nodes])
@@ -189,7 +190,7 @@ class Composition:
             spacing: grid step wished for; it grows where the grid would exceed MAX_CELLS.
         """
         tilt = window.tilt
-        spacing = max(spacing, window.width / (MAX_CELLS // 2))
+        spacing = max(spacing, window.width / (MAX_CELLS // 2), self._widest / MAX_CELLS)
         steps = [
             _TiltedStep(law.phase.steps, *self._discretise(law, spacing), tilt, spacing)
             for law in self.laws

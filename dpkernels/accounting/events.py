@@ -83,3 +83,11 @@ def coarsen(history: History, limit: int) -> History:
             for phase in history
         )
     return merged
+
+
+def log_absence(history: History) -> float:
+    """log of the probability that a record joins no step at all."""
+    return sum(
+        phase.steps * (math.log1p(-phase.sample_rate) if phase.sample_rate < 1 else -math.inf)
+        for phase in history
+    )

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from scipy.optimize import brentq
 
 from dpkernels.accounting import gaussian
 from dpkernels.accounting.composition import Composition, TiltedSum
-from dpkernels.accounting.events import History, Phase, coarsen
+from dpkernels.accounting.events import History, Phase, coarsen, log_absence
 from dpkernels.accounting.losses import step_laws
 from dpkernels.accounting.participation import ParticipationMixture
 
-_TOLERANCE = 2e-4
+_FINE = 2e-4
+_COARSE = 4e-3
 _ROUND_UP = 1e-4
 _SOLVER = 1e-7
 _MAX_PHASES = 32
@@ -53,10 +55,7 @@ class Profile:
         self.composition = Composition(
             step_laws(history, "worst_case"), log_delta - math.log(1e8)
         )
-        self.add_limit = -sum(
-            phase.steps * (math.log1p(-phase.sample_rate) if phase.sample_rate < 1 else -math.inf)
-            for phase in history
-        )
+        self.add_limit = -log_absence(history)
 
     def _saddles(self, tilts: np.ndarray, reverse: bool) -> tuple[np.ndarray, np.ndarray]:
         """(epsilon, estimated log delta) at which each tilt is the saddle point."""
@@ -117,7 +116,9 @@ class Profile:
                 epsilon = max(epsilon, float(epsilons[likely[-1]]))
         return self.at_epsilon(max(epsilon, 1e-6), reverse)
 
-    def _compose(self, plan: _Plan, log_delta: float, reverse: bool) -> TiltedSum:
+    def _compose(
+        self, plan: _Plan, log_delta: float, reverse: bool, tolerance: float = _FINE
+    ) -> TiltedSum:
         """Composes at the tilt, at most the saddle point, whose window is the narrowest.
 
         Where one step can dwarf the others, the law tilted to the saddle point has far tails; a
@@ -129,7 +130,7 @@ class Profile:
         excess = np.maximum(excess, 0.0)
         quiet = excess <= max(excess[0], math.log(1e-3 / self.composition.rounding))
         spacing = math.sqrt(
-            12 * _TOLERANCE * plan.epsilon / (self.composition.steps * (1 + plan.slope))
+            12 * tolerance * plan.epsilon / (self.composition.steps * (1 + plan.slope))
         )
         windows = [
             self.composition.window(tilt, spacing, min(extra + 16.0, 60.0))
@@ -163,28 +164,32 @@ class Profile:
         total = self._compose(plan, plan.log_delta, reverse)
         return self._bound(total, epsilon, reverse)
 
-    def epsilon(self, log_delta: float) -> float:
-        """An upper bound on epsilon at the given log delta."""
-        epsilon = self._directed_epsilon(log_delta, False)
+    def epsilon(self, log_delta: float, tolerance: float = _FINE) -> float:
+        """An upper bound on epsilon at the given log delta, about `tolerance` above the exact."""
+        epsilon = self._directed_epsilon(log_delta, False, tolerance)
         if not self._add_is_negligible(epsilon, log_delta):
-            epsilon = max(epsilon, self._directed_epsilon(log_delta, True))
+            epsilon = max(epsilon, self._directed_epsilon(log_delta, True, tolerance))
         return epsilon
 
-    def _directed_epsilon(self, log_delta: float, reverse: bool) -> float:
+    def _directed_epsilon(self, log_delta: float, reverse: bool, tolerance: float) -> float:
+        """Looks coarsely until it knows where epsilon is and how delta falls there, then finely."""
         floor = 1e-12 * abs(self.composition.max_loss)
         plan = self.at_delta(log_delta, reverse)
-        for _ in range(5):
-            total = self._compose(plan, log_delta, reverse)
+        current = _COARSE
+        for _ in range(8):
+            total = self._compose(plan, log_delta, reverse, current)
             epsilon = self._invert(total, log_delta, plan.epsilon, reverse)
             move = max(1e-3 * epsilon, total.losses[1] - total.losses[0])
             fall = self._bound(total, epsilon, reverse) - self._bound(
                 total, epsilon + move, reverse
             )
-            if (
+            settled = (
                 0.7 * plan.epsilon <= max(epsilon, floor) <= 1.4 * plan.epsilon
                 and fall <= 2 * plan.slope * move
-            ):
+            )
+            if settled and current == tolerance:
                 break
+            current = tolerance if settled else current
             plan = self.at_epsilon(max(epsilon, floor), reverse)
             plan = replace(plan, slope=max(plan.slope, fall / move))
         return epsilon
@@ -205,10 +210,7 @@ class Profile:
 
 def log_saturation(history: History) -> float:
     """log of the probability that the record joins any step: delta never exceeds it."""
-    log_absent = sum(
-        phase.steps * (math.log1p(-phase.sample_rate) if phase.sample_rate < 1 else -math.inf)
-        for phase in history
-    )
+    log_absent = log_absence(history)
     return math.log(-math.expm1(log_absent)) if log_absent < 0 else -math.inf
 
 
@@ -238,15 +240,16 @@ def _mixture_epsilon(phase: Phase, log_delta: float, ceiling: float) -> float | 
     return epsilon if certified else None
 
 
-def epsilon(history: History, delta: float) -> float:
+def epsilon(history: History, delta: float, tolerance: float = _FINE) -> float:
     """An upper bound on epsilon at `delta` for what ran, under add/remove neighbours.
 
     Args:
         history: phases as `events.as_history` returns them.
         delta: in (0, 1).
+        tolerance: relative excess that the discretisation aims at.
 
     Returns:
-        Epsilon >= 0, at most about 0.1 % above the exact value.
+        Epsilon >= 0, by default at most about 0.1 % above the exact value.
     """
     log_delta = math.log(delta)
     if not history or log_delta >= log_saturation(history):
@@ -260,7 +263,7 @@ def epsilon(history: History, delta: float) -> float:
         bound = _mixture_epsilon(history[0], log_delta, full_batch * (1 + _SOLVER))
         if bound is not None:
             return bound * (1 + _ROUND_UP)
-    composed = Profile(coarsen(history, _MAX_PHASES), log_delta).epsilon(log_delta)
+    composed = Profile(coarsen(history, _MAX_PHASES), log_delta).epsilon(log_delta, tolerance)
     return min(composed, full_batch) * (1 + _ROUND_UP)
 
 
@@ -354,23 +357,39 @@ def noise_multiplier(target: float, delta: float, rate: float, steps: int) -> fl
     if sigma is not None:
         return sigma * margin
 
-    def excess(log_sigma: float) -> float:
-        spent = epsilon((Phase(math.exp(log_sigma), rate, steps),), delta) / (1 + _ROUND_UP)
+    def excess(log_sigma: float, tolerance: float) -> float:
+        spent = epsilon((Phase(math.exp(log_sigma), rate, steps),), delta, tolerance)
+        spent /= 1 + _ROUND_UP
         return math.log(spent / target) if spent > 0 else -math.inf
 
     start = math.log(_estimated_noise(target, log_delta, rate, steps, full_batch))
-    return math.exp(_smallest_sufficient(excess, start, math.log(full_batch * margin)))
+    ceiling = math.log(full_batch * margin)
+    near, slope = _smallest_sufficient(partial(excess, tolerance=_COARSE), start, ceiling, 4e-3)
+    log_sigma, _ = _smallest_sufficient(
+        partial(excess, tolerance=_FINE), near - _COARSE / slope, ceiling, 5e-4, slope
+    )
+    return math.exp(log_sigma)
 
 
-def _smallest_sufficient(excess: Callable[[float], float], start: float, ceiling: float) -> float:
-    """Smallest x with excess(x) <= 0, to 1e-4 and from above; excess falls with x.
+def _smallest_sufficient(
+    excess: Callable[[float], float],
+    start: float,
+    ceiling: float,
+    precision: float,
+    slope: float = 1.5,
+) -> tuple[float, float]:
+    """Smallest x with excess(x) <= 0, from above; excess falls with x.
 
     Args:
         excess: function of x, zero where the budget is just met.
         start: first guess.
         ceiling: an x that is known to suffice.
+        precision: accepted distance below zero of excess, or of x from its exact value.
+        slope: first guess of -d excess / d x.
+
+    Returns:
+        x and the last slope seen.
     """
-    precision, aim, slope = 1e-4, 3e-5, 1.5
     low, high = -math.inf, ceiling
     x = min(start, ceiling)
     previous: tuple[float, float] | None = None
@@ -387,8 +406,8 @@ def _smallest_sufficient(excess: Callable[[float], float], start: float, ceiling
         if previous is not None and math.isfinite(value) and value != previous[1]:
             slope = min(max(-(value - previous[1]) / (x - previous[0]), 0.05), 1e6)
         previous = (x, value) if math.isfinite(value) else None
-        move = (value + aim) / slope if math.isfinite(value) else -1.0
+        move = (value + 0.3 * precision) / slope if math.isfinite(value) else -1.0
         x += min(max(move, -1.0), 1.0)
         if not low < x < high:
             x = (low + high) / 2 if math.isfinite(low) else high - 1.0
-    return high
+    return high, slope
