@@ -25,10 +25,14 @@ def show(console: Console | None = None) -> None:
         return
     _print_facts(console, "Device", device_rows())
     _print_facts(console, "Native extensions", native_rows())
-    table = Table("op", "CPU tensors", "CUDA tensors", "other backends", title="Ops")
-    for row in op_rows():
-        table.add_row(*row)
+    table = Table("op", "CPU tensors", "CUDA tensors", "cannot run", title="Ops")
+    notes: dict[str, int] = {}
+    for name, on_cpu, on_cuda, reasons in op_rows():
+        marks = [f"{b} ({notes.setdefault(why, len(notes) + 1)})" for b, why in reasons.items()]
+        table.add_row(name, on_cpu, on_cuda, ", ".join(marks))
     console.print(table)
+    for reason, number in notes.items():
+        console.print(f"({number}) {reason}", highlight=False)
 
 
 def version_rows() -> list[tuple[str, str]]:
@@ -62,16 +66,18 @@ def native_rows() -> list[tuple[str, str]]:
     ]
 
 
-def op_rows() -> list[tuple[str, str, str, str]]:
-    """Per op: the backend on CPU and CUDA tensors and why the other backends cannot run."""
+def op_rows() -> list[tuple[str, str, str, dict[str, str]]]:
+    """Per op: the backend on CPU and on CUDA tensors, and why the others cannot run."""
+    import torch
+
     from dpkernels import ops
     from dpkernels.ops.registry import BACKENDS
 
     rows = []
     for name, op in sorted(ops.all_ops().items()):
-        reasons = {backend: op.why_not(backend) for backend in BACKENDS}
-        others = "; ".join(f"{backend}: {why}" for backend, why in reasons.items() if why)
-        rows.append((name, op.preferred("cpu") or "-", op.preferred("cuda") or "-", others))
+        reasons = {backend: why for backend in BACKENDS if (why := op.why_not(backend))}
+        on_cuda = op.preferred("cuda") if torch.cuda.is_available() else None
+        rows.append((name, op.preferred("cpu") or "-", on_cuda or "-", reasons))
     return rows
 
 
