@@ -162,7 +162,7 @@ class LayerCall:
         if sink is None:
             return
         sink.begin(self.samples)
-        if owner.capture.axis:
+        if owner.axis:
             backprops = backprops.transpose(0, 1)
             saved = tuple(t.transpose(0, 1) for t in saved)
         sink.saw(owner.name, "backprops", backprops, self.samples)
@@ -238,6 +238,7 @@ class LayerForward(CapturedForward):
     def __init__(self, module: nn.Module, name: str, capture: ModelCapture, rule: Rule):
         super().__init__(module, name, capture)
         self.rule = rule
+        self.axis = capture.axis if rule.sample_axis is None else rule.sample_axis
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
@@ -251,27 +252,29 @@ class LayerForward(CapturedForward):
             args = (x, *args[1:])
         else:
             kwargs = {**kwargs, key: x}
-        capture.sink.saw(self.name, "activations", x.movedim(capture.axis, 0), samples)
+        capture.sink.saw(self.name, "activations", x.movedim(self.axis, 0), samples)
         own = self.module._parameters
         with swapped((self.module, n, own[n].detach()) for n in wanted):
-            output = self.original(*args, **kwargs)
+            output, saved = self.rule.forward(
+                self.module, x, lambda: self.original(*args, **kwargs)
+            )
         if output._is_view():
             output = torch.ops.aten._unsafe_view(output, output.shape)
-        saved = tuple(t.detach() for t in self.rule.activations(self.module, x))
-        return _Mark.apply(output, capture.anchor, LayerCall(self, samples, wanted), *saved)
+        call = LayerCall(self, samples, wanted)
+        return _Mark.apply(output, capture.anchor, call, *(t.detach() for t in saved))
 
     def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The input with a row for every sample, and the number of samples."""
         capture = self.capture
-        if not self.rule.batched(self.module, x) or x.ndim <= capture.axis:
+        if not self.rule.batched(self.module, x) or x.ndim <= self.axis:
             raise NotPerSample(
                 f"layer {self.name!r} ({type(self.module).__name__}): its input of shape "
                 f"{tuple(x.shape)} has no sample axis; give it a batched input, or freeze the layer"
             )
-        rows = x.shape[capture.axis]
+        rows = x.shape[self.axis]
         if rows == 1 and (capture.samples or 1) * capture.views > 1 and x.ndim > 1:
             shape = list(x.shape)
-            shape[capture.axis] = rows = capture.samples * capture.views
+            shape[self.axis] = rows = capture.samples * capture.views
             x = x.expand(shape)
         return x, capture.samples_for(rows, self.name)
 

@@ -310,10 +310,18 @@ class FusedDPOptimizer(DPOptimizer):
         self._consumed = True
         return True
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_optimizer_") and "original_optimizer" in self.__dict__:
+            return getattr(self.original_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.update(_private={}, last_step=None)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 def _sum_dtype(parameter: nn.Parameter) -> torch.dtype:

@@ -44,6 +44,7 @@ class ConvRule(Rule):
 
     handles = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     methods = ("forward", "_conv_forward")
+    sample_axis = 0
 
     def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
         return _batched(module, input)
@@ -84,6 +85,7 @@ class ConvTransposeRule(Rule):
     """
 
     handles = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    sample_axis = 0
 
     def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
         return _batched(module, input)

@@ -32,7 +32,7 @@ class LinearRule(Rule):
             x = merge_rows(x.reshape(len(x), -1, x.shape[-1]), samples)
             yield "weight", LinearOperand(x.to(grad.dtype), grad)
         if "bias" in wanted:
-            yield "bias", StoredOperand(ops.bias_grad_sample(grad.transpose(1, 2)))
+            yield "bias", StoredOperand(ops.bias_last_grad_sample(grad))
 
 
 class EmbeddingRule(Rule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -12,6 +12,11 @@ from dpkernels import ops
 from dpkernels.layers.fold import merge_rows, sum_rows
 from dpkernels.layers.operands import Operand, StoredOperand
 from dpkernels.layers.rule import Rule
+
+
+def _native(x: torch.Tensor) -> bool:
+    """Whether the forward pass can return its statistics: what autocast or strides do not change."""
+    return x.is_contiguous() and not torch.is_autocast_enabled(x.device.type)
 
 
 def _statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,6 +32,19 @@ class GroupNormRule(Rule):
     """``nn.GroupNorm`` and ``nn.InstanceNorm1d/2d/3d`` with affine parameters, [rows, C, *]."""
 
     handles = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    sample_axis = 0
+
+    def forward(
+        self, module: nn.Module, input: torch.Tensor, run: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        if not isinstance(module, nn.GroupNorm) or not _native(input):
+            return run(), (input,)
+        rows, channels = input.shape[:2]
+        positions = math.prod(input.shape[2:])
+        output, *statistics = torch.native_group_norm(
+            input, module.weight, module.bias, rows, channels, positions, module.num_groups, module.eps
+        )
+        return output, (input, *statistics)
 
     def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
         axes = (a for kind, a in _INSTANCE_AXES.items() if isinstance(module, kind))
@@ -44,12 +62,13 @@ class GroupNormRule(Rule):
         if "weight" not in wanted:
             yield "bias", StoredOperand(sum_rows(ops.bias_grad_sample(grad), samples))
             return
-        (x,) = activations
+        x, *statistics = activations
         rows, channels = x.shape[:2]
-        groups = getattr(module, "num_groups", channels)
         x = x.reshape(rows, channels, -1)
-        wide = x.reshape(rows, groups, -1)
-        mean, rstd = _statistics(wide if wide.dtype.itemsize > 2 else wide.float(), module.eps)
+        if not statistics:
+            wide = x.reshape(rows, getattr(module, "num_groups", channels), -1)
+            statistics = _statistics(wide if wide.dtype.itemsize > 2 else wide.float(), module.eps)
+        mean, rstd = statistics
         weight, bias = ops.normalization_grad_sample(x, grad, mean, rstd)
         yield "weight", StoredOperand(sum_rows(weight, samples))
         if "bias" in wanted:
@@ -60,6 +79,17 @@ class LayerNormRule(Rule):
     """``nn.LayerNorm`` (with or without bias) and ``nn.RMSNorm``, [rows, *, *normalized_shape]."""
 
     handles = (nn.LayerNorm, nn.RMSNorm)
+
+    def forward(
+        self, module: nn.Module, input: torch.Tensor, run: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        if not isinstance(module, nn.LayerNorm) or not _native(input):
+            return run(), (input,)
+        shape = list(module.normalized_shape)
+        output, *statistics = torch.native_layer_norm(
+            input, shape, module.weight, module.bias, module.eps
+        )
+        return output, (input, *statistics)
 
     def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
         return input.ndim > len(module.normalized_shape)
@@ -76,24 +106,26 @@ class LayerNormRule(Rule):
         width = math.prod(shape)
         grad = merge_rows(backprops.reshape(len(backprops), -1, width), samples)
         grad = grad if grad.dtype.itemsize > 2 else grad.float()
-        if "weight" in wanted:
-            (x,) = activations
-            x = merge_rows(x.reshape(len(x), -1, width), samples).to(grad.dtype)
-            weight = ops.affine_grad_sample(self._normalized(module, x), grad.transpose(1, 2))
-            yield "weight", StoredOperand(weight.reshape(samples, *shape))
-        if "bias" in wanted:
-            bias = ops.bias_grad_sample(grad.transpose(1, 2))
+        if "weight" not in wanted:
+            bias = ops.bias_last_grad_sample(grad)
             yield "bias", StoredOperand(bias.reshape(samples, *shape))
-
-    @staticmethod
-    def _normalized(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] -> the normalised values, [B, D, T]."""
+            return
+        x, *statistics = activations
+        x = merge_rows(x.reshape(len(x), -1, width), samples)
         if isinstance(module, nn.RMSNorm):
+            x = x.to(grad.dtype)
             eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-            scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-            return (x * scale).transpose(1, 2)
-        mean, rstd = _statistics(x, module.eps)
-        return ((x - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).transpose(1, 2)
+            normalized = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+            weight = ops.affine_last_grad_sample(normalized, grad)
+            yield "weight", StoredOperand(weight.reshape(samples, *shape))
+            return
+        if not statistics:
+            statistics = _statistics(x if x.dtype.itemsize > 2 else x.float(), module.eps)
+        mean, rstd = (s.reshape(samples, -1) for s in statistics)
+        weight, bias = ops.normalization_last_grad_sample(x, grad, mean, rstd)
+        yield "weight", StoredOperand(weight.reshape(samples, *shape))
+        if "bias" in wanted:
+            yield "bias", StoredOperand(bias.reshape(samples, *shape))
 
 
 class PReLURule(Rule):

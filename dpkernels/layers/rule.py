@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,8 @@ class Rule:
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     #: the parameters that the rule knows
     parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    #: the sample axis that the layer itself prescribes; None where the model decides
+    sample_axis: ClassVar[int | None] = None
 
     def refusal(self, module: nn.Module) -> str | None:
         """Why this module has no per-sample gradient, with the remedy; None if it has."""
@@ -33,9 +35,17 @@ class Rule:
         """Whether the input carries a sample axis in front of what one sample needs."""
         return input.ndim >= 2
 
-    def activations(self, module: nn.Module, input: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What must be remembered of the forward pass: by default the input."""
-        return (input,)
+    def forward(
+        self, module: nn.Module, input: torch.Tensor, run: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The layer's output, and what must be remembered (each tensor sample axis alike).
+
+        Args:
+            module: the layer, its trained parameters out of autograd.
+            input: its input.
+            run: runs the layer's own forward on it.
+        """
+        return run(), (input,)
 
     def operands(
         self,
@@ -49,7 +59,7 @@ class Rule:
 
         Args:
             module: the layer.
-            activations: what :meth:`activations` returned, sample axis first.
+            activations: what :meth:`forward` remembered, sample axis first.
             backprops: gradient at the layer's output, sample axis first, [rows, ...].
             samples: number of samples; rows are a multiple of it.
             wanted: names of the trainable parameters.

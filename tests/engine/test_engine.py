@@ -333,8 +333,9 @@ def test_copies_and_pickles() -> None:
         for p in twin.parameters():
             p.zero_()
     x, y = images(4).tensors
-    assert float(model(x).abs().sum()) > 0, "the copy must not share the original's layers"
-    assert float(twin(x).abs().sum()) == 0
+    with torch.no_grad():
+        assert float(model(x).abs().sum()) > 0, "the copy must not share the original's layers"
+        assert float(twin(x).abs().sum()) == 0
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     pickle.loads(pickle.dumps(optimizer)).zero_grad()
@@ -344,6 +345,16 @@ def test_copies_and_pickles() -> None:
     buffer.seek(0)
     restored = torch.load(buffer, weights_only=False)
     assert torch.equal(restored(x), model(x))
+
+
+def test_step_hooks_of_the_optimizer_run() -> None:
+    _, model, optimizer, _ = private(cnn(), images(16))
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.make_private_noise_only()
+    optimizer.step()
+    assert calls == ["pre", "post"]
 
 
 def test_checkpoints_restore_the_history(tmp_path) -> None:
