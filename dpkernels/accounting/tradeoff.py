@@ -282,7 +282,8 @@ def _may_miss(history: History) -> bool:
 def _reverse_miss(history: History, alpha: float, adversary: str) -> float:
     """Misses of the best test of "never joined" (the add direction), from below."""
     least = max(0.0, 1 - alpha / math.exp(log_absence(history))) if _may_miss(history) else 0.0
-    if _loudest_step_miss(history, least + 1e-7 * max(least, 1e-3)) <= alpha:
+    probe = min(least + 1e-7 * max(least, 1e-3), (1 + least) / 2)
+    if probe < 1 and _loudest_step_miss(history, probe) <= alpha:
         return least
     pair = TradeOff(history, adversary, math.log(min(alpha, 1 - alpha)))
     return min(pair.alpha_at_beta(alpha) * (1 - _ROUND_OUT), 1 - alpha)

@@ -1,0 +1,142 @@
+"""The adversary without a prior: the noise on its best reconstruction is a known Gaussian.
+
+From one update the optimal attacker gets X + N(0, (noise_multiplier * data_norm)^2 I) and can do
+no better without prior knowledge of the record; `observations` independent updates that contain
+the record average (docs/math.md, "From scratch"; Schwethelm et al., arXiv 2402.12861).
+"""
+
+from __future__ import annotations
+
+import math
+
+from scipy.special import gammainc, gammaincinv
+
+from dpkernels.accounting.checks import check_count, check_number
+
+
+def _mse_scale(
+    noise_multiplier: float, dimension: int, data_norm: float, observations: float
+) -> tuple[float, float]:
+    """Shape and scale of the Gamma law of the mean squared error."""
+    sigma = check_number("noise_multiplier", noise_multiplier, above=0.0)
+    d = check_count("dimension", dimension)
+    norm = check_number("data_norm", data_norm, above=0.0)
+    count = check_number("observations", observations, above=0.0)
+    return d / 2, 2 * (sigma * norm) ** 2 / (count * d)
+
+
+def mse_probability(
+    mse: float,
+    *,
+    noise_multiplier: float,
+    dimension: int,
+    data_norm: float,
+    observations: float = 1,
+) -> float:
+    """P(mean squared error <= mse) of the best reconstruction from scratch.
+
+    Args:
+        mse: > 0, in squared data units.
+        noise_multiplier: std of the noise divided by max_grad_norm, > 0.
+        dimension: number of values D in a record, >= 1.
+        data_norm: Euclidean norm B of a record, > 0.
+        observations: updates that contain the record, > 0.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+    mse = check_number("mse", mse, above=0.0)
+    shape, scale = _mse_scale(noise_multiplier, dimension, data_norm, observations)
+    return float(gammainc(shape, mse / scale))
+
+
+def mse_quantile(
+    probability: float,
+    *,
+    noise_multiplier: float,
+    dimension: int,
+    data_norm: float,
+    observations: float = 1,
+) -> float:
+    """The mean squared error that the best reconstruction undercuts with `probability`.
+
+    Args:
+        probability: in (0, 1).
+        noise_multiplier, dimension, data_norm, observations: as in `mse_probability`.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+    probability = check_number("probability", probability, above=0.0, below=1.0)
+    shape, scale = _mse_scale(noise_multiplier, dimension, data_norm, observations)
+    return float(gammaincinv(shape, probability)) * scale
+
+
+def psnr_probability(
+    psnr: float,
+    *,
+    noise_multiplier: float,
+    dimension: int,
+    data_norm: float,
+    data_range: float,
+    observations: float = 1,
+) -> float:
+    """P(PSNR >= psnr) of the best reconstruction from scratch.
+
+    Args:
+        psnr: peak signal-to-noise ratio in dB, any finite number.
+        noise_multiplier, dimension, data_norm, observations: as in `mse_probability`.
+        data_range: largest minus smallest possible value of the data, > 0.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+    psnr = check_number("psnr", psnr)
+    data_range = check_number("data_range", data_range, above=0.0)
+    shape, scale = _mse_scale(noise_multiplier, dimension, data_norm, observations)
+    return float(gammainc(shape, data_range**2 * 10 ** (-psnr / 10) / scale))
+
+
+def psnr_quantile(
+    probability: float,
+    *,
+    noise_multiplier: float,
+    dimension: int,
+    data_norm: float,
+    data_range: float,
+    observations: float = 1,
+) -> float:
+    """The PSNR in dB that the best reconstruction reaches with `probability`, in (0, 1).
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+    data_range = check_number("data_range", data_range, above=0.0)
+    mse = mse_quantile(
+        probability,
+        noise_multiplier=noise_multiplier,
+        dimension=dimension,
+        data_norm=data_norm,
+        observations=observations,
+    )
+    return 20 * math.log10(data_range) - 10 * math.log10(mse)
+
+
+def ncc_bound(*, noise_multiplier: float, dimension: int, observations: float = 1) -> float:
+    """Normalised cross-correlation that a reconstruction from scratch attains at most.
+
+    The value at which the correlation of the record with record plus noise concentrates when the
+    whole norm of the record is signal: 1 / sqrt(1 + D sigma^2 / observations).
+
+    Args:
+        noise_multiplier: std of the noise divided by max_grad_norm, > 0.
+        dimension: number of values D in a record, >= 1.
+        observations: updates that contain the record, > 0.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+    sigma = check_number("noise_multiplier", noise_multiplier, above=0.0)
+    d = check_count("dimension", dimension)
+    count = check_number("observations", observations, above=0.0)
+    return 1 / math.hypot(1.0, sigma * math.sqrt(d / count))

@@ -1,0 +1,116 @@
+"""A simulation of the optimal test: a cross-check of `rero_bound`, never the product's number.
+
+Steps are drawn from a law that is tilted towards the threshold, and reweighted; drawing from the
+null instead would see nothing at large budgets (docs/math.md, "Monte Carlo cross-check").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri
+
+from dpkernels.accounting.checks import check_count, check_number
+from dpkernels.accounting.composition import Composition
+from dpkernels.accounting.events import Phase
+from dpkernels.accounting.losses import StepLaw, step_laws
+
+_CELLS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A simulated gamma with a confidence interval [low, high]."""
+
+    gamma: float
+    low: float
+    high: float
+
+
+def _tilt(law: StepLaw, kappa: float) -> float:
+    """The exponent that moves the summed loss to the threshold whose false alarms are kappa."""
+    total = Composition([law], math.log(kappa) - math.log(1e8))
+    low, high = -1.0, 1.0
+
+    def gap(tilt: float) -> float:
+        log_mgf, mean, _ = (float(value[0]) for value in total.cumulants(tilt))
+        return log_mgf - (tilt + 1) * mean - math.log(kappa)
+
+    while gap(high) > 0 and high < 1e9:
+        low, high = high, 4 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gap(middle) > 0 else (low, middle)
+    return max(-0.5, high)
+
+
+def _draw(
+    law: StepLaw, tilt: float, samples: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed losses and log of (density under the mixture / density drawn from), [samples]."""
+    edges = np.linspace(*law.support(12.0), _CELLS + 1)
+    width = edges[1] - edges[0]
+
+    def log_mixture(x: np.ndarray) -> np.ndarray:
+        log_null = -0.5 * x * x - 0.5 * math.log(2 * math.pi) + law.log_copies
+        return log_null + law.loss(x)
+
+    middles = (edges[1:] + edges[:-1]) / 2
+    exponents = log_mixture(middles) + tilt * law.loss(middles)
+    chances = np.exp(exponents - exponents.max())
+    chances /= chances.sum()
+    cumulative = np.cumsum(chances)
+    losses, log_weights = np.zeros(samples), np.zeros(samples)
+    for _ in range(law.phase.steps):
+        cells = np.minimum(np.searchsorted(cumulative, generator.random(samples)), _CELLS - 1)
+        x = edges[cells] + width * generator.random(samples)
+        losses += law.loss(x)
+        log_weights += log_mixture(x) - np.log(chances[cells] / width)
+    return losses, log_weights
+
+
+def simulate_rero(
+    *,
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int,
+    kappa: float,
+    adversary: str = "worst_case",
+    samples: int = 20_000,
+    confidence: float = 0.999,
+    seed: int = 0,
+) -> Simulation:
+    """Simulates the bound of `rero_bound`.
+
+    Args:
+        noise_multiplier, sample_rate, steps, kappa, adversary: as in `rero_bound`.
+        samples: number of simulated runs, >= 100; time grows with samples * steps.
+        confidence: probability that the interval covers the exact value, in (0, 1).
+        seed: of numpy's generator.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+    phase = Phase(noise_multiplier, check_number("sample_rate", sample_rate, above=0.0), steps)
+    kappa = check_number("kappa", kappa, above=0.0, below=1.0)
+    confidence = check_number("confidence", confidence, above=0.0, below=1.0)
+    samples = check_count("samples", samples, at_least=100)
+    (law,) = step_laws((phase,), adversary)
+    tilt = _tilt(law, kappa)
+    losses, log_mixture = _draw(law, tilt, samples, np.random.default_rng(seed))
+    order = np.argsort(-losses)
+    losses, log_mixture = losses[order], log_mixture[order]
+    null, mixture = np.exp(log_mixture - losses), np.exp(log_mixture)
+    reject = np.cumsum(null) / samples <= kappa
+    threshold = float(losses[min(int(reject.sum()), samples - 1)])
+    slope_terms = np.where(reject, math.exp(threshold) * null, 0.0)
+    if tilt >= 0:
+        gamma = float(np.where(reject, mixture, 0.0).mean())
+        influence = np.where(reject, mixture, 0.0) - slope_terms
+    else:
+        gamma = 1 - float(np.where(reject, 0.0, mixture).mean())
+        influence = np.where(reject, 0.0, mixture) + slope_terms
+    error = -float(ndtri((1 - confidence) / 2)) * float(influence.std()) / math.sqrt(samples)
+    return Simulation(gamma, max(0.0, gamma - error), min(1.0, gamma + error))

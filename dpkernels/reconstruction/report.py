@@ -1,0 +1,2 @@
+from dataclasses import dataclass
+RiskReport=risk_report=None
