@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,9 +104,8 @@ def train(
         }
         base = _stored(out) if resume else _preset(preset)
         start = _configuration(base, config, changes, override or [])
-        folder = out or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
-        trainer = SegmentationTrainer(start, folder, _display(console))
-        console.print(f"Run folder: [bold]{folder}[/]", highlight=False)
+        trainer = SegmentationTrainer(start, out, _display(console))
+        console.print(f"Run folder: [bold]{trainer.folder.root}[/]", highlight=False)
         result = trainer.fit(resume=resume)
         _print_result(console, result)
 
@@ -266,10 +265,17 @@ def _metrics_table(summary: dict[str, dict[str, float]]):
         table.add_column(column, justify="left" if column == "class" else "right")
     for name, row in summary.items():
         table.add_row(
-            name, f"{row['dice']:.3f}", f"{row['dice_std']:.3f}", f"{row['hd95']:.1f}",
+            name,
+            _figure(row["dice"], 3),
+            _figure(row["dice_std"], 3),
+            _figure(row["hd95"], 1),
             str(row["cases"]),
-        )  # fmt: skip
+        )
     return table
+
+
+def _figure(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _print_result(console, result) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from dpkernels.segmentation.presets import preset
+
 
 @dataclass(frozen=True)
 class PhantomConfig:
@@ -261,6 +263,15 @@ class SegmentationConfig:
     def from_dict(cls, values: dict[str, Any]) -> SegmentationConfig:
         """Build from nested dictionaries; unknown keys and wrong types are refused by name."""
         return _build(cls, values, "")
+
+    @classmethod
+    def from_preset(cls, name: str, changes: dict[str, Any] | None = None) -> SegmentationConfig:
+        """A preset with nested `changes` laid over it.
+
+        Raises:
+            ValueError: no such preset, or a faulty change.
+        """
+        return cls.from_dict(merge({**preset(name), "preset": name}, changes or {}))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries and lists only, as written to YAML."""

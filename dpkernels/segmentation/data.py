@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from dpkernels.segmentation.decathlon import DecathlonFolder, Scan
 from dpkernels.segmentation.volume import Volume, check_headers, load_volume
 
 _FOREGROUND_VOXELS = 4096
+_READERS = 4
+_FAULTS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -108,15 +111,18 @@ class CaseStore:
         """Check every header, then read every scan, before any training.
 
         Raises:
-            ValueError: the first faulty file, by name.
+            ValueError: the faulty files, each by name.
         """
-        for scan in self.folder.scans:
-            check_headers(scan)
-        for scan in self.folder.scans:
+        _raise_faults(map(_fault_of(check_headers), self.folder.scans))
+
+        def read(scan: Scan) -> None:
             case = self._load(scan)
             if self.config.cache == "memory":
                 self._cases[scan.name] = case
             on_progress()
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            _raise_faults(readers.map(_fault_of(read), self.folder.scans))
 
     def volume(self, scan: Scan) -> Volume:
         """The scan on its native grid."""
@@ -128,6 +134,27 @@ class CaseStore:
 
     def _load(self, scan: Scan) -> Case:
         return prepare(self.volume(scan), self.config, self.divisor)
+
+
+def _fault_of(action: Callable[[Scan], None]) -> Callable[[Scan], str | None]:
+    def attempt(scan: Scan) -> str | None:
+        try:
+            action(scan)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return attempt
+
+
+def _raise_faults(found: Iterable[str | None]) -> None:
+    faults = [fault for fault in found if fault is not None]
+    if len(faults) == 1:
+        raise ValueError(faults[0])
+    if faults:
+        more = [f"... and {len(faults) - _FAULTS_SHOWN} more"] * (len(faults) > _FAULTS_SHOWN)
+        listed = "\n".join(f"- {fault}" for fault in faults[:_FAULTS_SHOWN] + more)
+        raise ValueError(f"{len(faults)} scans are faulty:\n{listed}")
 
 
 class PatientDataset(Dataset):

@@ -152,6 +152,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def steps_begun(ledger: Path) -> int:
+    """Steps entered in a ledger; a line cut short by a kill or a full disk counts."""
+    return len(ledger.read_bytes().split()) if ledger.exists() else 0
+
+
 class StepLedger:
     """An append-only count of the steps that were begun.
 
@@ -160,9 +165,10 @@ class StepLedger:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self.count = len(path.read_bytes().split()) if path.exists() else 0
+        self.count = steps_begun(path)
         self._file = path.open("ab", buffering=0)
+        if self.count and not path.read_bytes().endswith(b"\n"):
+            self._file.write(b"\n")
 
     def begin(self) -> int:
         """Enter one more step and return its number, from 1."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from dpkernels.segmentation.run_folder import (
     RunFolder,
     environment,
     load_checkpoint,
+    steps_begun,
 )
 
 
@@ -63,7 +65,7 @@ class SegmentationTrainer:
 
     Args:
         config: what to run.
-        out: run folder.
+        out: run folder; default runs/<preset>-<date>-<time>.
         display: where progress goes; silent by default.
 
     Guarantees:
@@ -73,15 +75,17 @@ class SegmentationTrainer:
     """
 
     def __init__(
-        self, config: SegmentationConfig, out: str | Path, display: Display | None = None
+        self,
+        config: SegmentationConfig,
+        out: str | Path | None = None,
+        display: Display | None = None,
     ) -> None:
         self.config = config
-        self.folder = RunFolder(out)
+        self.folder = RunFolder(out or default_run(config.preset))
         self.display = display or SilentDisplay()
         self.device = resolve_device(config.training.device)
         self._store: CaseStore | None = None
         self._split: dict[str, list[str]] = {}
-        self._network: nn.Module | None = None
 
     @classmethod
     def from_run(cls, out: str | Path, display: Display | None = None) -> SegmentationTrainer:
@@ -122,10 +126,12 @@ class SegmentationTrainer:
         if not resume:
             self.folder.write_yaml("config.yaml", self.config.to_dict())
             self.folder.write_json("env.json", environment(self.device))
-            self.folder.write_json("split.json", {**self._split, "plan": plan.to_dict()})
+            self.folder.write_json("split.json", self._split)
+            self.folder.write_json("plan.json", plan.to_dict())
+            self.folder.write_json("data.json", _description(store.folder))
         steps = self._train(network, criterion, store, plan, checkpoint)
         results = self._evaluate(store, self._split["test"])
-        report = self._write_report(plan, steps, store.folder)
+        report = self._write_report(plan, steps)
         return TrainingResult(self.folder.root, summarise(results), report.epsilon, steps)
 
     def evaluate(self) -> list[CaseResult]:
@@ -147,8 +153,10 @@ class SegmentationTrainer:
         Raises:
             ValueError: no scan found, or a faulty one.
         """
-        labels, channels = self._interface()
-        predictor = Predictor(self._trained_network(labels, channels), self.config, self.device)
+        data = self.folder.read_json("data.json")
+        channels = len(data["modalities"])
+        network = self._trained_network(len(data["labels"]), channels)
+        predictor = Predictor(network, self.config, self.device)
         return predict_path(
             predictor,
             self.config.data,
@@ -160,10 +168,13 @@ class SegmentationTrainer:
         )
 
     def privacy_report(self) -> PrivacyReport:
-        """The report of the run, for the steps counted so far; written to the run folder."""
-        stored = self.folder.read_json("split.json")
-        counted = len(self.folder.ledger.read_bytes().split())
-        return self._write_report(PrivacyPlan(**stored["plan"]), counted, None)
+        """The report of the run, for the steps counted so far; written to the run folder.
+
+        Raises:
+            ValueError: no step was taken yet.
+        """
+        plan = PrivacyPlan(**self.folder.read_json("plan.json"))
+        return self._write_report(plan, steps_begun(self.folder.ledger))
 
     def _open_store(self) -> CaseStore:
         if self._store is None:
@@ -220,9 +231,8 @@ class SegmentationTrainer:
             raise ValueError(f"training.init_from: {path} is of another network: {error}") from None
 
     def _resumed(self, plan: PrivacyPlan) -> dict[str, Any] | None:
-        stored = self.folder.read_json("split.json")
-        differences = plan.differences(stored["plan"])
-        if {k: stored[k] for k in self._split} != self._split:
+        differences = plan.differences(self.folder.read_json("plan.json"))
+        if self.folder.read_json("split.json") != self._split:
             differences.append("the split of the patients")
         if differences:
             raise ValueError(
@@ -276,18 +286,18 @@ class SegmentationTrainer:
 
         return Compose([instantiate(b, f"data.augmentations[{i}]") for i, b in enumerate(blocks)])
 
-    def _trained_network(self, labels: dict[int, str], channels: int) -> nn.Module:
+    def _trained_network(self, classes: int, channels: int) -> nn.Module:
         ema = self.folder.checkpoints / "ema.pt"
         state = load_checkpoint(ema) if ema.exists() else self.folder.load_checkpoint()
         network = build_network(
-            self.config.network, in_channels=channels, out_channels=len(labels), seed=0
+            self.config.network, in_channels=channels, out_channels=classes, seed=0
         )
         network.load_state_dict(state["model"])
         return network.to(self.device)
 
     def _evaluate(self, store: CaseStore, patients: list[str]) -> list[CaseResult]:
         scans = _scans_of(store.folder, patients)
-        network = self._trained_network(store.folder.labels, len(store.folder.modalities))
+        network = self._trained_network(len(store.folder.labels), len(store.folder.modalities))
         shutil.rmtree(self.folder.overlays, ignore_errors=True)
         self.folder.overlays.mkdir()
         drawn = 0
@@ -315,8 +325,6 @@ class SegmentationTrainer:
             {
                 "summary": summarise(results),
                 "weights": "ema" if (self.folder.checkpoints / "ema.pt").exists() else "last",
-                "labels": store.folder.labels,
-                "modalities": list(store.folder.modalities),
                 "cases": [
                     {"scan": r.scan, "patient_id": r.patient_id, "dice": r.dice, "hd95": r.hd95}
                     for r in results
@@ -325,21 +333,32 @@ class SegmentationTrainer:
         )
         return results
 
-    def _interface(self) -> tuple[dict[int, str], int]:
-        metrics = self.folder.read_json("metrics.json")
-        return {int(k): v for k, v in metrics["labels"].items()}, len(metrics["modalities"])
-
-    def _write_report(
-        self, plan: PrivacyPlan, steps: int, data: DecathlonFolder | None
-    ) -> PrivacyReport:
-        notes = list(data.notes) if data is not None else self.folder.read_json("notes.json")
-        if data is not None:
-            self.folder.write_json("notes.json", notes)
+    def _write_report(self, plan: PrivacyPlan, steps: int) -> PrivacyReport:
+        if not steps:
+            raise ValueError(f"{self.folder.root}: no step was taken yet, nothing to report")
         columns = read_metrics(self.folder.metrics_csv)
+        notes = self.folder.read_json("data.json")["notes"]
         report = build_report(self.config, plan, steps, columns, notes)
         self.folder.write_json("privacy_report.json", report.to_dict())
         self.folder.write_text("privacy_report.md", report.to_markdown())
         return report
+
+
+def default_run(preset: str) -> Path:
+    """runs/<preset>-<date>-<time>."""
+    return Path("runs") / f"{preset or 'segment'}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _description(folder: DecathlonFolder) -> dict[str, Any]:
+    """What must be known of the data to predict and to report without it."""
+    return {
+        "root": str(folder.root),
+        "labels": folder.labels,
+        "modalities": list(folder.modalities),
+        "patients": len(folder.patients),
+        "scans": len(folder.scans),
+        "notes": list(folder.notes),
+    }
 
 
 def _scans_of(folder: DecathlonFolder, patients: list[str]) -> list[Scan]:

@@ -12,6 +12,14 @@ def test_presets_are_valid_and_survive_a_round_trip_through_yaml(name):
     assert again == config
 
 
+def test_a_preset_can_be_changed_in_python():
+    config = SegmentationConfig.from_preset("phantom", {"privacy": {"epsilon": 3}})
+    assert config.privacy.epsilon == 3.0
+    assert config.preset == "phantom"
+    with pytest.raises(ValueError, match="--preset must be one of"):
+        SegmentationConfig.from_preset("liver")
+
+
 def test_an_override_changes_one_setting():
     values = merge(PRESETS["phantom"], parse_override("network.channels=[16,32,64]"))
     values = merge(values, parse_override("privacy.delta=1e-6"))

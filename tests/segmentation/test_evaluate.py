@@ -46,6 +46,7 @@ def test_dice_of_known_masks():
     assert dice_score(a, b) == pytest.approx(2 * 2 / 6)
 
 
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 2.0, 5.0)])
 def test_surface_distance_agrees_with_monai(spacing):
     a, b = ball((10, 9, 10), 6), ball((13, 10, 11), 5) | ball((4, 4, 4), 2)

@@ -17,7 +17,7 @@ from dpkernels.accounting import get_epsilon
 from dpkernels.segmentation.config import SegmentationConfig, load_yaml, merge
 from dpkernels.segmentation.logs import read_metrics
 from dpkernels.segmentation.progress import SilentDisplay
-from dpkernels.segmentation.run_folder import load_checkpoint
+from dpkernels.segmentation.run_folder import StepLedger, load_checkpoint, steps_begun
 from dpkernels.segmentation.trainer import SegmentationTrainer
 
 
@@ -84,6 +84,8 @@ def test_the_run_folder_holds_everything_that_is_promised(finished):
         "config.yaml",
         "env.json",
         "split.json",
+        "plan.json",
+        "data.json",
         "metrics.csv",
         "metrics.json",
         "privacy_report.json",
@@ -240,6 +242,31 @@ def test_a_run_that_failed_before_its_first_step_may_be_repeated(tiny, tmp_path,
     assert SegmentationTrainer(tiny(), tmp_path / "run").fit().steps == 3
 
 
+def test_every_faulty_scan_is_listed_at_once(tiny, tmp_path, folder, rewrite):
+    (folder / "imagesTr" / "phantom_003.nii.gz").write_bytes(b"damaged")
+    rewrite(folder / "labelsTr" / "phantom_006.nii.gz", lambda array: array[1:])
+    with pytest.raises(ValueError, match=r"(?s)2 scans are faulty.*phantom_003.*phantom_006"):
+        SegmentationTrainer(tiny(root=folder), tmp_path / "run").fit()
+
+
+def test_a_ledger_line_cut_short_still_counts(tmp_path):
+    path = tmp_path / "steps.ledger"
+    path.write_bytes(b"1\n2\n3")
+    ledger = StepLedger(path)
+    assert ledger.count == 3
+    assert ledger.begin() == 4
+    ledger.close()
+    assert StepLedger(path).count == steps_begun(path) == 4
+
+
+def test_a_run_without_steps_has_nothing_to_report(tiny, tmp_path):
+    config = tiny({"network": {"norm": "BATCH"}})
+    with pytest.raises(ValueError, match="BatchNorm"):
+        SegmentationTrainer(config, tmp_path / "run").fit()
+    with pytest.raises(ValueError, match="no step was taken yet"):
+        SegmentationTrainer.from_run(tmp_path / "run").privacy_report()
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatch):
     config = tiny({"training": {"steps": 4, "checkpoint_every": 1}})
     write = torch.save
@@ -370,8 +397,8 @@ def test_two_modalities_and_empty_labels_train(folder, manifest, rewrite, tiny, 
         rewrite(path, np.zeros_like)
     crops = {"shape": None, "spacing": [17.0, 17.0, 17.0], "crop": [8, 8, 8]}
     SegmentationTrainer(tiny({"data": crops}, root=folder), tmp_path / "run").fit()
+    assert len(json.loads((tmp_path / "run" / "data.json").read_text())["modalities"]) == 2
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert len(metrics["modalities"]) == 2
     assert all(case["hd95"]["liver"] is None for case in metrics["cases"])
 
 
