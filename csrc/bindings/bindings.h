@@ -93,6 +93,7 @@ using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 namespace DPKERNELS_DEVICE {
 
 // One per op family; cpu_module.cpp and cuda_module.cpp call those that their device has.
+void register_affine(py::module_& m);
 void register_clip(py::module_& m);
 void register_conv(py::module_& m);
 void register_noise(py::module_& m);

@@ -91,7 +91,7 @@ struct Layout {
 };
 
 class AlignedBuffer {
- public:
+public:
     float* at_least(int64_t floats) {
         if (floats > capacity_) {
             data_.reset(static_cast<float*>(::operator new(floats * sizeof(float), kAlignment)));
@@ -100,7 +100,7 @@ class AlignedBuffer {
         return data_.get();
     }
 
- private:
+private:
     static constexpr std::align_val_t kAlignment{64};
     struct Deleter {
         void operator()(float* pointer) const { ::operator delete(pointer, kAlignment); }
@@ -131,7 +131,7 @@ void copy_row_past(const float* source, int64_t stride, int64_t count, float* ta
 }
 
 class Worker {
- public:
+public:
     Worker(const ConvGeometry& geometry, const float* input, const float* grad_output,
            float* grad_sample)
         : g_(geometry), input_(input), grad_output_(grad_output), grad_sample_(grad_sample) {
@@ -177,7 +177,7 @@ class Worker {
         }
     }
 
- private:
+private:
     // The block that packs the fewest floats in all, halos and padding included.
     void choose_block() {
         int64_t fewest = -1;

@@ -1,55 +1,21 @@
-"""CPU reductions by library calls."""
+"""CPU gradients of scales and shifts: compiled reductions where there are any, else the library."""
 
 from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.checks import kept_samples, result_dtype
+from dpkernels.ops import native
+from dpkernels.ops.affine import compiled, library
+from dpkernels.ops.checks import kept_samples
 
+_reductions = compiled if native.why_not_cpu() is None else library
 
-def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    dtype = result_dtype(normalized, grad_output)
-    return torch.mul(normalized.to(dtype), grad_output.to(dtype)).sum(2)
-
-
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    dtype = result_dtype(normalized, grad_output)
-    return torch.mul(normalized.to(dtype), grad_output.to(dtype)).sum(1)
-
-
-def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return grad_output.sum(2, dtype=result_dtype(grad_output))
-
-
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return grad_output.sum(1, dtype=result_dtype(grad_output))
-
-
-def normalization_grad_sample(
-    input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
-) -> torch.Tensor:
-    """See the contract. The mean is taken off before the product: no cancellation."""
-    dtype = result_dtype(input, grad_output)
-    batch, channels, positions = input.shape
-    grads = grad_output.to(dtype)
-    grouped = (batch, mean.shape[1], channels // mean.shape[1], positions)
-    centred = input.to(dtype).reshape(grouped) - mean.to(dtype)[:, :, None, None]
-    weight = centred.mul_(grads.reshape(grouped)).sum(3) * rstd.to(dtype)[:, :, None]
-    return torch.stack([weight.reshape(batch, channels), grads.sum(2)])
-
-
-def normalization_last_grad_sample(
-    input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
-) -> torch.Tensor:
-    """See the contract."""
-    dtype = result_dtype(input, grad_output)
-    grads = grad_output.to(dtype)
-    normalized = (input.to(dtype) - mean.to(dtype).unsqueeze(2)).mul_(rstd.to(dtype).unsqueeze(2))
-    return torch.stack([normalized.mul_(grads).sum(1), grads.sum(1)])
+affine_grad_sample = _reductions.affine_grad_sample
+affine_last_grad_sample = _reductions.affine_last_grad_sample
+bias_grad_sample = _reductions.bias_grad_sample
+bias_last_grad_sample = _reductions.bias_last_grad_sample
+normalization_grad_sample = _reductions.normalization_grad_sample
+normalization_last_grad_sample = _reductions.normalization_last_grad_sample
 
 
 def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:

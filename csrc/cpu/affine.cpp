@@ -1,0 +1,194 @@
+#include "dpkernels/affine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/elements.h"
+#include "cpu/simd.h"
+
+namespace dpkernels::cpu {
+
+namespace {
+
+using std::int64_t;
+
+// Sums run over blocks in the elements' own width and over blocks in double: the error does not
+// grow with the number of positions.
+constexpr int64_t kBlock = 1024;    // positions of one channel
+constexpr int64_t kBlockRows = 64;  // positions of all channels
+constexpr int64_t kBlockColumns = 256;
+
+// Elements below which a second thread costs more than it brings.
+constexpr int64_t kParallelElements = 1 << 16;
+
+template <class Wide>
+struct Lanes {
+    static constexpr int64_t count = 4 * kLanes / sizeof(Wide);
+    typedef Wide Vector __attribute__((vector_size(4 * kLanes)));
+    typedef Wide Unaligned
+        __attribute__((vector_size(4 * kLanes), aligned(alignof(Wide)), may_alias));
+};
+
+struct Sums {
+    double weight = 0;
+    double bias = 0;
+};
+
+template <class Wide>
+DPK_INLINE double sum_lanes(const typename Lanes<Wide>::Vector (&parts)[4]) {
+    const auto all = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    Wide lanes[Lanes<Wide>::count];
+    std::memcpy(lanes, &all, sizeof(lanes));
+    for (int64_t half = Lanes<Wide>::count / 2; half > 0; half /= 2) {
+        for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return static_cast<double>(lanes[0]);
+}
+
+// Adds sum G * (x - mean) and sum G over one block; without an input the former is left alone.
+template <bool HasInput, class Wide>
+DPK_INLINE void add_block(const Wide* input,  // [count]
+                          const Wide* grad,   // [count]
+                          int64_t count, Wide mean, Sums& sums) {
+    using Unaligned = typename Lanes<Wide>::Unaligned;
+    constexpr int64_t lanes = Lanes<Wide>::count;
+    typename Lanes<Wide>::Vector weight[4] = {}, bias[4] = {};
+    const auto add_vector = [&](int64_t at, int part) {
+        const auto g = *reinterpret_cast<const Unaligned*>(grad + at);
+        bias[part] += g;
+        if constexpr (HasInput) {
+            weight[part] += g * (*reinterpret_cast<const Unaligned*>(input + at) - mean);
+        }
+    };
+    int64_t i = 0;
+    for (; i + 4 * lanes <= count; i += 4 * lanes) {
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) add_vector(i + part * lanes, part);
+    }
+    for (; i + lanes <= count; i += lanes) add_vector(i, 0);
+    Wide weight_rest = 0, bias_rest = 0;
+    for (; i < count; ++i) {
+        bias_rest += grad[i];
+        if constexpr (HasInput) weight_rest += grad[i] * (input[i] - mean);
+    }
+    sums.bias += sum_lanes<Wide>(bias) + static_cast<double>(bias_rest);
+    if constexpr (HasInput) {
+        sums.weight += sum_lanes<Wide>(weight) + static_cast<double>(weight_rest);
+    }
+}
+
+// The block as float or double: itself, or a copy in `buffer`.
+template <class Wide, class T>
+DPK_INLINE const Wide* widened(const T* source, int64_t count, Wide* buffer) {
+    if constexpr (std::is_same_v<T, Wide>) {
+        return source;
+    } else {
+        for (int64_t i = 0; i < count; ++i) buffer[i] = widen(source[i]);
+        return buffer;
+    }
+}
+
+int team(const AffineShape& shape, Launch launch) {
+    const int64_t elements = shape.batch * shape.channels * shape.positions;
+    return elements < kParallelElements ? 1 : launch.threads;
+}
+
+template <bool HasInput, class Wide, class T>
+void by_channel(const T* input, const T* grad_output, const Wide* mean, const Wide* rstd,
+                Wide* weight, Wide* bias, const AffineShape& shape, Launch launch) {
+    const int64_t per_group = shape.channels / shape.groups;
+#pragma omp parallel for num_threads(team(shape, launch)) schedule(static)
+    for (int64_t row = 0; row < shape.batch * shape.channels; ++row) {
+        const int64_t sample = row / shape.channels, channel = row % shape.channels;
+        const int64_t group = sample * shape.groups + channel / per_group;
+        const T* grads =
+            grad_output + sample * shape.grad_stride[0] + channel * shape.grad_stride[1];
+        const T* inputs =
+            HasInput ? input + sample * shape.input_stride[0] + channel * shape.input_stride[1]
+                     : nullptr;
+        const Wide centre = mean ? mean[group] : Wide(0);
+        Sums sums;
+        Wide input_block[kBlock], grad_block[kBlock];
+        for (int64_t begin = 0; begin < shape.positions; begin += kBlock) {
+            const int64_t count = std::min(kBlock, shape.positions - begin);
+            const Wide* g = widened(grads + begin, count, grad_block);
+            const Wide* x = nullptr;
+            if constexpr (HasInput) x = widened(inputs + begin, count, input_block);
+            add_block<HasInput>(x, g, count, centre, sums);
+        }
+        const double scale = rstd ? static_cast<double>(rstd[group]) : 1.0;
+        if constexpr (HasInput) weight[row] = static_cast<Wide>(sums.weight * scale);
+        if (bias) bias[row] = static_cast<Wide>(sums.bias);
+    }
+}
+
+template <bool HasInput, class Wide, class T>
+void by_position(const T* input, const T* grad_output, const Wide* mean, const Wide* rstd,
+                 Wide* weight, Wide* bias, const AffineShape& shape, Launch launch) {
+    const int64_t chunks = (shape.channels + kBlockColumns - 1) / kBlockColumns;
+#pragma omp parallel for num_threads(team(shape, launch)) schedule(static)
+    for (int64_t job = 0; job < shape.batch * chunks; ++job) {
+        const int64_t sample = job / chunks, first = job % chunks * kBlockColumns;
+        const int64_t count = std::min(kBlockColumns, shape.channels - first);
+        double weight_sum[kBlockColumns] = {}, bias_sum[kBlockColumns] = {};
+        for (int64_t begin = 0; begin < shape.positions; begin += kBlockRows) {
+            Wide weight_part[kBlockColumns] = {}, bias_part[kBlockColumns] = {};
+            const int64_t end = std::min(shape.positions, begin + kBlockRows);
+            for (int64_t at = begin; at < end; ++at) {
+                const T* g =
+                    grad_output + sample * shape.grad_stride[0] + at * shape.grad_stride[1] + first;
+                for (int64_t i = 0; i < count; ++i) bias_part[i] += static_cast<Wide>(widen(g[i]));
+                if constexpr (HasInput) {
+                    const T* x =
+                        input + sample * shape.input_stride[0] + at * shape.input_stride[1] + first;
+                    const Wide centre = mean ? mean[sample * shape.positions + at] : Wide(0);
+                    const Wide scale = rstd ? rstd[sample * shape.positions + at] : Wide(1);
+                    for (int64_t i = 0; i < count; ++i) {
+                        weight_part[i] += static_cast<Wide>(widen(g[i])) *
+                                          ((static_cast<Wide>(widen(x[i])) - centre) * scale);
+                    }
+                }
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                weight_sum[i] += static_cast<double>(weight_part[i]);
+                bias_sum[i] += static_cast<double>(bias_part[i]);
+            }
+        }
+        const int64_t row = sample * shape.channels + first;
+        for (int64_t i = 0; i < count; ++i) {
+            if constexpr (HasInput) weight[row + i] = static_cast<Wide>(weight_sum[i]);
+            if (bias) bias[row + i] = static_cast<Wide>(bias_sum[i]);
+        }
+    }
+}
+
+}  // namespace
+
+void channel_grads(const void* input, const void* grad_output, DType type, const void* mean,
+                   const void* rstd, void* weight, void* bias, const AffineShape& shape,
+                   Launch launch) {
+    with_type(type, [&](auto* tag) {
+        using T = std::remove_pointer_t<decltype(tag)>;
+        using Wide = decltype(widen(*tag));
+        const auto run = weight ? by_channel<true, Wide, T> : by_channel<false, Wide, T>;
+        run(static_cast<const T*>(input), static_cast<const T*>(grad_output),
+            static_cast<const Wide*>(mean), static_cast<const Wide*>(rstd),
+            static_cast<Wide*>(weight), static_cast<Wide*>(bias), shape, launch);
+    });
+}
+
+void position_grads(const void* input, const void* grad_output, DType type, const void* mean,
+                    const void* rstd, void* weight, void* bias, const AffineShape& shape,
+                    Launch launch) {
+    with_type(type, [&](auto* tag) {
+        using T = std::remove_pointer_t<decltype(tag)>;
+        using Wide = decltype(widen(*tag));
+        const auto run = weight ? by_position<true, Wide, T> : by_position<false, Wide, T>;
+        run(static_cast<const T*>(input), static_cast<const T*>(grad_output),
+            static_cast<const Wide*>(mean), static_cast<const Wide*>(rstd),
+            static_cast<Wide*>(weight), static_cast<Wide*>(bias), shape, launch);
+    });
+}
+
+}  // namespace dpkernels::cpu
