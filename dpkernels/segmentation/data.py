@@ -204,14 +204,6 @@ class PatientDataset(Dataset):
         return image, label.to(torch.uint8)
 
 
-def collate_patients(
-    items: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patients to a batch [B, K, ...]; `flatten_views` turns it into rows."""
-    images, labels = zip(*items, strict=True)
-    return torch.stack(images), torch.stack(labels)
-
-
 def flatten_views(batch: torch.Tensor) -> torch.Tensor:
     """[B, K, ...] to [B * K, ...]: row = patient * K + view."""
     return batch.flatten(0, 1)

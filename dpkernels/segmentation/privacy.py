@@ -5,20 +5,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from opacus.data_loader import DPDataLoader
 from torch import nn
-from torch.utils.data import DataLoader
 
 from dpkernels import PrivacyEngine
 from dpkernels.accounting import get_epsilon, get_noise_multiplier
 from dpkernels.segmentation.config import SegmentationConfig
-from dpkernels.segmentation.data import PatientDataset, collate_patients, flatten_views
+from dpkernels.segmentation.data import PatientDataset, flatten_views
+from dpkernels.segmentation.sampling import patient_batches
 
 
 @dataclass(frozen=True)
@@ -190,23 +188,14 @@ class PrivateUpdate:
         self.model, self.optimizer, loader = self._engine.make_private(
             module=network,
             optimizer=optimizer,
-            data_loader=DataLoader(
-                dataset,
-                batch_size=round(plan.expected_batch_size),
-                collate_fn=collate_patients,
-                generator=_generator(plan),
-            ),
+            data_loader=patient_batches(dataset, plan.sample_rate, plan.insecure_fixed_noise),
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
-            poisson_sampling=True,
-            noise_generator=None if plan.insecure_fixed_noise is None else _generator(plan),
+            poisson_sampling=False,  # the batches are Poisson already, from better entropy
+            noise_generator=_noise_generator(plan),
             views_per_sample=plan.views_per_patient,
         )
-        if abs(loader.sample_rate - plan.sample_rate) > 1e-12:
-            raise RuntimeError(
-                f"the loader samples at {loader.sample_rate}, planned {plan.sample_rate}"
-            )
-        self._batches = endless(loader)
+        self._batches = iter(loader)
 
     def step(self, loss_of_rows: LossOfRows) -> StepStatistics:
         """Draw a batch and take one step."""
@@ -277,14 +266,7 @@ class PlainUpdate:
         self.model = network
         self.optimizer = optimizer
         self._physical = physical_batch_size
-        self._batches = endless(
-            DPDataLoader(
-                dataset,
-                sample_rate=plan.sample_rate,
-                collate_fn=collate_patients,
-                generator=_generator(plan),
-            )
-        )
+        self._batches = iter(patient_batches(dataset, plan.sample_rate))
         self.steps_counted = 0
 
     def step(self, loss_of_rows: LossOfRows) -> StepStatistics:
@@ -319,14 +301,8 @@ class PlainUpdate:
         self.steps_counted = state["steps"]
 
 
-def endless(loader: DataLoader) -> Iterator[Any]:
-    """Batches without end; Poisson sampling has no epochs."""
-    while True:
-        yield from loader
-
-
-def _generator(plan: PrivacyPlan) -> torch.Generator:
-    """Seeded by the operating system, so that sampling follows no seed of the run."""
-    if plan.insecure_fixed_noise is not None:
-        return torch.Generator().manual_seed(plan.insecure_fixed_noise)
-    return torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
+def _noise_generator(plan: PrivacyPlan) -> torch.Generator | None:
+    """None: the engine's own, keyed by the operating system."""
+    if plan.insecure_fixed_noise is None:
+        return None
+    return torch.Generator().manual_seed(plan.insecure_fixed_noise)

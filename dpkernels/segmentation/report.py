@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from dpkernels.reconstruction import RiskReport, risk_report
 from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.privacy import PrivacyPlan
 
@@ -21,6 +23,7 @@ class PrivacyReport:
         epsilon: at plan.delta under plan.accountant; None without privacy.
         epsilon_rdp: the same steps under Opacus' RDP accountant, which most published budgets mean.
         clipped_fraction: mean share of drawn patients whose gradient was clipped; None if unknown.
+        risk: what could be reconstructed; None without privacy.
         by_products: what the run shows outside the guarantee.
         notes: about the data (grouping, skipped files).
     """
@@ -30,6 +33,7 @@ class PrivacyReport:
     epsilon: float | None
     epsilon_rdp: float | None
     clipped_fraction: float | None
+    risk: RiskReport | None
     by_products: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -48,6 +52,7 @@ class PrivacyReport:
             "epsilon": self.epsilon,
             "epsilon_rdp": self.epsilon_rdp,
             "clipped_fraction": self.clipped_fraction,
+            "risk": None if self.risk is None else json.loads(self.risk.to_json()),
             "by_products": list(self.by_products),
             "notes": list(self.notes),
         }
@@ -55,6 +60,8 @@ class PrivacyReport:
     def to_markdown(self) -> str:
         """The same for a reader, for privacy_report.md."""
         parts = ["# Privacy report", "", *self._reading(), "", "## Numbers", "", *self._table()]
+        if self.risk is not None:
+            parts += ["", _one_level_down(self.risk.to_markdown())]
         parts += ["", "## Not covered by the guarantee", ""]
         parts += [f"- {text}" for text in self.by_products]
         if self.notes:
@@ -120,6 +127,7 @@ def build_report(
     steps: int,
     columns: dict[str, list[float]],
     notes: list[str],
+    dimension: int,
 ) -> PrivacyReport:
     """Put the report together.
 
@@ -129,17 +137,44 @@ def build_report(
         steps: steps counted so far.
         columns: of metrics.csv.
         notes: about the data.
+        dimension: values in one view of a patient (voxels times modalities).
     """
     clipped = [value for value in columns["clipped_fraction"] if math.isfinite(value)]
     return PrivacyReport(
         plan=plan,
         steps=steps,
         epsilon=plan.epsilon(steps),
-        epsilon_rdp=plan.epsilon(steps, accountant="rdp"),
+        epsilon_rdp=_epsilon_rdp(plan, steps),
         clipped_fraction=fmean(clipped) if clipped else None,
+        risk=_risk(plan, steps, dimension),
         by_products=_by_products(config),
         notes=tuple(notes),
     )
+
+
+def _epsilon_rdp(plan: PrivacyPlan, steps: int) -> float | None:
+    try:
+        return plan.epsilon(steps, accountant="rdp")
+    except ValueError:
+        return None
+
+
+def _risk(plan: PrivacyPlan, steps: int, dimension: int) -> RiskReport | None:
+    """Bounds on matching and reconstruction; the prior is one among the training patients."""
+    if not plan.enabled or plan.insecure_fixed_noise is not None or plan.patients < 2:
+        return None
+    return risk_report(
+        noise_multiplier=plan.noise_multiplier,
+        sample_rate=plan.sample_rate,
+        steps=steps,
+        delta=plan.delta,
+        dataset_size=plan.patients,
+        dimension=dimension,
+    )
+
+
+def _one_level_down(markdown: str) -> str:
+    return "\n".join(f"#{line}" if line.startswith("#") else line for line in markdown.split("\n"))
 
 
 def _by_products(config: SegmentationConfig) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ class SegmentationTrainer:
             self.folder.write_json("env.json", environment(self.device))
             self.folder.write_json("split.json", self._split)
             self.folder.write_json("plan.json", plan.to_dict())
-            self.folder.write_json("data.json", _description(store.folder))
+            self.folder.write_json("data.json", _description(store))
         steps = self._train(network, criterion, store, plan, checkpoint)
         results = self._evaluate(store, self._split["test"])
         report = self._write_report(plan, steps)
@@ -337,8 +338,10 @@ class SegmentationTrainer:
         if not steps:
             raise ValueError(f"{self.folder.root}: no step was taken yet, nothing to report")
         columns = read_metrics(self.folder.metrics_csv)
-        notes = self.folder.read_json("data.json")["notes"]
-        report = build_report(self.config, plan, steps, columns, notes)
+        data = self.folder.read_json("data.json")
+        report = build_report(
+            self.config, plan, steps, columns, data["notes"], math.prod(data["view"])
+        )
         self.folder.write_json("privacy_report.json", report.to_dict())
         self.folder.write_text("privacy_report.md", report.to_markdown())
         return report
@@ -349,12 +352,15 @@ def default_run(preset: str) -> Path:
     return Path("runs") / f"{preset or 'segment'}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _description(folder: DecathlonFolder) -> dict[str, Any]:
+def _description(store: CaseStore) -> dict[str, Any]:
     """What must be known of the data to predict and to report without it."""
+    folder = store.folder
+    size = store.config.crop or tuple(store.case(folder.scans[0]).image.shape[1:])
     return {
         "root": str(folder.root),
         "labels": folder.labels,
         "modalities": list(folder.modalities),
+        "view": [len(folder.modalities), *size],
         "patients": len(folder.patients),
         "scans": len(folder.scans),
         "notes": list(folder.notes),

@@ -9,7 +9,6 @@ from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.data import (
     CaseStore,
     PatientDataset,
-    collate_patients,
     crop_view,
     flatten_views,
     prepare,
@@ -109,7 +108,7 @@ def test_views_of_a_patient_are_adjacent_rows_from_any_of_their_scans(folder, ma
     assert sum(origins.values()) == 12
     assert min(origins.values()) > 0
 
-    images, _ = collate_patients([dataset[0], dataset[1]])
+    images = torch.stack([dataset[0][0], dataset[1][0]])
     torch.testing.assert_close(flatten_views(images)[12:], image)
 
 

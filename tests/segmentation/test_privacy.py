@@ -1,5 +1,5 @@
 import copy
-import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from dpkernels.segmentation.decathlon import read_decathlon
 from dpkernels.segmentation.loss import build_loss
 from dpkernels.segmentation.model import build_network
 from dpkernels.segmentation.privacy import (
-    PlainUpdate,
     PrivacyPlan,
     PrivateUpdate,
     check_patients_do_not_mix,
     plan_privacy,
 )
+from dpkernels.segmentation.sampling import PoissonSampler
 
 CROPS = {"shape": None, "spacing": [17.0, 17.0, 17.0], "crop": [8, 8, 8], "views_per_patient": 4}
 
@@ -130,17 +130,32 @@ def test_sampling_and_noise_ignore_the_global_seed(cohort, tiny):
     assert not torch.equal(weights, other_weights)
 
 
-def test_every_patient_is_drawn_at_the_sample_rate(cohort, tiny):
-    network, _, dataset = parts(tiny(), cohort, range(8))
-    plan = dataclasses.replace(everyone(dataset, 0.5, views=1, rate=0.25), enabled=False)
+def test_every_patient_is_drawn_at_the_sample_rate_and_alone():
+    """The count of each patient, and of each pair, within five deviations of its expectation."""
+    rate, draws, patients = 0.25, 4000, 8
+    batches = itertools.islice(PoissonSampler(patients, rate), draws)
+    taken = np.zeros((draws, patients))
+    for row, batch in zip(taken, batches, strict=True):
+        row[batch] = 1
+    pairs = taken.T @ taken
+    for observed, chance in (
+        (np.diag(pairs), rate),
+        (pairs[np.triu_indices(patients, 1)], rate**2),
+    ):
+        spread = np.sqrt(draws * chance * (1 - chance))
+        assert np.abs(observed - draws * chance).max() < 5 * spread
+
+
+def test_the_engine_accounts_the_rate_of_the_sampler(cohort, tiny):
+    network, loss_of_rows, dataset = parts(tiny(), cohort, range(7))
+    plan = everyone(dataset, 0.5, views=1, sigma=1.0, rate=2 / 7)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-    drawn = []
-    loader = PlainUpdate(network, optimizer, dataset, plan, 0)._batches
-    for _ in range(400):
-        drawn.append(len(next(loader)[0]))
-    assert np.mean(drawn) == pytest.approx(2.0, abs=5 * np.sqrt(8 * 0.25 * 0.75 / 400))
-    assert min(drawn) == 0
-    assert max(drawn) > 3
+    update = PrivateUpdate(network, optimizer, dataset, plan, 0)
+    for _ in range(3):
+        update.step(loss_of_rows)
+    history = update.state_dict()["accountant"]["history"]
+    assert [tuple(entry) for entry in history] == [(1.0, 2 / 7, 3)]
+    assert update.optimizer.expected_batch_size == 2
 
 
 def test_the_plan_spends_the_target_and_no_more(tiny):

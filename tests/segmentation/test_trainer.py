@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from dpkernels.accounting import get_epsilon
+from dpkernels.reconstruction import rero_bound
 from dpkernels.segmentation.config import SegmentationConfig, load_yaml, merge
 from dpkernels.segmentation.logs import read_metrics
 from dpkernels.segmentation.progress import SilentDisplay
@@ -123,8 +124,19 @@ def test_the_report_states_the_numbers_of_the_guarantee(finished):
     assert report["epsilon"] == expected
     assert 7.8 < expected <= 8
     text = (finished / "privacy_report.md").read_text()
-    for phrase in ("The unit is the patient", "3 training patients", "Not covered", "Opacus RDP"):
+    for phrase in (
+        "The unit is the patient",
+        "3 training patients",
+        "Not covered",
+        "Opacus RDP",
+        "Reconstruction risk",
+        "worst-case attacker",
+    ):
         assert phrase in text
+    bound = rero_bound(
+        noise_multiplier=report["noise_multiplier"], sample_rate=2 / 3, steps=3, kappa=1 / 3
+    )
+    assert bound in [row["value"] for row in report["risk"]["rows"]]
 
 
 def test_the_resolved_configuration_reproduces_the_run(finished):

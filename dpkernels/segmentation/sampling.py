@@ -1,0 +1,62 @@
+"""Poisson sampling of patients from the operating system's entropy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dpkernels.segmentation.data import PatientDataset
+
+
+class PoissonSampler(Sampler[list[int]]):
+    """Endless batches into which every patient enters by a coin of their own.
+
+    torch's CPU generator keeps 32 bits of a seed, so an attacker could try all of them; here every
+    coin is 64 fresh bits of the operating system.
+
+    Args:
+        patients: number of patients N.
+        sample_rate: chance q with which a patient enters a batch.
+        insecure_seed: seed instead of entropy, for tests only.
+    """
+
+    def __init__(self, patients: int, sample_rate: float, insecure_seed: int | None = None) -> None:
+        self._patients = patients
+        self._sample_rate = sample_rate
+        self._fixed = None if insecure_seed is None else np.random.default_rng(insecure_seed)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            yield np.flatnonzero(self._coins() < self._sample_rate).tolist()
+
+    def _coins(self) -> np.ndarray:
+        """[N], float64, uniform on [0, 1)."""
+        if self._fixed is not None:
+            return self._fixed.random(self._patients)
+        words = np.frombuffer(os.urandom(8 * self._patients), dtype=np.uint64)
+        return (words >> np.uint64(11)) * 2.0**-53
+
+
+def patient_batches(
+    dataset: PatientDataset, sample_rate: float, insecure_seed: int | None = None
+) -> DataLoader:
+    """Endless Poisson batches: image [B, K, M, *size], label [B, K, 1, *size]; B may be 0.
+
+    The loader carries `sample_rate`, from which the engine takes what it accounts.
+    """
+    image, label = dataset[0]
+
+    def collate(items: Sequence[tuple[torch.Tensor, torch.Tensor]]):
+        if not items:
+            return image.new_zeros(0, *image.shape), label.new_zeros(0, *label.shape)
+        images, labels = zip(*items, strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+    sampler = PoissonSampler(len(dataset), sample_rate, insecure_seed)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+    loader.sample_rate = sample_rate
+    return loader
