@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -80,3 +83,11 @@ def test_faulty_files_are_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("[1]")
     with pytest.raises(ValueError, match="must hold a mapping, found list"):
         load_yaml(tmp_path / "run.yaml")
+
+
+def test_the_yaml_of_the_tutorial_is_valid():
+    tutorial = Path(__file__).parents[2] / "docs" / "tutorials" / "segmentation.md"
+    (block,) = re.findall(r"```yaml\n(.*?)```", tutorial.read_text(), flags=re.DOTALL)
+    config = SegmentationConfig.from_preset("phantom", yaml.safe_load(block))
+    assert config.data.views_per_patient == 4
+    assert config.network["_target_"].endswith("SegResNet")
