@@ -6,6 +6,8 @@ and grad_output exchanged. An unfold is never formed (docs/math.md section 2).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from dpkernels.ops.checks import checked_by, require_clip_factor, require_float, result_dtype
@@ -26,11 +28,33 @@ def _check(
     dilation: list[int],
     groups: int,
 ) -> None:
-    axes = len(weight_shape) - 2
-    if axes not in (1, 2, 3):
+    if len(weight_shape) not in (3, 4, 5):
         raise ValueError(f"weight_shape={list(weight_shape)}: expected 3 to 5 entries")
-    require_float("input", input, axes + 2)
-    require_float("grad_output", grad_output, axes + 2)
+    require_float("input", input, len(weight_shape))
+    require_float("grad_output", grad_output, len(weight_shape))
+    _check_sizes(
+        tuple(input.shape),
+        tuple(grad_output.shape),
+        tuple(weight_shape),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_sizes(
+    input: tuple[int, ...],
+    grad_output: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> None:
+    """Check one combination of sizes; a network repeats the same ones in every step."""
+    axes = len(weight_shape) - 2
     for name, values, least in (
         ("stride", stride, 1),
         ("padding", padding, 0),
@@ -41,23 +65,22 @@ def _check(
     channels_out, channels_in, *kernel = weight_shape
     if groups < 1 or channels_out % groups:
         raise ValueError(f"groups={groups}: expected a divisor of weight_shape[0]={channels_out}")
-    if input.shape[1] != channels_in * groups:
+    if input[1] != channels_in * groups:
         raise ValueError(
-            f"input: {input.shape[1]} channels, expected weight_shape[1] * groups ="
+            f"input: {input[1]} channels, expected weight_shape[1] * groups ="
             f" {channels_in * groups}"
         )
-    if list(grad_output.shape[:2]) != [input.shape[0], channels_out]:
+    if grad_output[:2] != (input[0], channels_out):
         raise ValueError(
-            f"grad_output: shape {list(grad_output.shape)}, expected"
-            f" [{input.shape[0]}, {channels_out}, ...]"
+            f"grad_output: shape {list(grad_output)}, expected [{input[0]}, {channels_out}, ...]"
         )
     for axis in range(axes):
         window = (kernel[axis], stride[axis], padding[axis], dilation[axis])
-        most = output_size(input.shape[2 + axis], *window)
-        if grad_output.shape[2 + axis] > max(most, 0):
+        most = output_size(input[2 + axis], *window)
+        if grad_output[2 + axis] > max(most, 0):
             raise ValueError(
-                f"grad_output: shape {list(grad_output.shape)} has more positions on spatial axis"
-                f" {axis} than input {list(input.shape)} has windows ({most})"
+                f"grad_output: shape {list(grad_output)} has more positions on spatial axis"
+                f" {axis} than input {list(input)} has windows ({most})"
             )
 
 
