@@ -106,9 +106,7 @@ def get_history_epsilon(
     return chosen.epsilon(as_history(history), float(delta))
 
 
-def get_delta(
-    *, noise_multiplier: float, sample_rate: float, steps: int, epsilon: float
-) -> float:
+def get_delta(*, noise_multiplier: float, sample_rate: float, steps: int, epsilon: float) -> float:
     """Delta of DP-SGD at a given epsilon, under the tight accountant.
 
     Args:

@@ -126,9 +126,7 @@ def epsilon(mechanism: str, history: History, delta: float) -> float:
             ) from error
 
 
-def noise_multiplier(
-    mechanism: str, target: float, delta: float, rate: float, steps: int
-) -> float:
+def noise_multiplier(mechanism: str, target: float, delta: float, rate: float, steps: int) -> float:
     """Noise multiplier for a budget under one of Opacus' accountants, to a relative 1e-8.
 
     Opacus' own search stops at an absolute difference in epsilon, which never ends at large

@@ -52,9 +52,7 @@ class Profile:
 
     def __init__(self, history: History, log_delta: float) -> None:
         self.history = history
-        self.composition = Composition(
-            step_laws(history, "worst_case"), log_delta - math.log(1e8)
-        )
+        self.composition = Composition(step_laws(history, "worst_case"), log_delta - math.log(1e8))
         self.add_limit = -log_absence(history)
 
     def _saddles(self, tilts: np.ndarray, reverse: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +62,10 @@ class Profile:
         epsilon = mean - 1 / tilts - 1 / (1 + tilts)
         width = spread + 1 / tilts**2 + 1 / (1 + tilts) ** 2
         log_delta = (
-            log_mgf - tilts * epsilon - np.log(tilts) - np.log1p(tilts)
+            log_mgf
+            - tilts * epsilon
+            - np.log(tilts)
+            - np.log1p(tilts)
             - 0.5 * np.log(2 * math.pi * width)
         )
         return epsilon, log_delta

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from dpkernels.accounting.composition import Composition, Window
 from dpkernels.accounting.checks import check_number
+from dpkernels.accounting.composition import Composition, Window
 from dpkernels.accounting.events import History, Phase, as_history, coarsen, log_absence
 from dpkernels.accounting.losses import Array, step_laws
 
@@ -119,9 +119,7 @@ class TradeOff:
 
     def test_at_alpha(self, alpha: float) -> TestPoint:
         """The optimal test with the given false alarms, in (0, 1)."""
-        curve, i = self._refined(
-            self._alpha_tilt(alpha), lambda curve: curve.index_of_alpha(alpha)
-        )
+        curve, i = self._refined(self._alpha_tilt(alpha), lambda curve: curve.index_of_alpha(alpha))
         share = _share(curve.alpha, i, alpha)
         return TestPoint(_between(curve.power, i, share), _between(curve.beta, i, share))
 
@@ -207,9 +205,7 @@ class TradeOff:
         total = self._sum.compose(window, spacing)
         tilt = total.tilt
         beta, power = _tail_sums(total.mass, total.log_mgf - tilt * total.losses, tilt > 0)
-        _, alpha = _tail_sums(
-            total.mass, total.log_mgf - (tilt + 1) * total.losses, tilt > -1
-        )
+        _, alpha = _tail_sums(total.mass, total.log_mgf - (tilt + 1) * total.losses, tilt > -1)
         cut = math.exp(self._sum.log_cut)
         return _Curve(
             losses=total.losses,

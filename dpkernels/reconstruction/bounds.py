@@ -116,9 +116,7 @@ def rero_bound(
     dimension = check_count("dimension", dimension)
     if adversary not in ADVERSARIES:
         raise ValueError(f"adversary={adversary!r}: expected one of {sorted(ADVERSARIES)}")
-    phases = as_history(
-        [(noise_multiplier, sample_rate, steps)] if history is None else history
-    )
+    phases = as_history([(noise_multiplier, sample_rate, steps)] if history is None else history)
     if dimension > 1 and adversary == "worst_case":
         raise ValueError(
             f"dimension={dimension!r}: expected 1 for adversary='worst_case', who knows the "
@@ -171,7 +169,10 @@ def profile_bound(*, kappa: float, epsilons: Sequence[float], deltas: Sequence[f
             "and at least one"
         )
     pairs = [
-        (check_number("epsilons", epsilon), check_number("deltas", delta, at_least=0.0, at_most=1.0))
+        (
+            check_number("epsilons", epsilon),
+            check_number("deltas", delta, at_least=0.0, at_most=1.0),
+        )
         for epsilon, delta in zip(epsilons, deltas, strict=True)
     ]
     with np.errstate(over="ignore"):

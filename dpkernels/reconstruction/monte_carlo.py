@@ -22,11 +22,18 @@ _CELLS = 1 << 14
 
 @dataclass(frozen=True)
 class Simulation:
-    """A simulated gamma with a confidence interval [low, high]."""
+    """A simulated gamma with a confidence interval [low, high].
+
+    Attributes:
+        gamma: estimate.
+        low, high: normal interval, to be trusted from some hundred effective samples on.
+        effective_samples: how many equal weights the weights beyond the threshold are worth.
+    """
 
     gamma: float
     low: float
     high: float
+    effective_samples: float
 
 
 def _tilt(law: StepLaw, kappa: float) -> float:
@@ -113,4 +120,6 @@ def simulate_rero(
         gamma = 1 - float(np.where(reject, 0.0, mixture).mean())
         influence = np.where(reject, 0.0, mixture) + slope_terms
     error = -float(ndtri((1 - confidence) / 2)) * float(influence.std()) / math.sqrt(samples)
-    return Simulation(gamma, max(0.0, gamma - error), min(1.0, gamma + error))
+    weights = null[reject]
+    effective = float(weights.sum() ** 2 / (weights @ weights)) if weights.size else 0.0
+    return Simulation(gamma, max(0.0, gamma - error), min(1.0, gamma + error), effective)

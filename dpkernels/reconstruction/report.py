@@ -1,2 +1,320 @@
-from dataclasses import dataclass
-RiskReport=risk_report=None
+"""The risk report: what a run's noise means, in numbers that are proven and in plain words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from scipy.stats import binom
+
+from dpkernels.accounting import get_history_epsilon
+from dpkernels.accounting.checks import check_count, check_number
+from dpkernels.accounting.events import History, Phase, as_history, log_absence
+from dpkernels.reconstruction import wording
+from dpkernels.reconstruction.bounds import rero_bound
+from dpkernels.reconstruction.from_scratch import mse_quantile, ncc_bound, psnr_quantile
+
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report.
+
+    Attributes:
+        section: "run", "budget", "matching" or "from scratch".
+        scope: "run", "one update" or "whole run".
+        quantity: what is stated.
+        value: the number; None where nothing can be proven, and `reading` says why.
+        kind: "given", "upper bound" or "lower bound" (of what the value stands for).
+        reading: the same in plain words.
+    """
+
+    section: str
+    scope: str
+    quantity: str
+    value: float | None
+    kind: str
+    reading: str
+
+
+@dataclass(frozen=True)
+class RiskReport:
+    """What `risk_report` found.
+
+    Attributes:
+        history: the phases that were assessed.
+        delta: the delta of both epsilons.
+        kappa: success of a guess without the model.
+        rows: the lines, in reading order.
+        reading: the summary in plain sentences.
+    """
+
+    history: History
+    delta: float
+    kappa: float
+    rows: tuple[Row, ...]
+    reading: tuple[str, ...]
+
+    def to_markdown(self) -> str:
+        """The report as a markdown document."""
+        lines = ["# Reconstruction risk of this run", ""]
+        lines += [f"{sentence}\n" for sentence in self.reading]
+        for section in dict.fromkeys(row.section for row in self.rows):
+            lines += [
+                f"## {wording.SECTIONS[section]}",
+                "",
+                "| scope | quantity | value | kind | reading |",
+                "|---|---|---|---|---|",
+            ]
+            lines += [
+                f"| {row.scope} | {row.quantity} | {wording.number(row.value)} | {row.kind} "
+                f"| {row.reading} |"
+                for row in self.rows
+                if row.section == section
+            ]
+            lines.append("")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The report as a JSON object; what cannot be proven is null, infinity is "inf"."""
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            if row["value"] == math.inf:
+                row["value"] = "inf"
+        return json.dumps(
+            {
+                "history": [asdict(phase) for phase in self.history],
+                "delta": self.delta,
+                "kappa": self.kappa,
+                "reading": list(self.reading),
+                "rows": rows,
+            },
+            indent=2,
+            allow_nan=False,
+        )
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws the bounds against the noise multiplier, this run marked; needs matplotlib.
+
+        Args:
+            path: image file to write; the suffix chooses the format.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        from dpkernels.reconstruction import figure
+
+        return figure.draw(self.history, self.kappa, Path(path))
+
+
+def _participations(history: History, delta: float) -> tuple[float, float]:
+    """Summed squared precisions of the updates that contain one record: mean, and a high quantile.
+
+    The second exceeds the truth with probability at most delta.
+    """
+    mean = sum(p.steps * p.sample_rate / p.noise_multiplier**2 for p in history)
+    share = delta / len(history)
+    high = sum(
+        float(binom.isf(share, p.steps, p.sample_rate)) / p.noise_multiplier**2 for p in history
+    )
+    return mean, max(high, mean)
+
+
+def _budget_rows(history: History, delta: float) -> list[Row]:
+    tight = get_history_epsilon(history, delta=delta)
+    rows = [
+        Row(
+            "budget",
+            "whole run",
+            "epsilon, tight accountant",
+            tight,
+            "upper bound",
+            "what this noise guarantees, to within 1 %",
+        )
+    ]
+    try:
+        loose: float | None = get_history_epsilon(history, delta=delta, accountant="rdp")
+        reading = wording.accountants_differ(tight, loose)
+    except (ValueError, ImportError) as error:
+        loose, reading = None, f"not stated: {error}"
+    rows.append(
+        Row("budget", "whole run", "epsilon, Opacus RDP accountant", loose, "upper bound", reading)
+    )
+    return rows
+
+
+def _matching_rows(history: History, kappa: float) -> list[Row]:
+    """Bounds on picking the right record among 1 / kappa candidates."""
+    quietest = min(history, key=lambda phase: phase.noise_multiplier)
+    scopes = {
+        "one update": (Phase(quietest.noise_multiplier, 1.0, 1),),
+        "whole run": history,
+    }
+    return [
+        Row(
+            "matching",
+            scope,
+            f"success of the {wording.ADVERSARIES[adversary]}",
+            gamma := rero_bound(history=phases, kappa=kappa, adversary=adversary),
+            "upper bound",
+            wording.success(gamma, kappa),
+        )
+        for scope, phases in scopes.items()
+        for adversary in ("worst_case", "relaxed")
+    ]
+
+
+def _from_scratch_rows(
+    precision: float, scope: str, dimension: int, data_norm: float | None, data_range: float | None
+) -> list[Row]:
+    """Bounds on a reconstruction without prior knowledge, at a summed squared precision."""
+    sigma = 1 / math.sqrt(precision)
+    unlikely = 1 - _CONFIDENCE
+    correlation = ncc_bound(noise_multiplier=sigma, dimension=dimension)
+    rows = [
+        Row(
+            "from scratch",
+            scope,
+            "correlation with the record (NCC)",
+            correlation,
+            "upper bound",
+            wording.correlation(correlation),
+        )
+    ]
+    if data_norm is None:
+        return [*rows, _unproven(scope, "mean squared error", "data_norm")]
+    known = {"noise_multiplier": sigma, "dimension": dimension, "data_norm": data_norm}
+    error = mse_quantile(unlikely, **known)
+    rows.append(
+        Row(
+            "from scratch",
+            scope,
+            "mean squared error",
+            error,
+            "lower bound",
+            f"holds with probability {_CONFIDENCE:.0%}",
+        )
+    )
+    if data_range is None:
+        return [*rows, _unproven(scope, "PSNR, dB", "data_range")]
+    ratio = psnr_quantile(unlikely, **known, data_range=data_range)
+    rows.append(
+        Row(
+            "from scratch",
+            scope,
+            "PSNR, dB",
+            ratio,
+            "upper bound",
+            f"holds with probability {_CONFIDENCE:.0%}",
+        )
+    )
+    return rows
+
+
+def _unproven(scope: str, quantity: str, argument: str) -> Row:
+    return Row(
+        "from scratch",
+        scope,
+        quantity,
+        None,
+        "not stated",
+        f"no bound can be proven without {argument}",
+    )
+
+
+def risk_report(
+    *,
+    noise_multiplier: float | None = None,
+    sample_rate: float | None = None,
+    steps: int | None = None,
+    delta: float,
+    dataset_size: int,
+    dimension: int | None = None,
+    data_norm: float | None = None,
+    data_range: float | None = None,
+    kappa: float | None = None,
+    history: Iterable[Phase | tuple[float, float, int]] | None = None,
+) -> RiskReport:
+    """States what the noise of a run protects against: budgets, bounds, and how to read them.
+
+    Args:
+        noise_multiplier: std of the noise divided by max_grad_norm, > 0.
+        sample_rate: probability that a record joins a step, in (0, 1].
+        steps: number of steps, an integer >= 1.
+        delta: in (0, 1).
+        dataset_size: number of training records, >= 2.
+        dimension: values per record (voxels times channels); needed for "from scratch".
+        data_norm: Euclidean norm of a record; needed for errors in data units.
+        data_range: largest minus smallest possible value; needed for the PSNR.
+        kappa: success of a guess without the model; default 1 / dataset_size.
+        history: phases or (noise_multiplier, sample_rate, steps) tuples as an accountant keeps
+            them, instead of the first three arguments.
+
+    Raises:
+        ValueError: naming the argument that is out of range; in particular a step without noise,
+            for which there is no bound.
+
+    Guarantees:
+        A value labelled "upper bound" or "lower bound" is one; where none can be proven the
+        value is None and the row says why.
+    """
+    delta = check_number("delta", delta, above=0.0, below=1.0)
+    size = check_count("dataset_size", dataset_size, at_least=2)
+    kappa = 1 / size if kappa is None else check_number("kappa", kappa, above=0.0, below=1.0)
+    phases = as_history([(noise_multiplier, sample_rate, steps)] if history is None else history)
+    if not phases:
+        raise ValueError(
+            "history: expected at least one step with sample_rate > 0, got none; a run that used "
+            "no data has no risk to report"
+        )
+    rows = _run_rows(phases, delta, size)
+    budgets = _budget_rows(phases, delta)
+    matching = _matching_rows(phases, kappa)
+    rows += budgets + matching
+    if dimension is None:
+        rows.append(_unproven("one update", "correlation with the record (NCC)", "dimension"))
+    else:
+        dimension = check_count("dimension", dimension)
+        mean, high = _participations(phases, delta)
+        loudest = max(1 / p.noise_multiplier**2 for p in phases)
+        for scope, precision in (
+            ("one update", loudest),
+            ("whole run, typical record", max(mean, loudest)),
+            ("whole run, most exposed record", max(high, loudest)),
+        ):
+            rows += _from_scratch_rows(precision, scope, dimension, data_norm, data_range)
+    reading = wording.summary(phases, budgets[0].value, budgets[1].value, matching, rows, kappa)
+    return RiskReport(phases, delta, kappa, tuple(rows), reading)
+
+
+def _run_rows(history: History, delta: float, size: int) -> list[Row]:
+    least = min(phase.noise_multiplier for phase in history)
+    joins = sum(phase.steps * phase.sample_rate for phase in history)
+    given = [
+        (
+            "noise multiplier",
+            least,
+            "std of the noise over the clipping norm"
+            + ("; the least of the run" if len(history) > 1 else ""),
+        ),
+        ("steps", sum(phase.steps for phase in history), "updates of the model"),
+        (
+            "sample rate",
+            max(phase.sample_rate for phase in history),
+            "chance of a record to join an update"
+            + ("; the greatest of the run" if len(history) > 1 else ""),
+        ),
+        ("expected participations", joins, "updates that one record joins on average"),
+        (
+            "chance to join at all",
+            -math.expm1(log_absence(history)),
+            "no attack can beat this without noise",
+        ),
+        ("delta", delta, "probability left out of both epsilons"),
+        ("dataset size", size, "training records"),
+    ]
+    return [Row("run", "run", name, value, "given", reading) for name, value, reading in given]

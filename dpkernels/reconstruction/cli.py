@@ -1,0 +1,72 @@
+"""`dpkernels risk`: the risk report on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpkernels.reconstruction.report import risk_report
+
+
+def risk(
+    noise_multiplier: Annotated[
+        float, typer.Option(help="Std of the noise divided by the clipping norm, > 0.")
+    ],
+    sample_rate: Annotated[
+        float, typer.Option(help="Chance of a record to join a step: batch size / dataset size.")
+    ],
+    steps: Annotated[int, typer.Option(help="Number of training steps.")],
+    dataset_size: Annotated[int, typer.Option(help="Number of training records (patients).")],
+    delta: Annotated[
+        float, typer.Option(help="Probability left out of epsilon; well below 1 / dataset size.")
+    ],
+    dimension: Annotated[
+        int | None, typer.Option(help="Values per record, e.g. voxels of a volume.")
+    ] = None,
+    data_norm: Annotated[
+        float | None, typer.Option(help="Euclidean norm of a record, for errors in its units.")
+    ] = None,
+    data_range: Annotated[
+        float | None, typer.Option(help="Largest minus smallest value, for the PSNR.")
+    ] = None,
+    kappa: Annotated[
+        float | None,
+        typer.Option(help="Attacker's success without the model. Default: 1 / dataset size."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw risk against noise into this image file.")
+    ] = None,
+) -> None:
+    """Say in plain words what a training run's noise protects against.
+
+    Prints both privacy budgets (tight, and Opacus' RDP as the literature quotes it) and proven
+    upper bounds on reconstruction attacks, for one update and for the whole run.
+
+    Example: dpkernels risk --noise-multiplier 0.78 --sample-rate 0.0094 --steps 53000
+    --dataset-size 106 --delta 8e-7 --dimension 819200
+    """
+    try:
+        report = risk_report(
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            steps=steps,
+            delta=delta,
+            dataset_size=dataset_size,
+            dimension=dimension,
+            data_norm=data_norm,
+            data_range=data_range,
+            kappa=kappa,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(report.to_json() if as_json else report.to_markdown())
+    if plot is not None:
+        typer.echo(f"figure: {report.plot(plot)}", err=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command `risk` to an application."""
+    app.command("risk")(risk)
