@@ -48,7 +48,10 @@ def test_a_forced_backend_runs_or_gives_its_reason(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(registry, "_module", _without("cpu", registry._module))
     with use_backend("reference"):
         assert clip_factor.backend(NORM_SQ, 1.0) == "reference"
-    with use_backend("cpu"), pytest.raises(BackendUnavailable, match="forced, but cpu is not built"):
+    with (
+        use_backend("cpu"),
+        pytest.raises(BackendUnavailable, match="forced, but cpu is not built"),
+    ):
         clip_factor(NORM_SQ, 1.0)
 
 
