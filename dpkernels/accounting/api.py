@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from dpkernels.accounting import tight
+from dpkernels.accounting import calibration, tight
 from dpkernels.accounting.checks import check_count, check_number
 from dpkernels.accounting.events import History, Phase, as_history
 
@@ -37,7 +37,7 @@ def _from_opacus(mechanism: str) -> Accountant:
 
 
 ACCOUNTANTS: dict[str, Accountant] = {
-    "tight": Accountant(tight.epsilon, tight.noise_multiplier),
+    "tight": Accountant(tight.epsilon, calibration.noise_multiplier),
     "rdp": _from_opacus("rdp"),
     "prv": _from_opacus("prv"),
     "gdp": _from_opacus("gdp"),

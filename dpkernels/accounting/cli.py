@@ -50,7 +50,7 @@ def account(
     names = accountant or ["tight", "rdp"]
     for name in names:
         try:
-            if noise_multiplier is None:
+            if epsilon is not None:
                 value = get_noise_multiplier(
                     target_epsilon=epsilon,
                     target_delta=delta,
@@ -58,7 +58,7 @@ def account(
                     steps=steps,
                     accountant=name,
                 )
-            else:
+            elif noise_multiplier is not None:
                 value = get_epsilon(
                     noise_multiplier=noise_multiplier,
                     sample_rate=sample_rate,

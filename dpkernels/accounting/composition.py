@@ -107,7 +107,8 @@ class _TiltedStep:
 
     def folded(self, size: int) -> Array:
         """Masses modulo `size`, the tilted mean at cell 0: keeps the phases small."""
-        return np.bincount((self._index - self.centre) % size, weights=self._mass, minlength=size)
+        cells = (self._index - self.centre) % size
+        return np.asarray(np.bincount(cells, weights=self._mass, minlength=size), np.float64)
 
 
 class Composition:
@@ -168,9 +169,9 @@ class Composition:
         scale = 1 / math.sqrt(max(spread, 1e-300))
         moves = scale * np.geomspace(0.02, 200.0, 32)
         log_mgf = self.cumulants(np.concatenate([tilt + moves, tilt - moves]))[0]
-        exponent = exponent + self.steps * (moves * spacing) ** 2 / 8
-        forward = (log_mgf[:32] - base + exponent) / moves
-        backward = (base - log_mgf[32:] - exponent) / moves
+        spread_out = exponent + self.steps * (moves * spacing) ** 2 / 8
+        forward = (log_mgf[:32] - base + spread_out) / moves
+        backward = (base - log_mgf[32:] - spread_out) / moves
         up, down = int(np.argmin(forward)), int(np.argmax(backward))
         low = max(float(backward[down]), self.min_loss - self.steps * spacing)
         high = min(float(forward[up]), self.max_loss + self.steps * spacing)
@@ -190,7 +191,7 @@ class Composition:
             spacing: grid step wished for; it grows where the grid would exceed MAX_CELLS.
         """
         tilt = window.tilt
-        spacing = max(spacing, window.width / (MAX_CELLS // 2), self._widest / MAX_CELLS)
+        spacing = max(spacing, window.width / (MAX_CELLS // 2), 4 * self._widest / MAX_CELLS)
         steps = [
             _TiltedStep(law.phase.steps, *self._discretise(law, spacing), tilt, spacing)
             for law in self.laws

@@ -6,24 +6,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import erfcx, log_ndtr, ndtri_exp
 
+Values = Any
+"""A float or an array of float64."""
+
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 _HALF_PI_ROOT = math.sqrt(math.pi / 2)
 
 
-def _log_mills(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def _log_mills(x: Values) -> NDArray[np.float64]:
     """log of Phi(-x) / phi(x), for x >= 0."""
     return np.log(_HALF_PI_ROOT * erfcx(np.maximum(x, 0.0) / math.sqrt(2.0)))
 
 
-def _log_delta_at(
-    a: NDArray[np.float64] | float, b: NDArray[np.float64] | float
-) -> NDArray[np.float64]:
+def _log_delta_at(a: Values, b: Values) -> NDArray[np.float64]:
     """log of Phi(-a) - e^epsilon Phi(-b) where a, b = epsilon / mu -+ mu / 2 and a < b."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         log_null = log_ndtr(-a)
@@ -39,7 +41,7 @@ def _log_delta_at(
         return log_null + np.log(-np.expm1(np.minimum(ratio, 0.0)))
 
 
-def log_delta(epsilon: NDArray[np.float64] | float, mu: NDArray[np.float64] | float):
+def log_delta(epsilon: Values, mu: Values) -> NDArray[np.float64]:
     """log delta of the Gaussian mechanism with separation `mu` at any real `epsilon`.
 
     Args:

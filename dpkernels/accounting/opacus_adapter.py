@@ -15,7 +15,7 @@ from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
 from opacus.accountants.registry import register_accountant
 from scipy.optimize import brentq
 
-from dpkernels.accounting import tight
+from dpkernels.accounting import calibration, tight
 from dpkernels.accounting.checks import check_number
 from dpkernels.accounting.events import History, as_history
 
@@ -139,7 +139,7 @@ def noise_multiplier(mechanism: str, target: float, delta: float, rate: float, s
     def spent(log_sigma: float) -> float:
         return epsilon(mechanism, as_history([(math.exp(log_sigma), rate, steps)]), delta)
 
-    start = math.log(tight.noise_multiplier(target, delta, rate, steps))
+    start = math.log(calibration.noise_multiplier(target, delta, rate, steps))
     low = _expand(lambda x: spent(x) > target, start, -math.log(2), mechanism, target)
     high = _expand(lambda x: spent(x) <= target, max(low, start), math.log(2), mechanism, target)
     root = brentq(lambda x: math.log(max(spent(x), 1e-300) / target), low, high, xtol=1e-9)

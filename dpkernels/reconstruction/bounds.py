@@ -15,7 +15,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import chi2, ncx2
 
 from dpkernels.accounting.checks import check_count, check_number
-from dpkernels.accounting.events import Phase, as_history
+from dpkernels.accounting.events import History, Phase, as_history
 from dpkernels.accounting.losses import ADVERSARIES
 from dpkernels.accounting.tradeoff import optimal_test
 
@@ -79,6 +79,29 @@ def _central_mass_bound(shift: float, kappa: float, width: float) -> float:
     return float(1 - 2 * ndtr(-high))
 
 
+def chosen_history(
+    noise_multiplier: float | None,
+    sample_rate: float | None,
+    steps: int | None,
+    history: Iterable[Phase | tuple[float, float, int]] | None,
+) -> History:
+    """The history that a caller meant: given as such, or as one phase.
+
+    Raises:
+        ValueError: if neither or both are given, or a value is out of range.
+    """
+    single = {"noise_multiplier": noise_multiplier, "sample_rate": sample_rate, "steps": steps}
+    if history is not None:
+        given = [name for name, value in single.items() if value is not None]
+        if given:
+            raise ValueError(f"{given[0]}={single[given[0]]!r}: expected None beside history")
+        return as_history(history)
+    if noise_multiplier is None or sample_rate is None or steps is None:
+        missing = [name for name, value in single.items() if value is None]
+        raise ValueError(f"{missing[0]}=None: expected a number, or a history instead")
+    return as_history([Phase(noise_multiplier, sample_rate, steps)])
+
+
 def rero_bound(
     *,
     noise_multiplier: float | None = None,
@@ -116,7 +139,7 @@ def rero_bound(
     dimension = check_count("dimension", dimension)
     if adversary not in ADVERSARIES:
         raise ValueError(f"adversary={adversary!r}: expected one of {sorted(ADVERSARIES)}")
-    phases = as_history([(noise_multiplier, sample_rate, steps)] if history is None else history)
+    phases = chosen_history(noise_multiplier, sample_rate, steps, history)
     if dimension > 1 and adversary == "worst_case":
         raise ValueError(
             f"dimension={dimension!r}: expected 1 for adversary='worst_case', who knows the "
@@ -168,12 +191,9 @@ def profile_bound(*, kappa: float, epsilons: Sequence[float], deltas: Sequence[f
             f"deltas: got {len(deltas)} values for {len(epsilons)} epsilons; expected as many, "
             "and at least one"
         )
-    pairs = [
-        (
-            check_number("epsilons", epsilon),
-            check_number("deltas", delta, at_least=0.0, at_most=1.0),
-        )
-        for epsilon, delta in zip(epsilons, deltas, strict=True)
-    ]
+    for epsilon, delta in zip(epsilons, deltas, strict=True):
+        check_number("epsilons", epsilon)
+        check_number("deltas", delta, at_least=0.0, at_most=1.0)
     with np.errstate(over="ignore"):
-        return float(min(1.0, min(kappa * np.exp(epsilon) + delta for epsilon, delta in pairs)))
+        bounds = kappa * np.exp(np.asarray(epsilons, np.float64)) + np.asarray(deltas, np.float64)
+    return float(min(1.0, bounds.min()))

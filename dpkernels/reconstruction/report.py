@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import binom
 
 from dpkernels.accounting import get_history_epsilon
 from dpkernels.accounting.checks import check_count, check_number
-from dpkernels.accounting.events import History, Phase, as_history, log_absence
+from dpkernels.accounting.events import History, Phase, log_absence
 from dpkernels.reconstruction import wording
-from dpkernels.reconstruction.bounds import rero_bound
+from dpkernels.reconstruction.bounds import chosen_history, rero_bound
 from dpkernels.reconstruction.from_scratch import mse_quantile, ncc_bound, psnr_quantile
 
 _CONFIDENCE = 0.95
@@ -137,8 +138,9 @@ def _budget_rows(history: History, delta: float) -> list[Row]:
         )
     ]
     try:
-        loose: float | None = get_history_epsilon(history, delta=delta, accountant="rdp")
-        reading = wording.accountants_differ(tight, loose)
+        other = get_history_epsilon(history, delta=delta, accountant="rdp")
+        loose: float | None = other
+        reading = wording.accountants_differ(tight, other)
     except (ValueError, ImportError) as error:
         loose, reading = None, f"not stated: {error}"
     rows.append(
@@ -187,7 +189,11 @@ def _from_scratch_rows(
     ]
     if data_norm is None:
         return [*rows, _unproven(scope, "mean squared error", "data_norm")]
-    known = {"noise_multiplier": sigma, "dimension": dimension, "data_norm": data_norm}
+    known: dict[str, Any] = {
+        "noise_multiplier": sigma,
+        "dimension": dimension,
+        "data_norm": data_norm,
+    }
     error = mse_quantile(unlikely, **known)
     rows.append(
         Row(
@@ -265,7 +271,7 @@ def risk_report(
     delta = check_number("delta", delta, above=0.0, below=1.0)
     size = check_count("dataset_size", dataset_size, at_least=2)
     kappa = 1 / size if kappa is None else check_number("kappa", kappa, above=0.0, below=1.0)
-    phases = as_history([(noise_multiplier, sample_rate, steps)] if history is None else history)
+    phases = chosen_history(noise_multiplier, sample_rate, steps, history)
     if not phases:
         raise ValueError(
             "history: expected at least one step with sample_rate > 0, got none; a run that used "
