@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from dpkernels.segmentation.config import SegmentationConfig
+    from dpkernels.segmentation.progress import ConsoleDisplay
+    from dpkernels.segmentation.trainer import TrainingResult
 
 _HELP = """Train 3D segmentation models with differential privacy, counted per patient.
 
@@ -102,7 +112,7 @@ def train(
             "privacy.insecure_fixed_noise": insecure_fixed_noise,
             **_privacy_changes(epsilon, delta, noise_multiplier, non_private),
         }
-        base = _stored(out) if resume else _preset(preset)
+        base = _stored(out) if resume and out is not None else _preset(preset)
         start = _configuration(base, config, changes, override or [])
         trainer = SegmentationTrainer(start, out, _display(console))
         console.print(f"Run folder: [bold]{trainer.folder.root}[/]", highlight=False)
@@ -206,7 +216,7 @@ def _stored(out: Path) -> dict[str, Any]:
 
 def _configuration(
     values: dict[str, Any], config: Path | None, changes: dict[str, Any], overrides: list[str]
-):
+) -> SegmentationConfig:
     """Preset or stored run, then --config, then options, then --set."""
     from dpkernels.segmentation.config import (
         SegmentationConfig,
@@ -225,13 +235,13 @@ def _configuration(
     return SegmentationConfig.from_dict(values)
 
 
-def _console():
+def _console() -> Console:
     from rich.console import Console
 
     return Console()
 
 
-def _display(console):
+def _display(console: Console) -> ConsoleDisplay:
     from dpkernels.segmentation.progress import ConsoleDisplay
 
     return ConsoleDisplay(console)
@@ -240,13 +250,15 @@ def _display(console):
 class _PlainErrors:
     """Faults of the user's input end in one line and exit code 2, without a traceback."""
 
-    def __init__(self, console) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, (ValueError, OSError, FloatingPointError)):
             self._console.print(
                 f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
@@ -257,7 +269,7 @@ class _PlainErrors:
             raise typer.Exit(130) from error
 
 
-def _metrics_table(summary: dict[str, dict[str, float]]):
+def _metrics_table(summary: dict[str, dict[str, float]]) -> Table:
     from rich.table import Table
 
     table = Table(title="Held-out patients")
@@ -278,7 +290,7 @@ def _figure(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _print_result(console, result) -> None:
+def _print_result(console: Console, result: TrainingResult) -> None:
     console.print(_metrics_table(result.summary))
     if result.epsilon is None:
         console.print("[bold]No privacy guarantee[/] (--non-private).")

@@ -300,12 +300,11 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
-        same_target = (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and (value.get("_target_", old.get("_target_")) == old.get("_target_"))
-        )
-        merged[key] = merge(old, value) if same_target else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            kept = value.get("_target_", old.get("_target_")) == old.get("_target_")
+            merged[key] = merge(old, value) if kept else value
+        else:
+            merged[key] = value
     return merged
 
 
@@ -358,7 +357,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{name}.")
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,13 +28,13 @@ class Case:
 
     Attributes:
         image: [M, X, Y, Z], float32, resampled, normalised, padded.
-        label: [1, X, Y, Z], uint8, on the same grid; None for scans without a label.
+        label: [1, X, Y, Z], uint8, on the same grid; zero for scans without a label.
         content: [3], voxels before padding (padding is added at the end of each axis).
         foreground: [n, 3], labelled voxels to centre crops on, at most a few thousand.
     """
 
     image: torch.Tensor
-    label: torch.Tensor | None
+    label: torch.Tensor
     content: tuple[int, int, int]
     foreground: torch.Tensor
 
@@ -55,24 +56,22 @@ def prepare(volume: Volume, config: DataConfig, divisor: int) -> Case:
         image = (image - mean) / image.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
     content = _target_shape(image.shape[1:], volume.spacing, config)
     image = F.interpolate(image[None], size=content, mode="trilinear", align_corners=False)[0]
-    label = None
+    label = torch.zeros(1, *content, dtype=torch.uint8)
     if volume.label is not None:
-        label = torch.from_numpy(volume.label)[None, None].float()
-        label = F.interpolate(label, size=content, mode="nearest-exact")[0].to(torch.uint8)
+        native = torch.from_numpy(volume.label)[None, None].float()
+        label = F.interpolate(native, size=content, mode="nearest-exact")[0].to(torch.uint8)
     padding: list[int] = []
     for size in reversed(content):
         padding += [0, math.ceil(size / divisor) * divisor - size]
     return Case(
         F.pad(image, padding, value=float(image.min())),
-        None if label is None else F.pad(label, padding),
+        F.pad(label, padding),
         content,
         _foreground(label),
     )
 
 
-def _foreground(label: torch.Tensor | None) -> torch.Tensor:
-    if label is None:
-        return torch.zeros(0, 3, dtype=torch.long)
+def _foreground(label: torch.Tensor) -> torch.Tensor:
     voxels = label[0].nonzero()
     return voxels[:: math.ceil(len(voxels) / _FOREGROUND_VOXELS) or 1]
 
@@ -89,13 +88,25 @@ def restore(logits: torch.Tensor, case: Case, volume: Volume) -> torch.Tensor:
     return native[0].argmax(dim=0).to(torch.uint8)
 
 
-def _target_shape(shape: Sequence[int], spacing: Sequence[float], config: DataConfig):
-    if config.shape is not None:
-        return tuple(config.shape)
-    return tuple(
-        max(1, round(n * s / wanted))
-        for n, s, wanted in zip(shape, spacing, config.spacing, strict=True)
-    )
+def _target_shape(
+    shape: Sequence[int], spacing: Sequence[float], config: DataConfig
+) -> tuple[int, int, int]:
+    wanted = config.spacing
+    if wanted is None:
+        x, y, z = config.shape or shape
+    else:
+        x, y, z = (max(1, round(n * s / w)) for n, s, w in zip(shape, spacing, wanted, strict=True))
+    return x, y, z
+
+
+class Augmentation(Protocol):
+    """A MONAI dictionary transform with random state."""
+
+    def set_random_state(self, seed: int | None = None) -> Any:
+        """Fix what the next call draws."""
+
+    def __call__(self, data: Any, /) -> Any:
+        """Transform the keys image and label."""
 
 
 class CaseStore:
@@ -165,7 +176,7 @@ class PatientDataset(Dataset):
     """
 
     def __init__(
-        self, patients: Sequence[str], store: CaseStore, augment: Callable | None, seed: int
+        self, patients: Sequence[str], store: CaseStore, augment: Augmentation | None, seed: int
     ) -> None:
         self.patients = list(patients)
         self.store = store
@@ -259,9 +270,10 @@ def crop_view(
     padding: list[int] = []
     for n, s in zip(reversed(shape), reversed(size), strict=True):
         padding += [0, max(s - n, 0)]
-    image, label = case.image[(slice(None), *box)], case.label[(slice(None), *box)]
-    return F.pad(image, padding, value=float(case.image.min())), F.pad(label, padding)
+    everything = (slice(None), *box)
+    image = F.pad(case.image[everything], padding, value=float(case.image.min()))
+    return image, F.pad(case.label[everything], padding)
 
 
-def _plain(value: torch.Tensor) -> torch.Tensor:
+def _plain(value: Any) -> torch.Tensor:
     return value.as_tensor() if hasattr(value, "as_tensor") else torch.as_tensor(value)

@@ -7,6 +7,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _SUFFIXES = (".nii.gz", ".nii")
 
@@ -145,10 +146,10 @@ def _manifest(folder: Path) -> dict:
 
 def _labels(folder: Path, manifest: dict) -> dict[int, str]:
     path = folder / "dataset.json"
-    found = manifest.get("labels")
+    found: Any = manifest.get("labels")
     try:
-        labels = {int(value): str(name) for value, name in dict(found).items()}
-    except (TypeError, ValueError):
+        labels = {int(value): str(name) for value, name in found.items()}
+    except (AttributeError, TypeError, ValueError):
         raise ValueError(
             f'{path}: `labels` must map values to names, {{"0": "background", "1": ...}}; '
             f"found {found!r}"
@@ -186,7 +187,7 @@ def _patient_table(path: str | Path, names: list[str]) -> dict[str, str]:
     if not rows or not {"scan", "patient_id"} <= set(rows[0]):
         found = ",".join(rows[0]) if rows else "nothing"
         raise ValueError(f"{path}: expected the columns scan,patient_id; found {found}")
-    table = {}
+    table: dict[str, str] = {}
     for row in rows:
         name = scan_name(row["scan"]) if str(row["scan"]).endswith(_SUFFIXES) else row["scan"]
         if table.setdefault(name, row["patient_id"]) != row["patient_id"]:

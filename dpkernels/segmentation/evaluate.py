@@ -97,7 +97,7 @@ def evaluate_scans(
         for value, name in names.items():
             if value == 0:
                 continue
-            truth_mask, predicted_mask = volume.label == value, prediction == value
+            truth_mask, predicted_mask = volume.truth == value, prediction == value
             dice[name] = dice_score(predicted_mask, truth_mask)
             hd95[name] = (
                 hausdorff_95(predicted_mask, truth_mask, volume.spacing)

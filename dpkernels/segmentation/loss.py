@@ -99,7 +99,9 @@ def check_decomposable(
         )
 
 
-def _value_and_gradient(criterion, logits, label) -> tuple[torch.Tensor, torch.Tensor]:
+def _value_and_gradient(
+    criterion: nn.Module, logits: torch.Tensor, label: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = logits.clone().requires_grad_(True)
     try:
         value = criterion(leaf, label)
@@ -114,8 +116,8 @@ def _value_and_gradient(criterion, logits, label) -> tuple[torch.Tensor, torch.T
             f"loss: expected a scalar (the mean over rows), got shape {tuple(value.shape)}; "
             f"{_SUSPECTS['reduction']}"
         )
-    value.backward()
-    return value.detach(), leaf.grad
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient
 
 
 def _advice(block: dict[str, Any]) -> str:

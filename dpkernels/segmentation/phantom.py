@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,12 @@ def make_phantom(patient: int, *, size: int = 48, seed: int = 0) -> PhantomScan:
 
 
 def write_phantom(
-    folder: str | Path, *, patients: int, size: int = 48, seed: int = 0, on_progress=None
+    folder: str | Path,
+    *,
+    patients: int,
+    size: int = 48,
+    seed: int = 0,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a cohort in Decathlon layout: dataset.json, imagesTr/, labelsTr/.
 
@@ -111,8 +117,7 @@ def write_phantom(
         scan = make_phantom(patient, size=size, seed=seed)
         _save(scan.image, scan.affine, unfinished / entry["image"])
         _save(scan.label, scan.affine, unfinished / entry["label"])
-        if on_progress is not None:
-            on_progress()
+        on_progress()
     (unfinished / "dataset.json").write_text(json.dumps(description, indent=1))
     unfinished.replace(root)
     return root
@@ -148,12 +153,15 @@ def _save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     nib.save(image, path)
 
 
-def _ellipsoid(grid, centre, radii) -> np.ndarray:
+def _ellipsoid(
+    grid: Sequence[np.ndarray], centre: Sequence[float], radii: Sequence[float]
+) -> np.ndarray:
     """Squared normalised radius: below 1 inside. `grid` in half fields of view, RAS."""
-    return sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True))
+    parts = [((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)]
+    return np.sum(np.broadcast_arrays(*parts), axis=0)
 
 
-def _anatomy(grid, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _anatomy(grid: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Organs from the outside in. In RAS the patient's right, where the liver lies, is x < 0."""
     x, y, z = grid
 

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -86,10 +87,10 @@ def draw_overlay(
     low, high = (
         config.window if config.intensity == "window" else np.percentile(volume.image[0], (1, 99))
     )
-    columns = (("scan", None), ("truth", volume.label), ("prediction", prediction))
+    columns = (("scan", None), ("truth", volume.truth), ("prediction", prediction))
     figure, axes = plt.subplots(3, 3, figsize=(8.4, 8.6), facecolor="black")
     for row, (plane, normal) in zip(axes, _PLANES, strict=True):
-        index = _most_labelled_slice(volume.label, prediction, normal)
+        index = _most_labelled_slice(volume.truth, prediction, normal)
         grey = np.clip((volume.image[0] - low) / (high - low), 0, 1).take(index, axis=normal)
         across, up = (volume.spacing[a] for a in range(3) if a != normal)
         for axis, (title, mask) in zip(row, columns, strict=True):
@@ -141,7 +142,7 @@ def _tinted(picture: np.ndarray, section: np.ndarray, share: float = 0.4) -> np.
     return picture
 
 
-def _outline(axis, section: np.ndarray) -> None:
+def _outline(axis: Axes, section: np.ndarray) -> None:
     for value in np.unique(section[section > 0]):
         axis.contour(
             (section == value).T.astype(float), levels=[0.5], colors=[_colour(int(value))],

@@ -73,7 +73,7 @@ class PrivacyReport:
         return "operating-system entropy" if seed is None else f"INSECURE fixed seed {seed}"
 
     def _reading(self) -> list[str]:
-        if not self.plan.enabled:
+        if self.epsilon is None:
             return [
                 "**This model has no privacy guarantee.** It was trained without clipping and "
                 "noise, for comparison. Do not release it if its training data are private."

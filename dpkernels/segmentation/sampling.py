@@ -50,7 +50,9 @@ def patient_batches(
     """
     image, label = dataset[0]
 
-    def collate(items: Sequence[tuple[torch.Tensor, torch.Tensor]]):
+    def collate(
+        items: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not items:
             return image.new_zeros(0, *image.shape), label.new_zeros(0, *label.shape)
         images, labels = zip(*items, strict=True)

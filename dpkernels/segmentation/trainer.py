@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from dpkernels.segmentation import pictures
 from dpkernels.segmentation.config import SegmentationConfig, load_yaml
-from dpkernels.segmentation.data import CaseStore, PatientDataset, split_patients
+from dpkernels.segmentation.data import Augmentation, CaseStore, PatientDataset, split_patients
 from dpkernels.segmentation.decathlon import DecathlonFolder, Scan, read_decathlon
 from dpkernels.segmentation.evaluate import CaseResult, Predictor, evaluate_scans, summarise
 from dpkernels.segmentation.logs import read_metrics
@@ -42,6 +42,7 @@ from dpkernels.segmentation.run_folder import (
     load_checkpoint,
     steps_begun,
 )
+from dpkernels.segmentation.volume import Volume
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ class SegmentationTrainer:
         )
         return counted
 
-    def _augmentation(self) -> Callable | None:
+    def _augmentation(self) -> Augmentation | None:
         blocks = self.config.data.augmentations
         if not blocks:
             return None
@@ -304,7 +305,7 @@ class SegmentationTrainer:
         drawn = 0
         with self.display.counting("Evaluating held-out patients", len(scans)) as advance:
 
-            def on_case(volume, prediction, result) -> None:
+            def on_case(volume: Volume, prediction: np.ndarray, result: CaseResult) -> None:
                 nonlocal drawn
                 if drawn < self.config.evaluation.overlays:
                     pictures.draw_overlay(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.nifti1 import Nifti1Image
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 from dpkernels.segmentation.decathlon import Scan
@@ -34,12 +35,19 @@ class Volume:
     spacing: tuple[float, float, float]
     native_affine: np.ndarray
 
-    def to_native(self, label: np.ndarray) -> nib.Nifti1Image:
+    @property
+    def truth(self) -> np.ndarray:
+        """The label map of a labelled scan."""
+        if self.label is None:
+            raise ValueError(f"{self.name}: this scan has no label to compare with")
+        return self.label
+
+    def to_native(self, label: np.ndarray) -> Nifti1Image:
         """A label map [X, Y, Z] in RAS order as an image on the file's own grid."""
         current = io_orientation(self._ras_affine())
         wanted = io_orientation(self.native_affine)
         native = apply_orientation(label.astype(np.uint8), ornt_transform(current, wanted))
-        return nib.Nifti1Image(native, self.native_affine)
+        return Nifti1Image(native, self.native_affine)
 
     def _ras_affine(self) -> np.ndarray:
         orientation = io_orientation(self.native_affine)
@@ -100,16 +108,16 @@ def load_volume(scan: Scan, *, channels: int, labels: dict[int, str] | None = No
         scan.name,
         np.ascontiguousarray(np.moveaxis(apply_orientation(voxels, to_ras), -1, 0)),
         label,
-        tuple(float(s) for s in spacing),
+        (float(spacing[0]), float(spacing[1]), float(spacing[2])),
         image.affine,
     )
 
 
-def _open(path: Path) -> nib.Nifti1Image:
+def _open(path: Path) -> Nifti1Image:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        image = nib.load(path)
+        image = Nifti1Image.from_filename(path)
     except Exception as error:
         raise ValueError(
             f"{path}: not a readable NIfTI file ({type(error).__name__}: {error}); copy or "
@@ -123,7 +131,7 @@ def _open(path: Path) -> nib.Nifti1Image:
     return image
 
 
-def _read(image: nib.Nifti1Image, path: Path) -> np.ndarray:
+def _read(image: Nifti1Image, path: Path) -> np.ndarray:
     try:
         return np.asanyarray(image.dataobj)
     except Exception as error:
@@ -133,16 +141,17 @@ def _read(image: nib.Nifti1Image, path: Path) -> np.ndarray:
         ) from None
 
 
-def _spatial_shape(image: nib.Nifti1Image, path: Path) -> tuple[int, int, int]:
+def _spatial_shape(image: Nifti1Image, path: Path) -> tuple[int, int, int]:
     if len(image.shape) not in (3, 4):
         raise ValueError(
             f"{path}: shape {image.shape}, expected three dimensions, or four with the modalities "
             "last"
         )
-    return image.shape[:3]
+    x, y, z = image.shape[:3]
+    return x, y, z
 
 
-def _check_pair(image, image_path: Path, label, label_path: Path) -> None:
+def _check_pair(image: Nifti1Image, image_path: Path, label: Nifti1Image, label_path: Path) -> None:
     label_shape = label.shape[:3] if label.shape[3:] in ((), (1,)) else label.shape
     if label_shape != image.shape[:3]:
         raise ValueError(
