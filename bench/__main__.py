@@ -1,0 +1,196 @@
+"""``python -m bench``: measure, write the rows, and make the table and the pictures from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bench import cases, harness, report, results, rivals
+from bench.harness import Plan
+
+_ROOT = Path(__file__).resolve().parents[1]
+_STATE = _ROOT / "build" / "bench"
+_PLANS = {
+    "cpu": Plan(seconds=30.0),
+    "quick": Plan(seconds=4.0, least=3, most=20),
+    "gpu": Plan(seconds=8.0, least=5, most=40),
+}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(width=max(150, shutil.get_terminal_size().columns))
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option(help="Small cases, under three minutes.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU.")] = 1,
+    case: Annotated[list[str] | None, typer.Option(help="Only this case (repeatable).")] = None,
+    rival: Annotated[list[str] | None, typer.Option(help="Only this rival (repeatable).")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Timed seconds per case.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Do not go on with an interrupted run.")] = False,
+    output: Annotated[Path | None, typer.Option(help="CSV to update.")] = None,
+) -> None:
+    """Measure every case and rival; rows are written case by case, so that a run can go on."""
+    if context.invoked_subcommand:
+        return
+    torch.set_num_threads(threads)
+    suite = "quick" if quick else {"cuda": "gpu"}.get(device, "cpu")
+    plan = _PLANS[suite]
+    if seconds is not None:
+        plan = Plan(seconds, plan.least, plan.most, plan.memory)
+    try:
+        wanted = cases.find(case or [], suite)
+        chosen = rivals.find(rival or [])
+        target = torch.device(device)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from None
+    path = output or results.RESULTS / ("quick.csv" if quick else "steps.csv")
+    before = {row.key: row for row in results.read(path)}
+    state = _State(suite, device, threads, [r.name for r in chosen], asdict(plan), fresh)
+    rows = _measure(wanted, chosen, target, plan, path, state)
+    state.finish()
+    _show(rows, before)
+    if not quick:
+        _write_reports(path)
+
+
+@app.command("report")
+def make_report(
+    source: Annotated[Path, typer.Option(help="CSV with the rows.")] = results.RESULTS
+    / "steps.csv",
+) -> None:
+    """Make the README's table and the pictures again from the rows."""
+    print(report.markdown(results.read(source)))
+    _write_reports(source)
+
+
+@app.command()
+def profile(
+    case: str,
+    rival: Annotated[str, typer.Option(help="Which rival.")] = "ours",
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    device: str = "cpu",
+    steps: Annotated[int, typer.Option(min=1, help="Steps under the profiler.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="Lines of the table.")] = 25,
+) -> None:
+    """Where the time of a step goes, by torch's profiler: own time per operator."""
+    torch.set_num_threads(threads)
+    workload = cases.find([case], "")[0].build(torch.device(device))
+    chosen = next(r for r in rivals.find([rival]) if r.name == rival)
+    step = chosen.prepare(workload, rivals.Privacy(1.0, 1.0))
+    for _ in range(3):
+        step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step()
+    key = f"self_{device}_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=45))
+
+
+class _State:
+    """Which cases an interrupted run has finished; a run with other settings starts anew."""
+
+    def __init__(
+        self,
+        suite: str,
+        device: str,
+        threads: int,
+        rival_names: list[str],
+        plan: dict[str, object],
+        fresh: bool,
+    ):
+        self._path = _STATE / f"{suite}-{device}-{threads}.json"
+        self._settings = {"rivals": rival_names, "plan": plan}
+        self.done: list[str] = []
+        if self._path.exists() and not fresh:
+            earlier = json.loads(self._path.read_text())
+            if earlier["settings"] == self._settings:
+                self.done = earlier["done"]
+
+    def add(self, case: str) -> None:
+        """Remember that a case's rows are written."""
+        self.done.append(case)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps({"settings": self._settings, "done": self.done}))
+
+    def finish(self) -> None:
+        """Nothing is left to go on with."""
+        self._path.unlink(missing_ok=True)
+
+
+def _measure(
+    wanted: list[cases.Case],
+    chosen: list[rivals.Rival],
+    device: torch.device,
+    plan: Plan,
+    path: Path,
+    state: _State,
+) -> list[results.Row]:
+    """Rows of this run and, for cases that an interrupted run has finished, of that one."""
+    columns = (
+        TextColumn("{task.description}", justify="left"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f}/{task.total} cases"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+        task = progress.add_task("", total=len(wanted))
+        for index, case in enumerate(wanted):
+            if case.name in state.done:
+                continue
+
+            def say(what: str, share: float, index: int = index, name: str = case.name) -> None:
+                progress.update(task, description=f"{name}: {what}", completed=index + share)
+
+            results.replace(path, harness.measure(case, chosen, device, plan, say))
+            state.add(case.name)
+        progress.update(task, description="done", completed=len(wanted))
+    names = {case.name for case in wanted}
+    here = results.Environment.here(device)
+    return [
+        row
+        for row in results.read(path)
+        if row.case in names and (row.device, row.threads) == (here.device, here.threads)
+    ]
+
+
+def _show(rows: list[results.Row], before: dict[tuple[str, ...], results.Row]) -> None:
+    table = Table(*report.heads(), title="time / memory over the ordinary step")
+    for line in report.lines(rows):
+        table.add_row(*line)
+    console.print(table)
+    for row in rows:
+        if row.status != "ok":
+            console.print(f"{row.case}, {row.rival}: {row.status}", highlight=False, markup=False)
+        earlier = before.get(row.key)
+        if row.rival == "ours" and earlier and earlier.ratio and row.ratio:
+            console.print(
+                f"{row.case}: {row.ratio:.2f}, was {earlier.ratio:.2f} at {earlier.commit}",
+                highlight=False,
+            )
+
+
+def _write_reports(path: Path) -> None:
+    rows = results.read(path)
+    for picture in report.plot(rows, path.parent):
+        console.print(f"wrote {picture}", highlight=False)
+    if not report.write(_ROOT / "README.md", rows):
+        console.print(f"README.md has no {report.BEGIN} ... {report.END}: table not written")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,260 @@
+"""What is measured: a network, a batch, a precision. One place to add a case."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from bench import models
+
+_SEED = 20
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class SampleCrossEntropy(nn.Module):
+    """Cross-entropy as a mean over samples; ``reduction="none"`` gives one value per sample, [B].
+
+    Opacus' ghost mode sets ``reduction`` to ``"none"`` and averages over axis 0 only, so the
+    voxels or tokens of one sample have to be averaged here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction = "mean"
+
+    def forward(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """[] or [B] for scores [B, classes, ...] and target [B, ...]."""
+        if self.reduction == "mean":
+            return nn.functional.cross_entropy(scores, target)
+        loss = nn.functional.cross_entropy(scores, target, reduction="none")
+        return loss.flatten(1).mean(dim=1) if loss.ndim > 1 else loss
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training step to be measured.
+
+    Attributes:
+        name: key of its rows, e.g. ``unet3d-48-b2``.
+        title: for tables.
+        suites: the runs it belongs to: ``cpu``, ``quick``, ``gpu``.
+        make_model: builds the network.
+        make_batch: (generator) -> (input, target), the batch first.
+        precision: ``float32``, or ``bfloat16`` by autocast with float32 weights.
+    """
+
+    name: str
+    title: str
+    suites: tuple[str, ...]
+    make_model: Callable[[], nn.Module]
+    make_batch: Callable[[torch.Generator], Batch]
+    precision: str = "float32"
+
+    def build(self, device: torch.device) -> Workload:
+        """The network with fixed initial weights and the fixed batch, on `device`."""
+        torch.manual_seed(_SEED)
+        model = self.make_model().train().to(device)
+        inputs, target = self.make_batch(torch.Generator().manual_seed(_SEED))
+        return Workload(self, model, inputs.to(device), target.to(device))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A case on a device: the network and one batch."""
+
+    case: Case
+    model: nn.Module
+    inputs: torch.Tensor
+    target: torch.Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples."""
+        return len(self.inputs)
+
+    def parameters(self) -> int:
+        """Number of trained numbers."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def autocast(self) -> torch.autocast:
+        """The context of the forward pass."""
+        enabled = self.case.precision == "bfloat16"
+        return torch.autocast(self.inputs.device.type, torch.bfloat16, enabled=enabled)
+
+    def fresh_model(self) -> nn.Module:
+        """A copy with the initial weights."""
+        return copy.deepcopy(self.model)
+
+    def in_precision(self, dtype: torch.dtype) -> Workload:
+        """The same work in `dtype` throughout, without autocast: for the ground truth."""
+        case = replace(self.case, precision="float32")
+        inputs = self.inputs.to(dtype) if self.inputs.is_floating_point() else self.inputs
+        return Workload(case, self.fresh_model().to(dtype), inputs, self.target)
+
+
+def _volumes(side: int, batch: int, generator: torch.Generator) -> Batch:
+    shape = (batch, side, side, side)
+    image = torch.randn(batch, 1, side, side, side, generator=generator)
+    return image, torch.randint(2, shape, generator=generator)
+
+
+def _images(side: int, batch: int, classes: int, generator: torch.Generator) -> Batch:
+    image = torch.randn(batch, 3, side, side, generator=generator)
+    return image, torch.randint(classes, (batch,), generator=generator)
+
+
+def _sequences(length: int, width: int, batch: int, generator: torch.Generator) -> Batch:
+    features = torch.randn(batch, length, width, generator=generator)
+    return features, torch.randint(10, (batch,), generator=generator)
+
+
+def _tokens(vocabulary: int, length: int, batch: int, generator: torch.Generator) -> Batch:
+    ids = torch.randint(vocabulary, (batch, length + 1), generator=generator)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def few_fields(rows: int, fields: int, batch: int, generator: torch.Generator) -> Batch:
+    """One row of the table per field and sample: ids [B, fields], two classes."""
+    ids = torch.randint(rows // fields, (batch, fields), generator=generator)
+    offsets = torch.arange(fields) * (rows // fields)
+    return ids + offsets, torch.randint(2, (batch,), generator=generator)
+
+
+def _unet(side: int, batch: int, *suites: str, precision: str = "float32", base: int = 24) -> Case:
+    return Case(
+        f"unet3d-{side}-b{batch}" + ("" if base == 24 else f"-c{base}"),
+        f"3D U-Net {'0.76 M' if base == 24 else f'base {base}'}, {side}³, B={batch}",
+        suites,
+        partial(models.UNet3d, base),
+        partial(_volumes, side, batch),
+        precision,
+    )
+
+
+def _encoder(
+    length: int, width: int, depth: int, batch: int, *suites: str, precision: str = "float32"
+) -> Case:
+    return Case(
+        f"encoder-t{length}-d{width}-b{batch}",
+        f"transformer encoder, T={length}, d={width}, B={batch}",
+        suites,
+        partial(models.Encoder, width, depth, max(width // 64, 1)),
+        partial(_sequences, length, width, batch),
+        precision,
+    )
+
+
+CASES = (
+    _unet(48, 2, "cpu"),
+    _unet(48, 4, "cpu"),
+    _unet(64, 2, "cpu"),
+    Case(
+        "monai-unet-64-b4",
+        "MONAI UNet (strided), 64³, B=4",
+        ("cpu",),
+        models.monai_unet,
+        partial(_volumes, 64, 4),
+    ),
+    _encoder(128, 256, 2, 8, "cpu"),
+    _encoder(256, 256, 2, 8, "cpu"),
+    _encoder(512, 256, 2, 8, "cpu"),
+    Case(
+        "decoder-t128-d256-b8",
+        "language model, T=128, d=256, vocabulary 2000, B=8",
+        ("cpu",),
+        partial(models.Decoder, 2000, 128, 256, 2, 4),
+        partial(_tokens, 2000, 128, 8),
+    ),
+    Case(
+        "vit-32-b32",
+        "ViT, 32², patch 4, d=192, B=32",
+        ("cpu",),
+        partial(models.VisionTransformer, 32, 4, 192, 4, 3, 10),
+        partial(_images, 32, 32, 10),
+    ),
+    Case(
+        "resnet-small-32-b64",
+        "ResNet-like (16 to 64 channels, GroupNorm), 32², B=64",
+        ("cpu",),
+        partial(models.ResNet, (2, 2, 2), 16),
+        partial(_images, 32, 64, 10),
+    ),
+    Case(
+        "resnet18-32-b64",
+        "ResNet-18 (GroupNorm), 32², B=64",
+        ("cpu",),
+        partial(models.ResNet, (2, 2, 2, 2)),
+        partial(_images, 32, 64, 10),
+    ),
+    Case(
+        "recommender-b512",
+        "embedding 16,000 x 32 + MLP, B=512",
+        ("cpu",),
+        partial(models.Recommender, 16_000, 16, 32, (512, 256)),
+        partial(few_fields, 16_000, 16, 512),
+    ),
+    _unet(32, 2, "quick"),
+    _encoder(64, 128, 2, 8, "quick"),
+    Case(
+        "resnet-small-32-b16",
+        "ResNet-like (16 to 64 channels, GroupNorm), 32², B=16",
+        ("quick",),
+        partial(models.ResNet, (1, 1, 1), 16),
+        partial(_images, 32, 16, 10),
+    ),
+    Case(
+        "recommender-b256",
+        "embedding 4,000 x 16 + MLP, B=256",
+        ("quick",),
+        partial(models.Recommender, 4_000, 16, 16, (256, 128)),
+        partial(few_fields, 4_000, 16, 256),
+    ),
+    _unet(96, 2, "gpu", precision="bfloat16"),
+    _unet(96, 4, "gpu", precision="bfloat16"),
+    _unet(128, 2, "gpu", precision="bfloat16"),
+    _encoder(512, 1024, 4, 16, "gpu", precision="bfloat16"),
+    _encoder(1024, 1024, 4, 8, "gpu", precision="bfloat16"),
+    _encoder(2048, 1024, 4, 4, "gpu", precision="bfloat16"),
+    _encoder(4096, 1024, 4, 2, "gpu", precision="bfloat16"),
+    Case(
+        "resnet18-224-b32",
+        "ResNet-18 (GroupNorm), 224², B=32",
+        ("gpu",),
+        partial(models.ResNet, (2, 2, 2, 2), large_images=True, classes=1000),
+        partial(_images, 224, 32, 1000),
+        "bfloat16",
+    ),
+    Case(
+        "resnet50-224-b32",
+        "ResNet-50 (GroupNorm), 224², B=32",
+        ("gpu",),
+        partial(models.ResNet, (3, 4, 6, 3), bottleneck=True, large_images=True, classes=1000),
+        partial(_images, 224, 32, 1000),
+        "bfloat16",
+    ),
+    Case(
+        "recommender-b1024",
+        "embedding 64,000 x 32 + MLP, B=1024",
+        ("gpu",),
+        partial(models.Recommender, 64_000, 16, 32, (512, 256)),
+        partial(few_fields, 64_000, 16, 1024),
+    ),
+)
+
+
+def find(names: list[str], suite: str) -> list[Case]:
+    """The cases of these names, or all of the suite.
+
+    Raises:
+        ValueError: a name that no case has.
+    """
+    known = {case.name: case for case in CASES}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"case {unknown[0]!r}: expected one of {', '.join(known)}")
+    return [known[n] for n in names] or [case for case in CASES if suite in case.suites]

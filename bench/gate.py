@@ -1,0 +1,93 @@
+"""The correctness gate: only a rival that releases the per-sample loop's gradient is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bench.cases import SampleCrossEntropy, Workload
+from bench.rivals import Privacy, Trainer
+
+#: a parameter whose gradient is smaller than this share of the whole is judged against the share
+_SHARE = 1e-3
+#: smallest error that fails, by precision; three times the error of the loop at that precision
+#: is always allowed
+_FLOOR = {"float32": 1e-4, "bfloat16": 2e-2}
+_LOOP_FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What every private rival has to release with the noise off.
+
+    Attributes:
+        gradients: by parameter name: sum of clipped gradients over B, in the truth's precision.
+        max_grad_norm: the bound C, the median of the norms, so that half of the samples are
+            clipped.
+        allowed: error above which a rival fails.
+    """
+
+    gradients: dict[str, torch.Tensor]
+    max_grad_norm: float
+    allowed: float
+
+    def error(self, gradients: dict[str, torch.Tensor | None]) -> float:
+        """Largest relative error of a parameter's gradient; infinite where one is missing."""
+        whole = _norm(list(self.gradients.values()))
+        worst = 0.0
+        for name, expected in self.gradients.items():
+            actual = gradients.get(name)
+            if actual is None or not bool(actual.isfinite().all()):
+                return float("inf")
+            difference = torch.linalg.vector_norm(actual.to(expected.dtype) - expected)
+            scale = max(float(torch.linalg.vector_norm(expected)), _SHARE * whole)
+            worst = max(worst, float(difference) / scale)
+        return worst
+
+
+def ground_truth(workload: Workload, dtype: torch.dtype = torch.float64) -> Truth:
+    """Clipped gradients by one sample at a time through plain autograd in `dtype`."""
+    norms = [_norm(g) for g in _each_sample(workload.in_precision(dtype))]
+    bound = float(torch.tensor(norms).median())
+    exact = _clipped(workload.in_precision(dtype), bound)
+    truth = Truth(exact, bound, 0.0)
+    floor = _FLOOR[workload.case.precision]
+    own = truth.error(_clipped(workload, bound))
+    return Truth(exact, bound, max(floor, _LOOP_FACTOR * own))
+
+
+def released(trainer: Trainer) -> dict[str, torch.Tensor | None]:
+    """The gradient of one step of a rival prepared with the noise off."""
+    trainer.step()
+    return {name: p.grad for name, p in trainer.parameters.items()}
+
+
+def privacy_of(truth: Truth, noise_multiplier: float) -> Privacy:
+    """The bound of the truth with this noise."""
+    return Privacy(truth.max_grad_norm, noise_multiplier)
+
+
+def _each_sample(workload: Workload) -> Iterator[list[torch.Tensor]]:
+    model, criterion = workload.fresh_model(), SampleCrossEntropy()
+    for b in range(workload.batch_size):
+        model.zero_grad()
+        with workload.autocast():
+            scores = model(workload.inputs[b : b + 1])
+            loss = criterion(scores, workload.target[b : b + 1])
+        loss.backward()
+        yield [p.grad for p in model.parameters()]
+
+
+def _clipped(workload: Workload, bound: float) -> dict[str, torch.Tensor]:
+    names = [name for name, _ in workload.model.named_parameters()]
+    total = [torch.zeros_like(p) for p in workload.model.parameters()]
+    for gradient in _each_sample(workload):
+        factor = min(1.0, bound / _norm(gradient))
+        torch._foreach_add_(total, gradient, alpha=factor)
+    return {n: t / workload.batch_size for n, t in zip(names, total, strict=True)}
+
+
+def _norm(gradient: list[torch.Tensor]) -> float:
+    return float(torch.stack([g.double().square().sum() for g in gradient]).sum().sqrt())

@@ -1,0 +1,168 @@
+"""From a case to its rows: gate, interleaved times, memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from bench import gate, memory, timing
+from bench.cases import Case, Workload
+from bench.results import Environment, Row
+from bench.rivals import Privacy, Rival, Trainer
+
+_NOISE_MULTIPLIER = 1.0
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how often to measure.
+
+    Attributes:
+        seconds: per case, for the timed rounds.
+        least: rounds of every rival.
+        most: rounds of the fast ones.
+        memory: whether peak memory is measured too.
+    """
+
+    seconds: float = 40.0
+    least: int = 5
+    most: int = 60
+    memory: bool = True
+
+
+def measure(
+    case: Case, rivals: list[Rival], device: torch.device, plan: Plan, report: Report
+) -> list[Row]:
+    """Rows of every rival on a case; a rival that fails or cannot run has its reason as status.
+
+    Args:
+        report: called with what is being done and the share of the case that is done.
+    """
+    environment = Environment.here(device)
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    workload = case.build(device)
+    report("per-sample truth", 0.0)
+    exact = torch.float64 if case.precision == "float32" else torch.float32
+    truth = gate.ground_truth(workload, exact)
+    rows: dict[str, Row] = {}
+    ready: dict[str, Trainer] = {}
+    for index, rival in enumerate(rivals):
+        report(f"gate: {rival.title}", 0.05 + 0.2 * index / len(rivals))
+        row, trainer = _admit(workload, rival, truth)
+        rows[rival.name] = replace(row, load=load, **asdict(environment))
+        if trainer is not None:
+            ready[rival.name] = trainer
+        _collect(device)
+    rows |= _timed(rows, ready, device, plan, report)
+    if plan.memory:
+        private = gate.privacy_of(truth, _NOISE_MULTIPLIER)
+        admitted = [rival for rival in rivals if rival.name in ready]
+        if device.type == "cuda":
+            grown = {r.name: memory.on_gpu(ready[r.name], device) for r in admitted}
+        else:
+            ready.clear()
+            _collect(device)
+            grown = _grown_on_cpu(case, admitted, private, report)
+        rows |= _with_memory(rows, grown)
+    return [rows[rival.name] for rival in rivals]
+
+
+def _admit(workload: Workload, rival: Rival, truth: gate.Truth) -> tuple[Row, Trainer | None]:
+    """The row without figures, and the trainer to be timed if the gate lets it through."""
+    row = Row(
+        case=workload.case.name,
+        rival=rival.name,
+        status="ok",
+        batch=workload.batch_size,
+        parameters=workload.parameters(),
+        precision=workload.case.precision,
+        config=rival.config,
+        version=rival.version(),
+    )
+    try:
+        if rival.private:
+            silent = rival.prepare(workload, gate.privacy_of(truth, 0.0))
+            error = truth.error(gate.released(silent))
+            del silent
+            row = replace(row, gate_error=error)
+            if not error <= truth.allowed:
+                reason = f"wrong gradient: error {error:.2g}, allowed {truth.allowed:.2g}"
+                return replace(row, status=reason), None
+        trainer = rival.prepare(workload, gate.privacy_of(truth, _NOISE_MULTIPLIER))
+        trainer()
+    except Exception as error:
+        return replace(row, status=f"cannot run: {_one_line(error)}"), None
+    return row, trainer
+
+
+def _timed(
+    rows: dict[str, Row],
+    ready: dict[str, Trainer],
+    device: torch.device,
+    plan: Plan,
+    report: Report,
+) -> dict[str, Row]:
+    """The rows of the admitted rivals with their times."""
+    report("warm-up", 0.25)
+    rounds = timing.interleave(
+        ready,
+        timing.clock_for(device),
+        seconds=plan.seconds,
+        least=plan.least,
+        most=plan.most,
+    )
+    samples = next(rounds)
+    for count, _ in enumerate(rounds, start=1):
+        report(f"round {count}", 0.3 + 0.5 * count / plan.most)
+    base = samples["ordinary"]
+    timed = {}
+    for name, own in samples.items():
+        milliseconds = timing.Spread.of([1e3 * t for t in own.wall.values()])
+        ratio = timing.ratios(own.wall, base.wall)
+        on_cpu = device.type == "cpu"
+        timed[name] = replace(
+            rows[name],
+            ms=milliseconds.median,
+            ms_p20=milliseconds.p20,
+            ms_p80=milliseconds.p80,
+            ratio=ratio.median,
+            ratio_p20=ratio.p20,
+            ratio_p80=ratio.p80,
+            processor_ratio=timing.ratios(own.processor, base.processor).median if on_cpu else None,
+            rounds=len(own.wall),
+        )
+    return timed
+
+
+def _grown_on_cpu(
+    case: Case, admitted: list[Rival], privacy: Privacy, report: Report
+) -> dict[str, float | None]:
+    grown = {}
+    for index, rival in enumerate(admitted):
+        report(f"memory: {rival.title}", 0.8 + 0.2 * index / len(admitted))
+        grown[rival.name] = memory.on_cpu(case, rival, privacy, torch.get_num_threads())
+    return grown
+
+
+def _with_memory(rows: dict[str, Row], grown: dict[str, float | None]) -> dict[str, Row]:
+    base = grown.get("ordinary")
+    return {
+        name: replace(rows[name], memory_mb=own, memory_ratio=own / base if own and base else None)
+        for name, own in grown.items()
+    }
+
+
+def _collect(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,164 @@
+"""Rows of measurements: what a row states, and how a rerun replaces its own."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_ROOT = RESULTS.parents[1]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what a row was measured."""
+
+    device: str
+    cpu: str
+    threads: int
+    tf32: str
+    python: str
+    torch: str
+    commit: str
+    date: str
+
+    @classmethod
+    def here(cls, device: torch.device) -> Environment:
+        """Facts about this process, now."""
+        on_gpu = device.type == "cuda"
+        return cls(
+            device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+            cpu=f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{os.cpu_count()} cores",
+            threads=torch.get_num_threads(),
+            tf32=("on" if torch.backends.cuda.matmul.allow_tf32 else "off") if on_gpu else "",
+            python=platform.python_version(),
+            torch=torch.__version__,
+            commit=_commit(),
+            date=datetime.date.today().isoformat(),
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rival on one case.
+
+    Attributes:
+        status: ``ok``, or why there are no figures.
+        gate_error: largest relative error of a parameter's clipped gradient against the loop in
+            float64 (float32 for bfloat16 cases on a GPU).
+        ms: median wall time of a step; ``ms_p20`` and ``ms_p80`` its 20th and 80th percentile.
+        ratio: median over rounds of this step's time over the ordinary step's in the same round.
+        processor_ratio: the same in processor time, which other work on the machine distorts
+            less; empty on a GPU.
+        memory_mb: peak growth during the step, MB (1e6 bytes).
+        memory_ratio: over the ordinary step's.
+        load: running processes per core (load average) when the case began.
+    """
+
+    case: str
+    rival: str
+    status: str
+    batch: int
+    parameters: int
+    precision: str
+    config: str
+    version: str
+    gate_error: float | None = None
+    ms: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    ratio: float | None = None
+    ratio_p20: float | None = None
+    ratio_p80: float | None = None
+    processor_ratio: float | None = None
+    rounds: int = 0
+    memory_mb: float | None = None
+    memory_ratio: float | None = None
+    load: float | None = None
+    device: str = ""
+    cpu: str = ""
+    threads: int = 0
+    tf32: str = ""
+    python: str = ""
+    torch: str = ""
+    commit: str = ""
+    date: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a rerun replaces: same case, rival, device and threads."""
+        return (self.device, str(self.threads), self.case, self.rival)
+
+
+_TYPES = {f.name: str(f.type) for f in fields(Row)}
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a CSV file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            Row(**{name: _parse(name, text) for name, text in line.items() if name in _TYPES})
+            for line in csv.DictReader(file)
+        ]
+
+
+def replace(path: Path, rows: list[Row]) -> list[Row]:
+    """Write `rows` in the place of those with the same keys; all rows of the file."""
+    merged = {row.key: row for row in read(path)}
+    merged.update({row.key: row for row in rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(_TYPES), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: _text(v) for k, v in asdict(row).items()} for row in merged.values())
+    partial.replace(path)
+    return list(merged.values())
+
+
+def _parse(name: str, text: str) -> object:
+    kind = _TYPES[name]
+    if kind.startswith("float"):
+        return float(text) if text else None
+    return int(text or 0) if kind == "int" else text
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Short hash of the checkout, with ``+`` where what is measured differs from it."""
+    measured = ["dpkernels", "csrc", "bench/*.py"]
+    try:
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *measured)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(_ROOT), *arguments], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()

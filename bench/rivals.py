@@ -1,0 +1,285 @@
+"""Who is measured: each rival turns a workload into a training step, as its documentation says.
+
+After ``step()`` the gradient that the optimizer used is in ``p.grad``; with noise off it must be
+that of the per-sample loop, or the rival is not timed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import opacus
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dpkernels
+from bench.cases import SampleCrossEntropy, Workload
+
+_LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What every private rival is asked for: flat clipping at C, noise of std sigma * C."""
+
+    max_grad_norm: float
+    noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A prepared rival.
+
+    Attributes:
+        step: forward, backward and ``optimizer.step()`` on the workload's batch.
+        clear: ``optimizer.zero_grad()``, which also frees what the rival keeps per sample.
+        parameters: by their names in the workload's network.
+    """
+
+    step: Callable[[], None]
+    clear: Callable[[], None]
+    parameters: dict[str, nn.Parameter]
+
+    def __call__(self) -> None:
+        """What is timed: one step, cleared."""
+        self.step()
+        self.clear()
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One way of training.
+
+    Attributes:
+        name: key of its rows.
+        title: for tables.
+        config: how it is set up, and why that is its best; part of each row.
+        package: distribution whose version the row states.
+        prepare: (workload, privacy) -> Trainer.
+        private: False for the ordinary step only.
+    """
+
+    name: str
+    title: str
+    config: str
+    package: str
+    prepare: Callable[[Workload, Privacy], Trainer]
+    private: bool = True
+
+    def version(self) -> str:
+        """Version of its package; empty where that is not installed."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return dpkernels.__version__ if self.package == "dpkernels" else ""
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE)
+
+
+def _ordinary(workload: Workload, privacy: Privacy) -> Trainer:
+    model = workload.fresh_model()
+    optimizer, criterion = _sgd(model), SampleCrossEntropy()
+
+    def step() -> None:
+        with workload.autocast():
+            loss = criterion(model(workload.inputs), workload.target)
+        loss.backward()
+        optimizer.step()
+
+    return Trainer(step, optimizer.zero_grad, dict(model.named_parameters()))
+
+
+def _with_engine(engine: Any, workload: Workload, privacy: Privacy, **options: Any) -> Trainer:
+    """The loop that Opacus documents; every argument it does not name is at its default."""
+    model = workload.fresh_model()
+    parameters = dict(model.named_parameters())
+    data = DataLoader(
+        TensorDataset(workload.inputs, workload.target), batch_size=workload.batch_size
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module, optimizer, *rest = engine.make_private(
+            module=model,
+            optimizer=_sgd(model),
+            criterion=SampleCrossEntropy(),
+            data_loader=data,
+            noise_multiplier=privacy.noise_multiplier,
+            max_grad_norm=privacy.max_grad_norm,
+            poisson_sampling=False,
+            **options,
+        )
+    criterion = rest[0] if len(rest) == 2 else SampleCrossEntropy()
+
+    def step() -> None:
+        with workload.autocast():
+            loss = criterion(module(workload.inputs), workload.target)
+        loss.backward()
+        optimizer.step()
+
+    return Trainer(step, optimizer.zero_grad, parameters)
+
+
+def _ours(workload: Workload, privacy: Privacy) -> Trainer:
+    return _with_engine(dpkernels.PrivacyEngine(), workload, privacy)
+
+
+def _opacus(mode: str) -> Callable[[Workload, Privacy], Trainer]:
+    def prepare(workload: Workload, privacy: Privacy) -> Trainer:
+        engine = opacus.PrivacyEngine(accountant="rdp")
+        return _with_engine(engine, workload, privacy, grad_sample_mode=mode)
+
+    return prepare
+
+
+def _loop(workload: Workload, privacy: Privacy) -> Trainer:
+    model = workload.fresh_model()
+    optimizer, criterion = _sgd(model), SampleCrossEntropy()
+    parameters = list(model.parameters())
+    samples = [
+        (workload.inputs[b : b + 1], workload.target[b : b + 1]) for b in range(workload.batch_size)
+    ]
+
+    def step() -> None:
+        total: list[torch.Tensor] = []
+        for inputs, target in samples:
+            optimizer.zero_grad()
+            with workload.autocast():
+                loss = criterion(model(inputs), target)
+            loss.backward()
+            grads = [p.grad for p in parameters]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            factor = (privacy.max_grad_norm / norm).clamp(max=1.0)
+            torch._foreach_mul_(grads, factor)
+            if total:
+                torch._foreach_add_(total, grads)
+            else:
+                total = grads
+        std = privacy.noise_multiplier * privacy.max_grad_norm
+        if std:
+            torch._foreach_add_(total, [torch.randn_like(t) for t in total], alpha=std)
+        torch._foreach_div_(total, float(workload.batch_size))
+        for parameter, gradient in zip(parameters, total, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    return Trainer(step, optimizer.zero_grad, dict(model.named_parameters()))
+
+
+def _backpack(workload: Workload, privacy: Privacy) -> Trainer:
+    if importlib.util.find_spec("backpack") is None:
+        raise ImportError("backpack-for-pytorch is not installed")
+    from backpack import backpack, extend
+    from backpack.extensions import BatchGrad
+
+    model = workload.fresh_model()
+    parameters = dict(model.named_parameters())
+    optimizer, criterion = _sgd(model), SampleCrossEntropy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        extend(model)
+
+    def step() -> None:
+        loss = criterion(model(workload.inputs), workload.target)
+        with backpack(BatchGrad()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss.backward()
+        each = [_grad_batch(model, p).mul_(workload.batch_size) for p in parameters.values()]
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in each]).norm(dim=0)
+        factor = (privacy.max_grad_norm / norms).clamp(max=1.0)
+        std = privacy.noise_multiplier * privacy.max_grad_norm
+        for parameter, gradient in zip(parameters.values(), each, strict=True):
+            total = torch.einsum("b,b...->...", factor, gradient)
+            if std:
+                total = total.add_(torch.randn_like(total), alpha=std)
+            parameter.grad = total / workload.batch_size
+        optimizer.step()
+
+    def clear() -> None:
+        optimizer.zero_grad()
+        for parameter in parameters.values():
+            del parameter.grad_batch
+
+    return Trainer(step, clear, parameters)
+
+
+def _grad_batch(model: nn.Module, parameter: nn.Parameter) -> torch.Tensor:
+    """[B, *parameter.shape]: what BackPACK left, where it has a rule for the layer."""
+    if hasattr(parameter, "grad_batch"):
+        return parameter.grad_batch
+    owner = next(m for m in model.modules() if any(p is parameter for p in m._parameters.values()))
+    raise NotImplementedError(f"BatchGrad has no rule for {type(owner).__name__}")
+
+
+_OPACUS = "PrivacyEngine.make_private defaults, flat clipping, fixed batch, whole batch at once; "
+
+RIVALS = (
+    Rival(
+        "ordinary",
+        "ordinary PyTorch",
+        "SGD, whole batch; no privacy",
+        "torch",
+        _ordinary,
+        private=False,
+    ),
+    Rival(
+        "ours",
+        "dpkernels",
+        "PrivacyEngine.make_private defaults (mode fused, noise from ChaCha20), fixed batch",
+        "dpkernels",
+        _ours,
+    ),
+    Rival(
+        "loop",
+        "per-sample loop",
+        "physical batch 1, foreach norm, scale and sum, one noise draw",
+        "torch",
+        _loop,
+    ),
+    Rival(
+        "hooks",
+        "Opacus hooks",
+        _OPACUS + "expand hooks where Opacus has a rule, functorch elsewhere",
+        "opacus",
+        _opacus("hooks"),
+    ),
+    Rival(
+        "ghost",
+        "Opacus ghost",
+        _OPACUS + "criterion returns one value per sample; two backward passes",
+        "opacus",
+        _opacus("ghost"),
+    ),
+    Rival(
+        "functorch", "Opacus functorch", _OPACUS + "vmap of grad", "opacus", _opacus("functorch")
+    ),
+    Rival("ew", "Opacus ew", _OPACUS + "torch ExpandedWeights", "opacus", _opacus("ew")),
+    Rival(
+        "backpack",
+        "BackPACK",
+        "BatchGrad in one backward pass, clip and noise as in its DP-SGD example",
+        "backpack-for-pytorch",
+        _backpack,
+    ),
+)
+
+
+def find(names: list[str]) -> list[Rival]:
+    """The rivals of these names, ordinary first since ratios need it; all where none is named.
+
+    Raises:
+        ValueError: a name that no rival has.
+    """
+    known = {rival.name: rival for rival in RIVALS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"rival {unknown[0]!r}: expected one of {', '.join(known)}")
+    wanted = {*names, "ordinary"} if names else set(known)
+    return [rival for rival in RIVALS if rival.name in wanted]
