@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dpkernels.layers import find_rule
 from dpkernels.layers.fold import rows_per_sample
 from dpkernels.layers.operands import Operand
 from dpkernels.layers.rule import Rule

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
+from opacus.optimizers.utils import params
 from torch import nn
 from torch.optim import Optimizer
 
 from dpkernels import ops
+from dpkernels.engine.clipping import make_clipping, total_norm_sq
 from dpkernels.engine.gradients import ParameterGradient, PendingGradients
 from dpkernels.ops.noise.source import NoiseSource
-
-#: gamma of automatic clipping (Bu et al. 2023, AUTO-S)
-_AUTOMATIC_GAMMA = 0.01
-_GAMMA = {"flat": 0.0, "automatic": _AUTOMATIC_GAMMA}
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,20 @@ class StepReport:
 
     Attributes:
         per_sample_norm: [B], float32 or float64: gradient norms before clipping.
-        clip_factor: [B]: what each sample's gradient was multiplied by.
+        clip_factor: [B]: what each sample's gradient was multiplied by; with per-layer clipping
+            [parameters, B].
     """
 
     per_sample_norm: torch.Tensor
     clip_factor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Mechanism:
+    """What the noise of a logical batch was drawn for."""
+
+    noise_multiplier: float
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ class FusedDPOptimizer(DPOptimizer):
         generator: draws the noise from this torch generator; None draws it from ChaCha20 keyed by
             the operating system.
         secure_mode: see :class:`dpkernels.PrivacyEngine`.
-        clipping: ``"flat"`` or ``"automatic"``.
+        clipping: ``"flat"``, ``"automatic"``, ``"per_layer"`` (`max_grad_norm` is then a list) or
+            ``"adaptive"`` (its settings as further keyword arguments).
         views_per_sample: rows per sample, averaged before clipping.
         materialize_grad_samples: also leave ``p.grad_sample``, [B, *p.shape].
     """
@@ -84,7 +92,7 @@ class FusedDPOptimizer(DPOptimizer):
         optimizer: Optimizer,
         *,
         noise_multiplier: float,
-        max_grad_norm: float,
+        max_grad_norm: float | list[float],
         expected_batch_size: float | None,
         loss_reduction: str = "mean",
         generator: torch.Generator | None = None,
@@ -94,29 +102,27 @@ class FusedDPOptimizer(DPOptimizer):
         materialize_grad_samples: bool = False,
         **kwargs: Any,
     ):
-        if clipping not in _GAMMA:
-            raise ValueError(
-                f"clipping={clipping!r}: grad_sample_mode='fused' has {', '.join(_GAMMA)}; "
-                "use grad_sample_mode='hooks' for Opacus' own"
-            )
+        strategy = make_clipping(
+            clipping, max_grad_norm, noise_multiplier, params(optimizer), kwargs
+        )
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=strategy.max_grad_norm,
             expected_batch_size=expected_batch_size,
             loss_reduction=loss_reduction,
             generator=generator,
             secure_mode=secure_mode,
-            **kwargs,
         )
         self.views_per_sample = views_per_sample
         self.materialize_grad_samples = materialize_grad_samples
         self.last_step: StepReport | None = None
         self.grad_accumulation_allowed = True
-        self._gamma = _GAMMA[clipping]
+        self.clipping = strategy
         self._noise = NoiseSource()
         self._iterations = 0
         self._consumed = False
+        self._mechanism: _Mechanism | None = None
         self._private: dict[nn.Parameter, torch.Tensor] = {}
 
     @property
@@ -131,11 +137,8 @@ class FusedDPOptimizer(DPOptimizer):
             ValueError: a gradient is not finite, or an earlier one was not consumed or cleared.
         """
         self._check_cleared()
-        found = gradients.gradients
-        factor = self._clip(gradients)
-        if gradients.empty:
-            found, factor = {}, factor[:0]
-        self._release(found, factor)
+        factors = self._clip(gradients)
+        self._release({} if gradients.empty else gradients.gradients, factors)
 
     def make_private_noise_only(self) -> None:
         """The gradient of an empty batch: noise alone, as the mechanism demands.
@@ -145,7 +148,7 @@ class FusedDPOptimizer(DPOptimizer):
         """
         self._check_cleared()
         self.last_step = None
-        self._release({}, torch.zeros(0))
+        self._release({}, {})
 
     def _check_cleared(self) -> None:
         if self._consumed:
@@ -160,26 +163,57 @@ class FusedDPOptimizer(DPOptimizer):
                 "BatchMemoryManager"
             )
 
+    def _remember_mechanism(self) -> None:
+        """Note the noise multiplier and the largest bound of the logical batch under way."""
+        bound = float(self.max_grad_norm)
+        if self._mechanism is not None:
+            if self._iterations and bound > self._mechanism.bound:
+                raise ValueError(
+                    f"max_grad_norm={bound}: it was {self._mechanism.bound} in the backward pass "
+                    "that drew the noise; change it after optimizer.step(), not while accumulating"
+                )
+            bound = max(bound, self._mechanism.bound)
+        self._mechanism = _Mechanism(float(self.noise_multiplier), bound)
+
     def _sample_scale(self, samples: int) -> float:
         """What a captured gradient is multiplied by to be the gradient of one sample's loss."""
         return float(samples) if self.loss_reduction == "mean" else 1.0 / self.views_per_sample
 
-    def _clip(self, gradients: PendingGradients) -> torch.Tensor:
-        """[B]: the factor for the captured gradients, clip factor times sample scale."""
+    def _clip(self, gradients: PendingGradients) -> dict[nn.Parameter, torch.Tensor]:
+        """By parameter, [B]: what captured gradients are multiplied by, clip factor times scale."""
         scale = self._sample_scale(gradients.samples)
-        norms = [g.norm_sq() for p, g in gradients.gradients.items()]
-        if not norms:
-            return torch.zeros(gradients.samples)
-        widest = max((n.dtype for n in norms), key=lambda d: d.itemsize)
-        norm_sq = torch.stack([n.to(norms[0].device, widest) for n in norms]).sum(0) * scale**2
-        if not gradients.empty and not bool(norm_sq.isfinite().all()):
-            self._refuse_not_finite(gradients, norm_sq)
-        clip_factor = ops.clip_factor(norm_sq, float(self.max_grad_norm), self._gamma)
-        self.last_step = StepReport(norm_sq.sqrt(), clip_factor)
+        norm_sq = {p: g.norm_sq() * scale**2 for p, g in gradients.gradients.items()}
+        if not norm_sq or gradients.empty:
+            self.last_step = None
+            return {}
+        total = total_norm_sq(norm_sq.values())
+        if not bool(total.isfinite().all()):
+            self._refuse_not_finite(gradients, total)
+        factors = self.clipping.factors(norm_sq, float(self.max_grad_norm))
+        self.clipping.observe(factors)
+        distinct = list({id(f): f for f in factors.values()}.values())
+        clip_factor = distinct[0] if len(distinct) == 1 else torch.stack(distinct)
+        self.last_step = StepReport(total.sqrt(), clip_factor)
         if self.materialize_grad_samples:
-            for parameter, gradient in gradients.gradients.items():
-                parameter.grad_sample = gradient.materialize() * scale
-        return clip_factor * scale
+            for parameter in self.params:
+                self._leave_grad_sample(parameter, gradients, scale)
+        return {p: factor * scale for p, factor in factors.items()}
+
+    def _leave_grad_sample(
+        self, parameter: nn.Parameter, gradients: PendingGradients, scale: float
+    ) -> None:
+        """Set ``parameter.grad_sample``; a list, as Opacus has it, where passes accumulate."""
+        gradient = gradients.gradients.get(parameter)
+        if gradient is None:
+            grad_sample = parameter.new_zeros(gradients.samples, *parameter.shape)
+        else:
+            grad_sample = gradient.materialize() * scale
+        earlier = getattr(parameter, "grad_sample", None)
+        if self._iterations and earlier is not None:
+            earlier = earlier if isinstance(earlier, list) else [earlier]
+            parameter.grad_sample = [*earlier, grad_sample]
+        else:
+            parameter.grad_sample = grad_sample
 
     def _refuse_not_finite(self, gradients: PendingGradients, norm_sq: torch.Tensor) -> None:
         sample = int((~norm_sq.isfinite()).nonzero()[0])
@@ -195,12 +229,15 @@ class FusedDPOptimizer(DPOptimizer):
         )
 
     def _release(
-        self, found: dict[nn.Parameter, ParameterGradient], factor: torch.Tensor
+        self,
+        found: dict[nn.Parameter, ParameterGradient],
+        factors: dict[nn.Parameter, torch.Tensor],
     ) -> None:
         """Write the clipped sum, with noise if this is the last physical batch, for every parameter."""
         last = not self._check_skip_next_step(pop_next=False)
-        trained = [p for p in self.params if p.requires_grad]
-        for parameter in trained:
+        self._remember_mechanism()
+        for parameter in self.params:
+            factor = factors.get(parameter, _NO_SAMPLES)
             self._release_one(parameter, found.get(parameter), factor, last)
         if last:
             self._iterations += 1
@@ -230,15 +267,24 @@ class FusedDPOptimizer(DPOptimizer):
             total = torch.empty(
                 parameter.shape, dtype=_sum_dtype(parameter), device=parameter.device
             )
-        noise_std = 0.0 if again or not last else float(self.noise_multiplier * self.max_grad_norm)
-        scale = 1.0 / self._divisor(self._iterations + 1) if last else 1.0
-        self._finish(total, stored, factor, noise_std, scale, accumulate)
-        if last:
-            parameter.summed_grad = None
-            parameter.grad = total.to(parameter.dtype)
-            self._private[parameter] = parameter.grad
-        else:
+        if not last:
+            self._finish(total, stored, factor, 0.0, 1.0, accumulate)
             parameter.summed_grad = total
+            return
+        noise_std = 0.0 if again else self._noise_std()
+        scale = 1.0 / self._divisor(self._iterations + 1)
+        if noise_std or again:
+            self._finish(total, stored, factor, noise_std, scale, accumulate)
+            parameter.summed_grad = None
+        else:
+            self._finish(total, stored, factor, 0.0, 1.0, accumulate)
+            parameter.summed_grad, total = total, total * scale
+        parameter.grad = total.to(parameter.dtype)
+        self._private[parameter] = parameter.grad
+
+    def _noise_std(self) -> float:
+        """Standard deviation of the noise on the sum of one logical batch."""
+        return float(self.clipping.gradient_noise(self.noise_multiplier) * self._mechanism.bound)
 
     def _finish(
         self,
@@ -253,22 +299,26 @@ class FusedDPOptimizer(DPOptimizer):
         factor = factor.to(total.device)
         if self.generator is not None and noise_std:
             ops.finish_grad_(total, stored, factor, 0.0, 1.0, *self._noise.take(0), accumulate)
-            noise = _generate_noise(noise_std, total, generator=self.generator)
-            total.add_(noise).mul_(scale)
+            self._draw(total, noise_std).mul_(scale)
             return
         key, block = self._noise.take(total.numel() if noise_std else 0)
         ops.finish_grad_(total, stored, factor, noise_std, scale, key, block, accumulate)
 
     def _divisor(self, iterations: int) -> float:
         """What the sum over `iterations` backward passes is divided by."""
-        return float(self.expected_batch_size * iterations) if self.loss_reduction == "mean" else 1.0
+        return (
+            float(self.expected_batch_size * iterations) if self.loss_reduction == "mean" else 1.0
+        )
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear gradients; sums of physical batches survive until their logical batch ends."""
         for p in self.params:
             p.grad_sample = None
-            if not self._is_last_step_skipped:
+        if not self._is_last_step_skipped:
+            for p in self.params:
                 p.summed_grad = None
+            self._mechanism = None
+            self.clipping.reset()
         self._iterations = 0
         self._consumed = False
         self._private.clear()
@@ -287,7 +337,13 @@ class FusedDPOptimizer(DPOptimizer):
         if not any(p.requires_grad for p in self.params):
             return True
         if self._check_skip_next_step():
+            if self._iterations:
+                raise ValueError(
+                    "signal_skip_step() came after backward(), which had already added the noise; "
+                    "call it before the backward pass of a physical batch that is not the last"
+                )
             self._is_last_step_skipped = True
+            self._consumed = True
             return False
         if self._consumed:
             self._check_cleared()
@@ -295,6 +351,23 @@ class FusedDPOptimizer(DPOptimizer):
             raise ValueError(
                 "Per sample gradient is not initialized. Not updated in backward pass? "
                 "Call loss.backward() on the private model before optimizer.step()"
+            )
+        self._check_private()
+        if self.step_hook:
+            self.step_hook(self)
+        expected = float(self.expected_batch_size or 0) * self._iterations
+        self.max_grad_norm = self.clipping.next_bound(self.max_grad_norm, expected, self._draw)
+        self._is_last_step_skipped = False
+        self._consumed = True
+        return True
+
+    def _check_private(self) -> None:
+        """Every gradient is the engine's, and the mechanism is the one that will be counted."""
+        if self._mechanism.noise_multiplier != float(self.noise_multiplier):
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier}: the noise was drawn in backward() with "
+                f"{self._mechanism.noise_multiplier}; step the noise scheduler after "
+                "optimizer.step()"
             )
         for group in self.param_groups:
             for p in group["params"]:
@@ -304,11 +377,30 @@ class FusedDPOptimizer(DPOptimizer):
                         "was not made private by the engine; leave p.grad as backward() wrote it "
                         "(in-place changes are allowed), and call zero_grad() before backward()"
                     )
-        if self.step_hook:
-            self.step_hook(self)
-        self._is_last_step_skipped = False
-        self._consumed = True
-        return True
+
+    def _draw(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
+        """Add noise of standard deviation `std` in place."""
+        if not std:
+            return tensor
+        if self.generator is not None:
+            return tensor.add_(_generate_noise(std, tensor, generator=self.generator))
+        return ops.gaussian_noise_(tensor, std, *self._noise.take(tensor.numel()))
+
+    @property
+    def grad_scale(self) -> None:
+        """Never set: ``torch.amp.GradScaler`` is refused, see the setter."""
+
+    @grad_scale.setter
+    def grad_scale(self, scale: torch.Tensor | None) -> None:
+        raise ValueError(
+            "GradScaler: the gradient was clipped and noised at the end of backward(), on the "
+            "scaled loss, so unscaling it afterwards would clip at another bound than "
+            "max_grad_norm. Use bfloat16 autocast, or fp16 autocast without a GradScaler "
+            "(GradScaler(enabled=False) keeps the loop as it is)"
+        )
+
+    #: makes ``GradScaler.step`` hand its scale over, where it is refused by name
+    _step_supports_amp_scaling = True
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_optimizer_") and "original_optimizer" in self.__dict__:
@@ -322,6 +414,10 @@ class FusedDPOptimizer(DPOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+#: the factors where nobody's gradient reached a parameter
+_NO_SAMPLES = torch.zeros(0)
 
 
 def _sum_dtype(parameter: nn.Parameter) -> torch.dtype:

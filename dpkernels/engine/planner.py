@@ -113,9 +113,7 @@ class Plan:
         if not self.rows:
             return "no plan yet: it is made in the first backward pass"
         cells = [self._COLUMNS] + [
-            tuple(
-                f"{row[c]:.1%}" if c == "share" else f"{row[c]}" for c in self._COLUMNS
-            )
+            tuple(f"{row[c]:.1%}" if c == "share" else f"{row[c]}" for c in self._COLUMNS)
             for row in self.rows
         ]
         widths = [max(len(r[i]) for r in cells) for i in range(len(self._COLUMNS))]

@@ -90,7 +90,9 @@ class PrivacyEngine(OpacusPrivacyEngine):
                     "Model needs to be in training mode: call model.train() first"
                 )
             )
-        faults.extend(IllegalModuleConfigurationError(reason) for reason in incompatibilities(module))
+        faults.extend(
+            IllegalModuleConfigurationError(reason) for reason in incompatibilities(module)
+        )
         return faults
 
     def make_private(

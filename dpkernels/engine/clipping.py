@@ -1,0 +1,246 @@
+"""How per-sample norms become clip factors, and how much noise hides the clipped sum.
+
+``optimizer.max_grad_norm`` owns the bound C: schedulers write it, and clipping and noise both read it
+at every step (docs/math.md, section 1). A strategy holds what else it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkernels import ops
+
+#: gamma of automatic clipping (Bu et al. 2023, AUTO-S)
+_AUTOMATIC_GAMMA = 0.01
+_ADAPTIVE = (
+    "target_unclipped_quantile",
+    "clipbound_learning_rate",
+    "max_clipbound",
+    "min_clipbound",
+    "unclipped_num_std",
+)
+
+
+class Clipping:
+    """Flat clipping: one factor per sample, from the norm of its whole gradient.
+
+    Args:
+        max_grad_norm: bound C as the user gave it.
+        gamma: 0 for ``min(1, C / norm)``; > 0 for automatic clipping, ``C / (norm + gamma)``.
+    """
+
+    def __init__(self, max_grad_norm: float | Sequence[float], gamma: float = 0.0):
+        if not isinstance(max_grad_norm, (int, float)):
+            raise ValueError(
+                f"max_grad_norm={max_grad_norm}: expected one number (a list needs "
+                "clipping='per_layer')"
+            )
+        self.max_grad_norm = float(max_grad_norm)
+        self.gamma = gamma
+
+    def factors(
+        self, norm_sq: Mapping[nn.Parameter, torch.Tensor], max_grad_norm: float
+    ) -> dict[nn.Parameter, torch.Tensor]:
+        """By parameter, [B]: the factor of each sample's gradient.
+
+        Args:
+            norm_sq: by parameter, [B]: squared norms of each sample's gradient.
+            max_grad_norm: the bound C of this step.
+        """
+        return dict.fromkeys(
+            norm_sq, ops.clip_factor(total_norm_sq(norm_sq.values()), max_grad_norm, self.gamma)
+        )
+
+    def gradient_noise(self, noise_multiplier: float) -> float:
+        """The multiplier left for the gradient, of the whole mechanism's `noise_multiplier`."""
+        return noise_multiplier
+
+    def observe(self, factors: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """The factors of one physical batch, before they are used."""
+
+    def next_bound(
+        self,
+        max_grad_norm: float,
+        expected_samples: float,
+        draw: Callable[[torch.Tensor, float], torch.Tensor],
+    ) -> float:
+        """The bound of the next step, asked once per step.
+
+        Args:
+            max_grad_norm: the bound of this step.
+            expected_samples: public: the expected number of samples of this step.
+            draw: adds noise of a standard deviation to a tensor, in place.
+        """
+        return max_grad_norm
+
+    def reset(self) -> None:
+        """Forget what was observed: gradients were cleared."""
+
+
+class PerLayerClipping(Clipping):
+    """A bound for every parameter tensor; their root sum of squares is ``max_grad_norm``.
+
+    The bounds keep their proportions when a scheduler changes ``optimizer.max_grad_norm``.
+
+    Args:
+        max_grad_norms: one bound per trained parameter, in the optimizer's order.
+        parameters: the trained parameters.
+    """
+
+    def __init__(self, max_grad_norms: Sequence[float], parameters: Sequence[nn.Parameter]):
+        if not isinstance(max_grad_norms, (list, tuple)):
+            max_grad_norms = [max_grad_norms]
+        if len(max_grad_norms) != len(parameters):
+            raise ValueError(
+                f"max_grad_norm: clipping='per_layer' expects one bound for each of "
+                f"{len(parameters)} trained parameters, got {len(max_grad_norms)}"
+            )
+        super().__init__(math.sqrt(math.fsum(float(c) ** 2 for c in max_grad_norms)))
+        self.shares = {p: float(c) / self.max_grad_norm for p, c in zip(parameters, max_grad_norms)}
+
+    def factors(
+        self, norm_sq: Mapping[nn.Parameter, torch.Tensor], max_grad_norm: float
+    ) -> dict[nn.Parameter, torch.Tensor]:
+        unbounded = [p for p in norm_sq if p not in self.shares]
+        if unbounded:
+            raise ValueError(
+                f"clipping='per_layer': a parameter of shape {tuple(unbounded[0].shape)} was "
+                "unfrozen after make_private() and has no bound; call make_private() again"
+            )
+        return {
+            p: ops.clip_factor(norm, max_grad_norm * self.shares[p]) for p, norm in norm_sq.items()
+        }
+
+
+class AdaptiveClipping(Clipping):
+    """The bound follows a quantile of the norms [Andrew et al. 2021].
+
+    Each step also releases the number of samples that were not clipped, counted as +1/2 or -1/2 so
+    that one sample moves it by 1/2, with noise of std `unclipped_num_std`; the gradient gets the
+    rest of the budget. Unlike Opacus, the count is divided by the expected number of samples: the
+    drawn number is private under Poisson sampling.
+
+    Args:
+        max_grad_norm: the first bound.
+        noise_multiplier: sigma of the whole mechanism, count and gradient together.
+        target_unclipped_quantile: share of samples that shall stay unclipped.
+        clipbound_learning_rate: how fast the bound follows, geometrically.
+        max_clipbound: largest bound.
+        min_clipbound: smallest bound.
+        unclipped_num_std: std of the noise on the count.
+    """
+
+    def __init__(
+        self,
+        max_grad_norm: float,
+        noise_multiplier: float,
+        *,
+        target_unclipped_quantile: float,
+        clipbound_learning_rate: float,
+        max_clipbound: float,
+        min_clipbound: float,
+        unclipped_num_std: float,
+    ):
+        super().__init__(max_grad_norm)
+        if max_clipbound <= min_clipbound:
+            raise ValueError("max_clipbound must be larger than min_clipbound.")
+        if noise_multiplier >= 2 * unclipped_num_std:
+            raise ValueError(
+                f"noise_multiplier={noise_multiplier} must be smaller than 2 * unclipped_num_std "
+                f"= {2 * unclipped_num_std}: the noisy count would spend the whole budget "
+                "(https://arxiv.org/abs/1905.03871, Theorem 1)"
+            )
+        self.target_unclipped_quantile = target_unclipped_quantile
+        self.clipbound_learning_rate = clipbound_learning_rate
+        self.max_clipbound = max_clipbound
+        self.min_clipbound = min_clipbound
+        self.unclipped_num_std = unclipped_num_std
+        self._surplus = 0.0
+
+    def gradient_noise(self, noise_multiplier: float) -> float:
+        if noise_multiplier == 0:
+            return 0.0
+        if noise_multiplier >= 2 * self.unclipped_num_std:
+            raise ValueError(
+                f"noise_multiplier={noise_multiplier} must be smaller than 2 * unclipped_num_std "
+                f"= {2 * self.unclipped_num_std}"
+            )
+        return (noise_multiplier**-2 - (2 * self.unclipped_num_std) ** -2) ** -0.5
+
+    def observe(self, factors: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        factor = next(iter(factors.values()), torch.zeros(0))
+        self._surplus += float((factor >= _UNCLIPPED).sum()) - len(factor) / 2
+
+    def next_bound(
+        self,
+        max_grad_norm: float,
+        expected_samples: float,
+        draw: Callable[[torch.Tensor, float], torch.Tensor],
+    ) -> float:
+        surplus = float(draw(torch.tensor([self._surplus]), self.unclipped_num_std))
+        share = 0.5 + surplus / expected_samples
+        step = self.clipbound_learning_rate * (share - self.target_unclipped_quantile)
+        return min(max(max_grad_norm * math.exp(-step), self.min_clipbound), self.max_clipbound)
+
+    def reset(self) -> None:
+        self._surplus = 0.0
+
+
+#: factors are rounded down by two units, so an unclipped sample may have one just below 1
+_UNCLIPPED = 1.0 - 1e-6
+
+
+def total_norm_sq(norm_sq: Any) -> torch.Tensor:
+    """[B]: the sum over parameters, in the widest dtype, on the first one's device."""
+    norms = list(norm_sq)
+    widest = max((n.dtype for n in norms), key=lambda dtype: dtype.itemsize)
+    return torch.stack([n.to(norms[0].device, widest) for n in norms]).sum(0)
+
+
+def _adaptive(
+    max_grad_norm: Any, noise_multiplier: float, parameters: Sequence[nn.Parameter], settings: Any
+) -> Clipping:
+    missing = [name for name in _ADAPTIVE if name not in settings]
+    if missing:
+        raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
+    return AdaptiveClipping(max_grad_norm, noise_multiplier, **settings)
+
+
+_KINDS: dict[str, Callable[[Any, float, Sequence[nn.Parameter], Any], Clipping]] = {
+    "flat": lambda bound, *_: Clipping(bound),
+    "automatic": lambda bound, *_: Clipping(bound, _AUTOMATIC_GAMMA),
+    "per_layer": lambda bounds, _, parameters, __: PerLayerClipping(bounds, parameters),
+    "adaptive": _adaptive,
+}
+
+
+def make_clipping(
+    kind: str,
+    max_grad_norm: float | Sequence[float],
+    noise_multiplier: float,
+    parameters: Sequence[nn.Parameter],
+    settings: Mapping[str, Any],
+) -> Clipping:
+    """The strategy of ``make_private(clipping=kind)``.
+
+    Args:
+        kind: ``"flat"``, ``"automatic"``, ``"per_layer"`` or ``"adaptive"``.
+        max_grad_norm: bound C, or one bound per parameter.
+        noise_multiplier: sigma of the mechanism.
+        parameters: the trained parameters.
+        settings: what is left of the keyword arguments.
+
+    Raises:
+        ValueError: an unknown kind or setting, or one out of range.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"clipping={kind!r}: expected one of {', '.join(_KINDS)}")
+    unknown = [name for name in settings if name not in _ADAPTIVE]
+    if unknown:
+        raise ValueError(f"make_private() got an unexpected argument {unknown[0]!r}")
+    return _KINDS[kind](max_grad_norm, noise_multiplier, parameters, settings)
