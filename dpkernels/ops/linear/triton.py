@@ -18,8 +18,8 @@ from dpkernels.ops import triton_support as support
 from dpkernels.ops.triton_support import unavailable
 
 __all__ = [
-    "gram_norm_sq",
     "grad_sample_and_norm_sq",
+    "gram_norm_sq",
     "linear_clipped_grad",
     "linear_grad_sample",
     "linear_norm_sq",
@@ -39,7 +39,7 @@ class Tile:
     stages: int
 
 
-GRAM = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}
+GRAM = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
 GRADIENT = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}
 """By the operands' bytes per element."""
 ROWS = Tile(64, 64, 32, 4, 2)
@@ -289,10 +289,7 @@ def rows_kernel(
         left = left.to(tl.float32) * weight[None, :]
         total = tl.dot(left, right.to(tl.float32), total, input_precision=PRECISION)
     tl.store(
-        out
-        + slot * features_out * features_in
-        + row[:, None] * features_in
-        + column[None, :],
+        out + slot * features_out * features_in + row[:, None] * features_in + column[None, :],
         total,
         mask=(row < features_out)[:, None] & (column < features_in)[None, :],
     )

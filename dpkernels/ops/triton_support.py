@@ -1,0 +1,190 @@
+"""What the Triton kernels of all op families share.
+
+Determinism: a kernel never adds to memory that another program writes. A sum that is spread over
+programs goes to a buffer with one slot per program, and a second kernel adds the slots in order.
+How many slots there are is a function of the layer's shape alone (:func:`split_factor`), so the
+same inputs give the same bits on every device.
+
+On CPU tensors the kernels run under Triton's interpreter, if ``TRITON_INTERPRET=1`` was set before
+Triton was imported.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDEX_LIMIT = 2**31
+COMBINE_BLOCK = 1024
+SPLITS = (
+    (1 << 12, 128),
+    (1 << 14, 64),
+    (1 << 15, 32),
+    (1 << 16, 16),
+    (1 << 18, 4),
+    (1 << 20, 2),
+)
+"""Number of weights up to which a sum over positions is spread over so many slots."""
+CHUNK_POSITIONS = 1024
+"""The fewest positions that one slot adds up."""
+
+
+@triton.jit
+def _combine_kernel(
+    partials,
+    out,
+    squares,
+    slots,
+    size,
+    blocks,
+    STORE: tl.constexpr,
+    SQUARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[row] = sum over slots of partials[row, slot]; squares[row, block] = its squared sum."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in range(slots):
+        total += tl.load(partials + (row * slots + slot) * size + at, mask=inside, other=0.0)
+    if STORE:
+        tl.store(out + row * size + at, total, mask=inside)
+    if SQUARE:
+        tl.store(squares + row * blocks + block, tl.sum(total * total))
+
+
+@triton.jit
+def _sum_rows_kernel(partials, out, columns, BLOCK: tl.constexpr):
+    """out[row] = sum of partials[row, :]; what rounding made negative counts as 0, NaN stays."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(partials + row * columns + at, mask=at < columns, other=0.0)
+    result = tl.sum(total)
+    tl.store(out + row, tl.where(result < 0, 0.0, result))
+
+
+INTERPRETED = not isinstance(_combine_kernel, triton.JITFunction)
+
+
+def unavailable() -> str | None:
+    """Why no Triton kernel can run on this machine."""
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return (
+        "Triton kernels need a CUDA device (TRITON_INTERPRET=1 in the environment, set before"
+        " Triton is imported, runs them slowly on CPU tensors)"
+    )
+
+
+def why_not(*tensors: torch.Tensor) -> str | None:
+    """Why no Triton kernel can take these floating-point operands, samples on the first axis."""
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"Triton kernels take float32, bfloat16 and float16 and this is {tensor.dtype}"
+        if tensor.device.type != "cuda" and not INTERPRETED:
+            return (
+                f"Triton kernels take CUDA tensors and these are on {tensor.device}"
+                " (TRITON_INTERPRET=1 runs them on the CPU)"
+            )
+        if tensor.device.type == "cuda" and _capability(tensor.get_device()) < (8, 0):
+            return "Triton kernels need compute capability 8.0"
+        if span(tensor) >= INDEX_LIMIT:
+            return f"one sample spans {span(tensor)} elements, more than 32-bit offsets reach"
+    return None
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def span(tensor: torch.Tensor) -> int:
+    """Distance in elements from the first to the last element of one sample."""
+    axes = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    return sum((size - 1) * stride for size, stride in axes if size)
+
+
+def power_of_two(size: int, most: int, least: int = 16) -> int:
+    """The smallest power of two >= `size`, kept between `least` and `most` (matrix units: 16)."""
+    return max(least, min(most, triton.next_power_of_2(max(size, 1))))
+
+
+def common_dtype(*tensors: torch.Tensor) -> tl.dtype:
+    """The Triton dtype in which operands of these dtypes are multiplied.
+
+    The interpreter multiplies the bit patterns of bfloat16: there, float32, which is exact.
+    """
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return {
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16,
+        torch.float16: tl.float16,
+    }[dtype]
+
+
+def split_factor(positions: int, weights: int) -> tuple[int, int]:
+    """Over how many slots a sum over one sample's positions is spread.
+
+    A function of the layer's shape alone, from the fixed table SPLITS: neither the batch nor the
+    device enters.
+
+    Returns:
+        (slots, positions of each slot).
+    """
+    wanted = next((slots for most, slots in SPLITS if weights <= most), 1)
+    if wanted == 1:
+        return 1, max(positions, 1)
+    chunk = max(CHUNK_POSITIONS, triton.cdiv(positions, wanted))
+    chunk = triton.cdiv(chunk, CHUNK_POSITIONS // 8) * (CHUNK_POSITIONS // 8)
+    return max(1, triton.cdiv(positions, chunk)), chunk
+
+
+def sum_rows(partials: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows of [B, N] float32 in a fixed order, never negative: [B]."""
+    rows, columns = partials.shape
+    out = partials.new_empty(rows)
+    if rows:
+        with torch.cuda.device_of(partials):
+            _sum_rows_kernel[(rows,)](partials, out, columns, BLOCK=power_of_two(columns, 1024))
+    return out
+
+
+def combine(
+    partials: torch.Tensor, store: bool = True, square: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the slots of [R, S, N] float32 in order.
+
+    Args:
+        partials: contiguous.
+        store: whether the sums are wanted.
+        square: whether their squared sums are wanted.
+
+    Returns:
+        (sums [R, N], squared sums [R]); what is not wanted is empty.
+    """
+    rows, slots, size = partials.shape
+    blocks = triton.cdiv(size, COMBINE_BLOCK)
+    out = partials.new_empty((rows, size) if store else (0,))
+    squares = partials.new_empty((rows, blocks) if square else (0, 0))
+    if rows and blocks:
+        with torch.cuda.device_of(partials):
+            _combine_kernel[(rows * blocks,)](
+                partials,
+                out,
+                squares,
+                slots,
+                size,
+                blocks,
+                STORE=store,
+                SQUARE=square,
+                BLOCK=COMBINE_BLOCK,
+            )
+    return out, sum_rows(squares)
