@@ -1,4 +1,4 @@
-"""The rules of the house, read off the syntax trees: who imports whom, and what csrc may contain."""
+"""The rules of the house, read off syntax trees: who imports whom, and what csrc may contain."""
 
 from __future__ import annotations
 
@@ -109,17 +109,30 @@ def test_importing_the_package_loads_no_torch_and_no_native_code() -> None:
     assert output.stdout.strip() == "[]"
 
 
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent)
+{statement}
+"""
+
+
 @pytest.mark.parametrize(
-    "statement",
+    ("absent", "statement"),
     [
-        "import dpkernels.accounting",
-        "import dpkernels.ops",
+        ({"torch", "opacus", "triton", "monai"}, "import dpkernels.accounting"),
+        ({"torch", "opacus", "triton", "monai"}, "from dpkernels.info import show; show()"),
+        ({"triton", "monai"}, "import dpkernels.ops"),
     ],
 )
-def test_what_must_not_be_needed(statement: str) -> None:
-    """Accounting works without torch; the ops work without triton."""
-    absent = ["torch", "opacus"] if "accounting" in statement else ["triton"]
-    script = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); {statement}"
+def test_what_must_not_be_needed(absent: set[str], statement: str) -> None:
+    """Accounting and `info` work without torch; the ops work without triton."""
+    script = WITHOUT.format(absent=absent, statement=statement)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
