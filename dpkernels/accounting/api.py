@@ -13,6 +13,8 @@ from dpkernels.accounting.events import History, Phase, as_history
 EPSILON_RANGE = (1e-2, 1e15)
 """Target budgets that calibration accepts."""
 
+_ROUND_UP = 1e-6
+
 
 @dataclass(frozen=True)
 class Accountant:
@@ -123,7 +125,7 @@ def get_delta(*, noise_multiplier: float, sample_rate: float, steps: int, epsilo
     """
     history = as_history([Phase(noise_multiplier, sample_rate, steps)])
     check_number("epsilon", epsilon, above=0.0)
-    return math.exp(tight.log_delta(history, float(epsilon)))
+    return min(1.0, math.exp(tight.log_delta(history, float(epsilon))) * (1 + _ROUND_UP))
 
 
 def get_noise_multiplier(

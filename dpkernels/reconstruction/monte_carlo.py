@@ -50,7 +50,7 @@ def _tilt(law: StepLaw, kappa: float) -> float:
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if gap(middle) > 0 else (low, middle)
-    return max(-0.5, high)
+    return high
 
 
 def _draw(
