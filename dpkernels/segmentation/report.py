@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from dpkernels.accounting import trade_off
 from dpkernels.reconstruction import RiskReport, risk_report
 from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.privacy import PrivacyPlan
+
+_LEAST_ERROR = 1e-6
+_BISECTIONS = 14
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class PrivacyReport:
         steps: steps counted.
         epsilon: at plan.delta under plan.accountant; None without privacy.
         epsilon_rdp: the same steps under Opacus' RDP accountant, which most published budgets mean.
+        membership: bound on the share of right guesses about one patient's participation.
         clipped_fraction: mean share of drawn patients whose gradient was clipped; None if unknown.
         risk: what could be reconstructed; None without privacy.
         by_products: what the run shows outside the guarantee.
@@ -32,6 +37,7 @@ class PrivacyReport:
     steps: int
     epsilon: float | None
     epsilon_rdp: float | None
+    membership: float | None
     clipped_fraction: float | None
     risk: RiskReport | None
     by_products: tuple[str, ...]
@@ -51,6 +57,7 @@ class PrivacyReport:
             "denominator": "sample_rate * patients (fixed), never the drawn batch",
             "epsilon": self.epsilon,
             "epsilon_rdp": self.epsilon_rdp,
+            "membership_success": self.membership,
             "clipped_fraction": self.clipped_fraction,
             "risk": None if self.risk is None else json.loads(self.risk.to_json()),
             "by_products": list(self.by_products),
@@ -73,11 +80,6 @@ class PrivacyReport:
         return "operating-system entropy" if seed is None else f"INSECURE fixed seed {seed}"
 
     def _reading(self) -> list[str]:
-        if self.epsilon is None:
-            return [
-                "**This model has no privacy guarantee.** It was trained without clipping and "
-                "noise, for comparison. Do not release it if its training data are private."
-            ]
         plan = self.plan
         if plan.insecure_fixed_noise is not None:
             return [
@@ -85,7 +87,11 @@ class PrivacyReport:
                 f"seed {plan.insecure_fixed_noise} (insecure_fixed_noise).** Whoever knows the "
                 f"seed can subtract the noise. Use such a run for tests only."
             ]
-        bound = _largest_success(self.epsilon, plan.delta)
+        if self.epsilon is None or self.membership is None:
+            return [
+                "**This model has no privacy guarantee.** It was trained without clipping and "
+                "noise, for comparison. Do not release it if its training data are private."
+            ]
         return [
             f"The weights of this model are ({self.epsilon:.4g}, {plan.delta:g})-differentially "
             f"private. The unit is the patient: whether one patient, with all of their scans, was "
@@ -94,7 +100,7 @@ class PrivacyReport:
             "",
             f"In words: someone who sees the weights, knows every other patient and guesses by a "
             f"fair coin whether one given patient took part is right with probability at most "
-            f"{bound:.4g}. {_verdict(self.epsilon)}",
+            f"{self.membership:.3g}. {_verdict(self.membership)}",
         ]
 
     def _table(self) -> list[str]:
@@ -115,6 +121,7 @@ class PrivacyReport:
                 ("Delta", f"{plan.delta:g}"),
                 (f"Epsilon ({plan.accountant} accountant)", f"{self.epsilon:.6g}"),
                 ("Epsilon (Opacus RDP accountant)", _number(self.epsilon_rdp)),
+                ("Participation guessed right", f"at most {_number(self.membership)}"),
                 ("Patients clipped, mean share", clipped),
                 ("Noise and sampling from", self._entropy()),
             ]
@@ -145,6 +152,7 @@ def build_report(
         steps=steps,
         epsilon=plan.epsilon(steps),
         epsilon_rdp=_epsilon_rdp(plan, steps),
+        membership=_membership_success(plan, steps),
         clipped_fraction=fmean(clipped) if clipped else None,
         risk=_risk(plan, steps, dimension),
         by_products=_by_products(config),
@@ -202,20 +210,44 @@ def _by_products(config: SegmentationConfig) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _largest_success(epsilon: float, delta: float) -> float:
-    """Largest accuracy of a balanced membership guess: (e^eps + delta) / (1 + e^eps)."""
-    return (1 + delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon))
+def _membership_success(plan: PrivacyPlan, steps: int) -> float | None:
+    """An upper bound on the share of right guesses about one patient's participation.
+
+    The trade-off function f is convex and symmetric, so a guess by a fair coin errs least where
+    alpha = f(alpha); every alpha with f(alpha) >= alpha lies below that point, and 1 - alpha above
+    the share of right guesses (docs/math.md, section 5).
+    """
+    if not plan.enabled or plan.insecure_fixed_noise is not None:
+        return None
+    low, high = _LEAST_ERROR, 0.5
+    if not _misses(plan, steps, low) >= low:
+        return 1.0
+    for _ in range(_BISECTIONS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if _misses(plan, steps, middle) >= middle else (low, middle)
+    return 1 - low
 
 
-def _verdict(epsilon: float) -> str:
+def _misses(plan: PrivacyPlan, steps: int, alpha: float) -> float:
+    return float(
+        trade_off(
+            alpha,
+            noise_multiplier=plan.noise_multiplier,
+            sample_rate=plan.sample_rate,
+            steps=steps,
+        )
+    )
+
+
+def _verdict(success: float) -> str:
     scale = (
-        (1, "That is a strong guarantee."),
-        (10, "That is a usual guarantee for training; in practice attacks do far worse than it."),
-        (100, "That is weak as a worst-case statement; judge it by the reconstruction risk."),
-        (math.inf, "As a statement about membership that says next to nothing; such a budget can "
-         "still keep scans from being reconstructed, which the reconstruction risk quantifies."),
+        (0.6, "That is little better than the coin: a strong guarantee."),
+        (0.9, "That is better than the coin and far from certainty, against an attacker who knows "
+         "far more than real ones do."),
+        (1.0, "As a worst-case statement about participation that is weak; such a budget can still "
+         "keep scans from being reconstructed: judge it by the reconstruction risk below."),
     )  # fmt: skip
-    return next(text for limit, text in scale if epsilon <= limit)
+    return next(text for limit, text in scale if success <= limit)
 
 
 def _number(value: float | None) -> str:

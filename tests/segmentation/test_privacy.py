@@ -4,6 +4,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from dpkernels.accounting import get_epsilon
 from dpkernels.segmentation.data import CaseStore, PatientDataset, flatten_views
@@ -16,6 +17,7 @@ from dpkernels.segmentation.privacy import (
     check_patients_do_not_mix,
     plan_privacy,
 )
+from dpkernels.segmentation.report import _membership_success
 from dpkernels.segmentation.sampling import PoissonSampler
 
 CROPS = {"shape": None, "spacing": [17.0, 17.0, 17.0], "crop": [8, 8, 8], "views_per_patient": 4}
@@ -208,3 +210,17 @@ def test_a_network_that_mixes_patients_is_refused(cohort, tiny):
     assert all(p.grad is None for p in network.parameters())
     with pytest.raises(ValueError, match="couples samples"):
         check_patients_do_not_mix(BatchCentred(1, 3), criterion, dataset, cpu)
+
+
+@pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (4.0, 16), (0.2, 3)])
+def test_the_bound_on_guessing_participation_is_the_gaussian_one_without_subsampling(sigma, steps):
+    """Two Gaussians at distance mu = sqrt(T) / sigma: the best guess is right Phi(mu / 2)."""
+    plan = PrivacyPlan(True, 10, 1.0, steps, sigma, 1.0, 1, 1e-5, "tight")
+    exact = float(norm.cdf(np.sqrt(steps) / sigma / 2))
+    found = _membership_success(plan, steps)
+    assert exact <= found <= exact + 2e-3
+
+
+def test_nothing_is_claimed_about_participation_when_the_noise_is_tiny():
+    plan = PrivacyPlan(True, 10, 1.0, 5, 1e-4, 1.0, 1, 1e-5, "tight")
+    assert _membership_success(plan, 5) == 1.0
