@@ -98,9 +98,9 @@ class PrivacyReport:
             f"among the {plan.patients} training patients changes the probability of any outcome "
             f"by at most a factor e^{self.epsilon:.3g}, up to an additive {plan.delta:g}.",
             "",
-            f"In words: someone who sees the weights, knows every other patient and guesses by a "
-            f"fair coin whether one given patient took part is right with probability at most "
-            f"{self.membership:.3g}. {_verdict(self.membership)}",
+            f"In words: if a fair coin decides whether one given patient takes part, someone who "
+            f"sees the weights and knows every other patient guesses the coin right with "
+            f"probability at most {self.membership:.3g}. {_verdict(self.membership)}",
         ]
 
     def _table(self) -> list[str]:
