@@ -89,15 +89,23 @@ def why_not(*tensors: torch.Tensor) -> str | None:
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"Triton kernels take float32, bfloat16 and float16 and this is {tensor.dtype}"
-        if tensor.device.type != "cuda" and not INTERPRETED:
-            return (
-                f"Triton kernels take CUDA tensors and these are on {tensor.device}"
-                " (TRITON_INTERPRET=1 runs them on the CPU)"
-            )
-        if tensor.device.type == "cuda" and _capability(tensor.get_device()) < (8, 0):
-            return "Triton kernels need compute capability 8.0"
+        reason = why_not_device(tensor)
+        if reason is not None:
+            return reason
         if span(tensor) >= INDEX_LIMIT:
             return f"one sample spans {span(tensor)} elements, more than 32-bit offsets reach"
+    return None
+
+
+def why_not_device(tensor: torch.Tensor) -> str | None:
+    """Why no Triton kernel can run where `tensor` is."""
+    if tensor.device.type != "cuda" and not INTERPRETED:
+        return (
+            f"Triton kernels take CUDA tensors and these are on {tensor.device}"
+            " (TRITON_INTERPRET=1 runs them on the CPU)"
+        )
+    if tensor.device.type == "cuda" and _capability(tensor.get_device()) < (8, 0):
+        return "Triton kernels need compute capability 8.0"
     return None
 
 

@@ -7,11 +7,15 @@ from collections.abc import Callable
 
 import torch
 
+from dpkernels.ops.clip import triton as clip
 from dpkernels.ops.linear import triton as linear
+from dpkernels.ops.noise import triton as noise
 
 MODULES = (
     "dpkernels.ops.triton_support",
     "dpkernels.ops.linear.triton",
+    "dpkernels.ops.noise.triton",
+    "dpkernels.ops.clip.triton",
 )
 
 
@@ -26,6 +30,9 @@ def _linear(dtype: torch.dtype, positions: int = 2048) -> tuple[torch.Tensor, to
 
 _FACTOR = tensor(8, dtype=torch.float32)
 _HALF, _FULL = torch.bfloat16, torch.float32
+_KEY = torch.tensor([-5, 7, 2**40, -(2**60)])
+_PARAMETER = tensor(4096, 1024, dtype=_FULL)
+_SAMPLES = tensor(8, 4096, 1024, dtype=_FULL)
 
 CASES: dict[str, Callable[[], object]] = {
     "linear gram, bf16": functools.partial(linear.gram_norm_sq, *_linear(_HALF)),
@@ -43,4 +50,14 @@ CASES: dict[str, Callable[[], object]] = {
         linear.recompute_norm_sq, tensor(2, 1 << 20, 32), tensor(2, 1 << 20, 32)
     ),
     "linear norm, one position, bf16": functools.partial(linear.linear_norm_sq, *_linear(_HALF, 1)),
+    "noise, fp32": functools.partial(noise.gaussian_noise_, _PARAMETER, 1.0, _KEY, 5),
+    "key stream": functools.partial(
+        noise.chacha20_blocks_, tensor(4096, 16, dtype=torch.int32), _KEY, 5
+    ),
+    "normals": functools.partial(noise.standard_normals, tensor(4096, 16, dtype=torch.int32)),
+    "clip factor": functools.partial(clip.clip_factor, _FACTOR, 1.5),
+    "finish, fp32": functools.partial(
+        clip.finish_grad_, _PARAMETER, _SAMPLES, _FACTOR, 1.0, 0.1, _KEY, 5, False
+    ),
+    "weighted sum, fp32": functools.partial(clip.weighted_sum_, _PARAMETER, _SAMPLES, _FACTOR),
 }
