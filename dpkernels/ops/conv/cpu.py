@@ -13,7 +13,7 @@ from dpkernels.ops.checks import kept_samples, result_dtype
 from dpkernels.ops.conv import gram, library, tiles
 from dpkernels.ops.conv.geometry import Geometry
 
-SCRATCH_ELEMENTS = 1 << 23
+SCRATCH_ELEMENTS = 1 << 20
 FOLDED_WEIGHTS = 1 << 21
 """Weights of all samples up to which the library folds the batch into groups well."""
 
@@ -24,11 +24,10 @@ def strategy(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry)
     """The function that forms per-sample gradients fastest for these shapes (by measurement)."""
     if set(geometry.kernel) == {1} and set(geometry.padding) == {0}:
         return library.pointwise_grad_sample
-    if tiles.is_faster(input, grad_output, geometry):
+    folds_well = input.shape[0] * geometry.weights <= FOLDED_WEIGHTS
+    if tiles.is_faster(input, grad_output, geometry, folds_well):
         return tiles.grad_sample
-    if input.shape[0] * geometry.weights > FOLDED_WEIGHTS:
-        return library.looped_grad_sample
-    return library.grouped_grad_sample
+    return library.grouped_grad_sample if folds_well else library.looped_grad_sample
 
 
 def conv_grad_sample(

@@ -14,18 +14,25 @@ from dpkernels.ops.conv.geometry import Geometry
 CHANNEL_BLOCK = 16
 """The library works on blocks of 16 channels: what is not a multiple is slow there, or padded."""
 
-FEW_POSITIONS = 64
-SOME_POSITIONS = 216
-MANY_POSITIONS = {1: 512, 2: 1024, 3: 32768}
+POSITIONS_BELOW_BLOCK = 64
+POSITIONS_OFF_BLOCK = 216
+POSITIONS_AGAINST_LOOP = 256
+POSITIONS_AT_BLOCK = {1: 512, 2: 1024, 3: 32768}
 
 
-def is_faster(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry) -> bool:
+def is_faster(
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry, folds_well: bool
+) -> bool:
     """Whether the kernel beats the library's per-sample calls here.
 
-    The rule is read off `bench/ops_bench.py` (one thread, AVX-512): a tile pays for its horizontal
-    sums with positions; below the library's channel block it is up to ten times as fast, at
-    multiples of the block only where the library's layout conversion weighs (full-resolution
-    layers), and never with a stride.
+    The rule is read off measurements (one thread, AVX-512; `bench/ops_bench.py`): a tile pays for
+    its horizontal sums with positions. With fewer channels than the library's block it is up to
+    ten times as fast; at multiples of the block it wins at full resolution, where the library's
+    layout conversion weighs, and where the library has to run sample by sample.
+
+    Args:
+        input, grad_output, geometry: as for :func:`grad_sample`.
+        folds_well: whether the library can take the batch in one call.
     """
     if input.dtype != torch.float32 or native.why_not_cpu() is not None:
         return False
@@ -33,10 +40,12 @@ def is_faster(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
         return False
     positions = grad_output.shape[2:].numel()
     if min(geometry.channels) < CHANNEL_BLOCK:
-        return positions >= FEW_POSITIONS
+        return positions >= POSITIONS_BELOW_BLOCK
     if any(channels % CHANNEL_BLOCK for channels in geometry.channels):
-        return positions >= SOME_POSITIONS
-    return positions >= MANY_POSITIONS[geometry.axes] and set(geometry.stride) == {1}
+        return positions >= POSITIONS_OFF_BLOCK
+    if not folds_well:
+        return positions >= POSITIONS_AGAINST_LOOP
+    return positions >= POSITIONS_AT_BLOCK[geometry.axes] and set(geometry.stride) == {1}
 
 
 def grad_sample(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry) -> torch.Tensor:
