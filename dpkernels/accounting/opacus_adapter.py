@@ -70,7 +70,8 @@ def register() -> None:
     register_accountant(MECHANISM, TightAccountant, force=True)
 
 
-def _refuse_large_prv(accountant: PRVAccountant, delta: float) -> None:
+def _prv_cells(accountant: PRVAccountant, delta: float) -> int:
+    """Cells that Opacus' PRV accountant would need, or 0 if it can hold them."""
     prvs = [PoissonSubsampledGaussianPRV(rate, sigma) for sigma, rate, _ in accountant.history]
     domain = accountant._get_domain(
         prvs=prvs,
@@ -78,12 +79,7 @@ def _refuse_large_prv(accountant: PRVAccountant, delta: float) -> None:
         eps_error=0.01,
         delta_error=delta / 1000,
     )
-    if domain.size > _PRV_MAX_CELLS:
-        raise ValueError(
-            f"accountant='prv': Opacus' PRV accountant would need a grid of {domain.size:.3g} cells"
-            f" ({domain.size * 8 / 2**30:.3g} GiB an array) at this noise; expected at most "
-            f"{_PRV_MAX_CELLS:.3g}. Use accountant='tight'"
-        )
+    return int(domain.size) if domain.size > _PRV_MAX_CELLS else 0
 
 
 _ACCOUNTANTS: dict[str, type[IAccountant]] = {
@@ -116,14 +112,20 @@ def epsilon(mechanism: str, history: History, delta: float) -> float:
                 f"{len(history)} different pairs. Use accountant='tight'"
             )
         try:
-            if isinstance(accountant, PRVAccountant):
-                _refuse_large_prv(accountant, delta)
-            return float(accountant.get_epsilon(delta=delta))
-        except (ArithmeticError, RuntimeError, MemoryError) as error:
+            too_large = isinstance(accountant, PRVAccountant) and _prv_cells(accountant, delta)
+            spent = math.nan if too_large else float(accountant.get_epsilon(delta=delta))
+        except (ArithmeticError, RuntimeError, MemoryError, ValueError) as error:
             raise ValueError(
                 f"accountant={mechanism!r}: Opacus' accountant fails on history="
                 f"{accountant.history!r}, delta={delta!r} ({error}). Use accountant='tight'"
             ) from error
+    if too_large:
+        raise ValueError(
+            f"accountant='prv': Opacus' PRV accountant would need a grid of {too_large:.3g} cells "
+            f"({too_large * 8 / 2**30:.3g} GiB an array) at this noise; expected at most "
+            f"{_PRV_MAX_CELLS:.3g}. Use accountant='tight'"
+        )
+    return spent
 
 
 def noise_multiplier(mechanism: str, target: float, delta: float, rate: float, steps: int) -> float:

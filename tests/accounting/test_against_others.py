@@ -105,3 +105,10 @@ def test_accounting_and_bounds_import_no_torch():
         "assert not {'torch', 'opacus', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_failures_inside_opacus_name_the_accountant():
+    with pytest.raises(ValueError, match=r"accountant='gdp'.*Use accountant='tight'"):
+        get_epsilon(
+            noise_multiplier=0.35, sample_rate=0.01, steps=5000, delta=8e-7, accountant="gdp"
+        )
