@@ -36,6 +36,12 @@ void define(py::module_& m, const char* name) {
 void register_affine(py::module_& m) {
     define<channel_grads>(m, "channel_grads");
     define<position_grads>(m, "position_grads");
+    m.def(
+        "row_statistics",
+        [](Pointer input, DType type, Pointer mean, Pointer rstd, std::int64_t rows,
+           std::int64_t count, double eps,
+           Launch launch) { row_statistics(input, type, mean, rstd, rows, count, eps, launch); },
+        ReleaseGil());
 }
 
 }  // namespace dpkernels::DPKERNELS_DEVICE

@@ -1,6 +1,7 @@
 #include "dpkernels/affine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -89,9 +90,62 @@ DPK_INLINE const Wide* widened(const T* source, int64_t count, Wide* buffer) {
     }
 }
 
-int team(const AffineShape& shape, Launch launch) {
-    const int64_t elements = shape.batch * shape.channels * shape.positions;
+int team(int64_t elements, Launch launch) {
     return elements < kParallelElements ? 1 : launch.threads;
+}
+
+int team(const AffineShape& shape, Launch launch) {
+    return team(shape.batch * shape.channels * shape.positions, launch);
+}
+
+// Sum of (x - mean)^2 over one block.
+template <class Wide>
+DPK_INLINE double block_deviation(const Wide* input, int64_t count, Wide mean) {
+    using Unaligned = typename Lanes<Wide>::Unaligned;
+    constexpr int64_t lanes = Lanes<Wide>::count;
+    typename Lanes<Wide>::Vector parts[4] = {};
+    const auto add_vector = [&](int64_t at, int part) {
+        const auto deviation = *reinterpret_cast<const Unaligned*>(input + at) - mean;
+        parts[part] += deviation * deviation;
+    };
+    int64_t i = 0;
+    for (; i + 4 * lanes <= count; i += 4 * lanes) {
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) add_vector(i + part * lanes, part);
+    }
+    for (; i + lanes <= count; i += lanes) add_vector(i, 0);
+    Wide rest = 0;
+    for (; i < count; ++i) rest += (input[i] - mean) * (input[i] - mean);
+    return sum_lanes<Wide>(parts) + static_cast<double>(rest);
+}
+
+// Blocks are centred on their own means and merged in double (Chan, Golub and LeVeque 1983).
+template <class Wide, class T>
+void moments(const T* input, Wide* mean, Wide* rstd, int64_t rows, int64_t count, double eps,
+             Launch launch) {
+#pragma omp parallel for num_threads(team(rows* count, launch)) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        Wide buffer[kBlock];
+        double centre = 0, deviation = 0;
+        for (int64_t begin = 0; begin < count; begin += kBlock) {
+            const int64_t size = std::min(kBlock, count - begin);
+            const Wide* block = widened(input + row * count + begin, size, buffer);
+            Sums sums;
+            add_block<false>(static_cast<const Wide*>(nullptr), block, size, Wide(0), sums);
+            const auto block_mean = static_cast<Wide>(sums.bias / static_cast<double>(size));
+            // The block's sum of squares about its true mean, from that about its rounded mean.
+            const double rounding = sums.bias / static_cast<double>(size) - block_mean;
+            const double squares = block_deviation(block, size, block_mean) -
+                                   rounding * rounding * static_cast<double>(size);
+            const double delta = sums.bias / static_cast<double>(size) - centre;
+            const double share = static_cast<double>(size) / static_cast<double>(begin + size);
+            centre += delta * share;
+            deviation += squares + delta * delta * share * static_cast<double>(begin);
+        }
+        mean[row] = static_cast<Wide>(centre);
+        rstd[row] =
+            static_cast<Wide>(1.0 / std::sqrt(deviation / static_cast<double>(count) + eps));
+    }
 }
 
 template <bool HasInput, class Wide, class T>
@@ -188,6 +242,16 @@ void position_grads(const void* input, const void* grad_output, DType type, cons
         run(static_cast<const T*>(input), static_cast<const T*>(grad_output),
             static_cast<const Wide*>(mean), static_cast<const Wide*>(rstd),
             static_cast<Wide*>(weight), static_cast<Wide*>(bias), shape, launch);
+    });
+}
+
+void row_statistics(const void* input, DType type, void* mean, void* rstd, std::int64_t rows,
+                    std::int64_t count, double eps, Launch launch) {
+    with_type(type, [&](auto* tag) {
+        using T = std::remove_pointer_t<decltype(tag)>;
+        using Wide = decltype(widen(*tag));
+        moments(static_cast<const T*>(input), static_cast<Wide*>(mean), static_cast<Wide*>(rstd),
+                rows, count, eps, launch);
     });
 }
 

@@ -13,6 +13,7 @@ from dpkernels.ops.affine import (
     bias_last_grad_sample,
     normalization_grad_sample,
     normalization_last_grad_sample,
+    normalization_statistics,
 )
 from dpkernels.ops.clip import clip_factor, finish_grad_, weighted_sum_
 from dpkernels.ops.conv import conv_clipped_grad, conv_grad_sample, conv_norm_sq
@@ -48,6 +49,7 @@ __all__ = [
     "linear_norm_sq",
     "normalization_grad_sample",
     "normalization_last_grad_sample",
+    "normalization_statistics",
     "use_backend",
     "weighted_sum_",
 ]

@@ -109,6 +109,28 @@ def test_normalization_over_the_last_axis(name: str, dtype: torch.dtype, backend
     assert_as_exact_as_torch(actual[1], grad.sum(1), *bias)
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n, shape in shapes.REDUCTION.items() if shape[2]])
+def test_statistics(name: str, dtype: torch.dtype, backend: str, offset: float) -> None:
+    value = operands(name, torch.float64)[0].add(offset).to(dtype)
+    batch, channels, positions, groups = shapes.REDUCTION[name]
+    rows = value.reshape(batch, groups, channels // groups * positions)
+    with ops.use_backend(backend):
+        actual = ops.normalization_statistics(value, groups, 1e-5)
+    # torch.var_mean itself loses three digits of a float64 mean here; a pairwise sum does not.
+    mean = rows.double().mean(2)
+    variance = (rows.double() - mean.unsqueeze(2)).square().mean(2)
+    wide = rows.to(actual.dtype)
+    plain_variance, plain_mean = torch.var_mean(wide, 2, correction=0)
+    assert_as_exact_as_torch(actual[0], plain_mean, mean, wide.double().abs().mean(2))
+    exact = (variance + 1e-5).rsqrt()
+    # rstd inherits the relative error of variance + eps, of deviations that round at |x|.
+    size = exact * (1 + offset**2 / 16 / (variance + 1e-5)).sqrt()
+    assert_as_exact_as_torch(actual[1], (plain_variance + 1e-5).rsqrt(), exact, size)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_layers_gradients(backend: str) -> None:
     """Group, instance and layer norm, one sample at a time through autograd, in float64."""
@@ -153,6 +175,7 @@ def test_the_library_serves_a_package_without_native_code(name: str) -> None:
         "bias_last_grad_sample": last[1:],
         "normalization_grad_sample": (value, grad, mean, rstd),
         "normalization_last_grad_sample": (*last, *row_statistics),
+        "normalization_statistics": (value, shapes.REDUCTION[name][3], 1e-5),
     }
     for op, args in calls.items():
         exact = getattr(reference, op)(*args)
@@ -192,6 +215,7 @@ def test_library_registration(backend: str, layout: str) -> None:
         "affine_clipped_grad": (value, grad, torch.ones(3)),
         "normalization_grad_sample": (value, grad, *statistics(value, 3)),
         "normalization_last_grad_sample": (value, grad, *torch.rand(2, 3, 6)),
+        "normalization_statistics": (value, 3, 1e-5),
     }
     with ops.use_backend(backend):
         for name, args in calls.items():
@@ -222,3 +246,7 @@ def test_wrong_shapes_are_named() -> None:
         ops.affine_grad_sample(value, grad[:, :2])
     with pytest.raises(ValueError, match=r"^rstd"):
         ops.normalization_grad_sample(value, grad, torch.zeros(3, 3), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"^groups"):
+        ops.normalization_statistics(value, 4, 1e-5)
+    with pytest.raises(ValueError, match=r"^eps"):
+        ops.normalization_statistics(value, 3, -1.0)

@@ -43,5 +43,12 @@ void position_grads(const void* input,        // [B, T, C]; read if weight is wa
                     void* bias,               // [B, C]; null for the weight alone
                     const AffineShape& shape, Launch launch);
 
+// Mean and 1 / sqrt(variance + eps) of every row, float32 (float64 for float64 elements).
+void row_statistics(const void* input,  // [rows, count]
+                    DType type,
+                    void* mean,  // [rows]
+                    void* rstd,  // [rows]
+                    std::int64_t rows, std::int64_t count, double eps, Launch launch);
+
 }  // namespace DPKERNELS_DEVICE
 }  // namespace dpkernels

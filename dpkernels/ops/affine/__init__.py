@@ -149,6 +149,33 @@ def normalization_last_grad_sample(
     return grad_output.new_empty(shape, dtype=dtype)
 
 
+def _check_statistics(input: torch.Tensor, groups: int, eps: float) -> None:
+    require_float("input", input, 3)
+    if groups < 1 or input.shape[1] % groups:
+        raise ValueError(f"groups={groups}: expected a divisor of {input.shape[1]} channels")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}: expected a number >= 0")
+
+
+@contract()
+@checked_by(_check_statistics)
+def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """Mean and 1 / sqrt(variance + eps) of each sample's channel groups, in one pass.
+
+    For a layer whose forward pass does not hand them out; the variance is the biased one. Layer
+    norm over [B, T, D]: pass [B * T, 1, D] and one group.
+
+    Args:
+        input: [B, C, T].
+        groups: a divisor of C; C for instance norm.
+        eps: what the layer adds to the variance.
+
+    Returns:
+        [2, B, groups]: means, then reciprocal standard deviations, float32 (float64 for float64).
+    """
+    return input.new_empty((2, input.shape[0], groups), dtype=result_dtype(input))
+
+
 @contract()
 @checked_by(_check_pair)
 def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:

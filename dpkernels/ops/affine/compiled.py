@@ -55,6 +55,24 @@ def normalization_last_grad_sample(
     return result
 
 
+def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """See the contract."""
+    batch, channels, positions = input.shape
+    rows = input.detach().contiguous()
+    result = rows.new_empty((2, batch, groups), dtype=result_dtype(rows))
+    native.extension(rows).row_statistics(
+        rows.data_ptr(),
+        native.dtype_code(rows.dtype),
+        result[0].data_ptr(),
+        result[1].data_ptr(),
+        batch * groups,
+        channels // groups * positions,
+        eps,
+        native.launch_on(rows),
+    )
+    return result
+
+
 def _empty(
     grad_output: torch.Tensor, input: torch.Tensor | None = None, *leading: int
 ) -> torch.Tensor:

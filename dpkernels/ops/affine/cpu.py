@@ -16,6 +16,7 @@ bias_grad_sample = _reductions.bias_grad_sample
 bias_last_grad_sample = _reductions.bias_last_grad_sample
 normalization_grad_sample = _reductions.normalization_grad_sample
 normalization_last_grad_sample = _reductions.normalization_last_grad_sample
+normalization_statistics = _reductions.normalization_statistics
 
 
 def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:

@@ -50,3 +50,12 @@ def normalization_last_grad_sample(
     grads = grad_output.to(dtype)
     normalized = (input.to(dtype) - mean.to(dtype).unsqueeze(2)).mul_(rstd.to(dtype).unsqueeze(2))
     return torch.stack([normalized.mul_(grads).sum(1), grads.sum(1)])
+
+
+def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """See the contract."""
+    rows = input.to(result_dtype(input)).reshape(
+        input.shape[0], groups, input.shape[1] // groups * input.shape[2]
+    )
+    variance, mean = torch.var_mean(rows, dim=2, correction=0)
+    return torch.stack([mean, (variance + eps).rsqrt()])

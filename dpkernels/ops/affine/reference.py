@@ -52,6 +52,16 @@ def normalization_last_grad_sample(
     )
 
 
+def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """See the contract."""
+    batch, channels, positions = input.shape
+    count = channels // groups * positions
+    rows = input.to(result_dtype(input)).reshape(batch, groups, count)
+    mean = rows.sum(2) / count
+    variance = (rows - mean.unsqueeze(2)).square().sum(2) / count
+    return torch.stack([mean, 1 / (variance + eps).sqrt()])
+
+
 def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     return affine_grad_sample(normalized, grad_output).square().sum(1)

@@ -8,14 +8,12 @@ as the norm did and only then multiplies it by the clip factor, which never meet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from dpkernels.ops import triton_support as support
-from dpkernels.ops.triton_support import unavailable
+from dpkernels.ops.triton_support import Tile, unavailable
 
 __all__ = [
     "grad_sample_and_norm_sq",
@@ -26,17 +24,6 @@ __all__ = [
     "recompute_norm_sq",
     "unavailable",
 ]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The largest tiles of a kernel: `rows` by `columns` results, `depth` summed at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 GRAM = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 3)}

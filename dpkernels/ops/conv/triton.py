@@ -1,0 +1,324 @@
+"""Triton kernels for convolutions of 1, 2 and 3 spatial axes (docs/math.md section 2).
+
+The per-sample weight gradient is an implicit matrix product: output channels by (input channel,
+tap), summed over output positions, the input gathered where each tap reads it and nothing
+unfolded. The sample is in the grid; a long sum over positions is spread over slots by a fixed
+table and the slots are added in order. One and two axes are three with axes of size one in front.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dpkernels.ops import triton_support as support
+from dpkernels.ops.conv import triton_gram
+from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.triton_support import Tile, unavailable
+
+__all__ = [
+    "conv_clipped_grad",
+    "conv_grad_sample",
+    "conv_norm_sq",
+    "grad_sample_and_norm_sq",
+    "unavailable",
+]
+
+GRADIENT = {2: Tile(64, 128, 32, 4, 3), 4: Tile(32, 64, 32, 4, 3)}
+"""By the operands' bytes per element."""
+
+
+@triton.jit
+def gradient_kernel(
+    input, grads, factor, out, squares, jobs, slots, chunks, chunk,
+    positions, out_h, out_w, in_d, in_h, in_w, channels_in, channels_out, groups,
+    i_sample, i_channel, i_d, i_h, i_w,
+    g_sample, g_channel, g_d, g_h, g_w,
+    stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    PADDED_D: tl.constexpr, PADDED_H: tl.constexpr, PADDED_W: tl.constexpr,
+    CHANNELS_FASTEST: tl.constexpr,
+    WEIGHTED: tl.constexpr, STORE: tl.constexpr, SQUARE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[slot] = the sum of its jobs; a job is one chunk of one sample's output positions.
+
+    Slots are jobs for per-sample gradients. A clipped sum has fewer: slot, slot + slots, ...
+    """
+    taps: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
+    columns = channels_in * taps
+    wide = tl.cdiv(columns, COLUMNS)
+    high = tl.cdiv(channels_out, ROWS)
+    tiles = groups * high * wide
+    slot = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    group = (tile // (high * wide)).to(tl.int64)
+    row = tile // wide % high * ROWS + tl.arange(0, ROWS)
+    column = tile % wide * COLUMNS + tl.arange(0, COLUMNS)
+    if CHANNELS_FASTEST:
+        channel = column % channels_in
+        tap = column // channels_in
+    else:
+        channel = column // taps
+        tap = column % taps
+    shift_d = tap // (KERNEL_H * KERNEL_W) * dilation_d - pad_d
+    shift_h = tap // KERNEL_W % KERNEL_H * dilation_h - pad_h
+    shift_w = tap % KERNEL_W * dilation_w - pad_w
+    input += group * channels_in * i_channel
+    grads += group * channels_out * g_channel
+    reach = channel * i_channel + shift_d * i_d + shift_h * i_h + shift_w * i_w
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for job in range(slot, jobs, slots):
+        sample = (job // chunks).to(tl.int64)
+        first = (job % chunks).to(tl.int32) * chunk
+        last = tl.minimum(first + chunk, positions)
+        weight = 1.0
+        if WEIGHTED:
+            weight = tl.load(factor + sample).to(tl.float32)
+        if weight != 0.0:
+            gradient = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for start in range(first, last, DEPTH):
+                at = start + tl.arange(0, DEPTH)
+                d = at // (out_h * out_w)
+                h = at // out_w % out_h
+                w = at % out_w
+                left = tl.load(
+                    grads
+                    + sample * g_sample
+                    + row[:, None] * g_channel
+                    + (d * g_d + h * g_h + w * g_w)[None, :],
+                    mask=(row < channels_out)[:, None] & (at < last)[None, :],
+                    other=0.0,
+                )
+                d *= stride_d
+                h *= stride_h
+                w *= stride_w
+                exists = (at < last)[:, None] & (column < columns)[None, :]
+                if PADDED_D:
+                    seen = d[:, None] + shift_d[None, :]
+                    exists &= (seen >= 0) & (seen < in_d)
+                if PADDED_H:
+                    seen = h[:, None] + shift_h[None, :]
+                    exists &= (seen >= 0) & (seen < in_h)
+                if PADDED_W:
+                    seen = w[:, None] + shift_w[None, :]
+                    exists &= (seen >= 0) & (seen < in_w)
+                right = tl.load(
+                    input
+                    + sample * i_sample
+                    + ((d * i_d + h * i_h + w * i_w)[:, None] + reach[None, :]),
+                    mask=exists,
+                    other=0.0,
+                )
+                gradient = tl.dot(
+                    left.to(DTYPE), right.to(DTYPE), gradient, input_precision=PRECISION
+                )
+            total += weight * gradient
+    if STORE:
+        weights = group * channels_out + row
+        at = (channel * taps + tap)[None, :] + weights[:, None] * columns
+        tl.store(
+            out + slot * groups * channels_out * columns + at,
+            total,
+            mask=(row < channels_out)[:, None] & (column < columns)[None, :],
+        )
+    if SQUARE:
+        tl.store(squares + slot * tiles + tile, tl.sum(total * total))
+
+
+def why_not_conv_grad_sample(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> str | None:
+    """Why these operands are not for Triton."""
+    return support.why_not(input, grad_output)
+
+
+why_not_conv_norm_sq = why_not_conv_grad_sample
+
+
+def why_not_conv_clipped_grad(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    clip_factor: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> str | None:
+    """Why these operands are not for Triton."""
+    return support.why_not(input, grad_output)
+
+
+def conv_grad_sample(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """See the contract."""
+    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
+    return _per_sample(input, grad_output, geometry, store=True, square=False)[0]
+
+
+def grad_sample_and_norm_sq(
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-sample gradients [B, *weight_shape] and, from the same values, squared norms [B]."""
+    return _per_sample(input, grad_output, geometry, store=True, square=True)
+
+
+def conv_norm_sq(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """See the contract. Gram over channels for small images, else each tile of the gradient."""
+    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return _empty(input, input.shape[0]).zero_()
+    if triton_gram.is_cheaper(input.shape, grad_output.shape, geometry):
+        return channel_gram_norm_sq(input, grad_output, geometry)
+    return recompute_norm_sq(input, grad_output, geometry)
+
+
+def channel_gram_norm_sq(
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
+) -> torch.Tensor:
+    """Squared norms [B] from Grams over channels. No operand may be empty."""
+    return triton_gram.channel_gram_norm_sq(*_volumes(input, grad_output, geometry), _precision())
+
+
+def recompute_norm_sq(
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
+) -> torch.Tensor:
+    """Each tile of the gradient formed, squared, summed and discarded: [B]."""
+    return _per_sample(input, grad_output, geometry, store=False, square=True)[1]
+
+
+def conv_clipped_grad(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    clip_factor: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """See the contract. Each sample's gradient in float32 as the norm saw it, then its factor."""
+    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return _empty(input, *weight_shape).zero_()
+    positions, batch = grad_output.shape[2:].numel(), input.shape[0]
+    chunks, chunk = support.split_factor(positions, geometry.weights)
+    slots, _ = support.split_factor(batch * positions, geometry.weights)
+    slots = min(slots, batch * chunks)
+    factor = clip_factor.detach().contiguous()
+    partials, _ = _gradient(
+        input, grad_output, factor, geometry, slots, chunks, chunk, store=True, square=False
+    )
+    if slots == 1:
+        return partials.view(weight_shape)
+    return support.combine(partials.view(1, slots, -1))[0].view(weight_shape)
+
+
+def _per_sample(
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry, store: bool, square: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = input.shape[0]
+    shape = (batch, *geometry.weight_shape)
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return _empty(input, *shape).zero_(), _empty(input, batch).zero_()
+    chunks, chunk = support.split_factor(grad_output.shape[2:].numel(), geometry.weights)
+    out, squares = _gradient(
+        input, grad_output, None, geometry, batch * chunks, chunks, chunk,
+        store=store or chunks > 1, square=square and chunks == 1,
+    )  # fmt: skip
+    if chunks == 1:
+        return out.view(shape) if store else out, support.sum_rows(squares)
+    grads, norm_sq = support.combine(out.view(batch, chunks, -1), store, square)
+    return grads.view(shape) if store else grads, norm_sq
+
+
+def _gradient(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    factor: torch.Tensor | None,
+    geometry: Geometry,
+    slots: int,
+    chunks: int,
+    chunk: int,
+    store: bool,
+    square: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `gradient_kernel`: ([slots, weights], squares [slots, tiles]); unwanted ones are empty."""
+    input, grad_output, geometry = _volumes(input, grad_output, geometry)
+    channels_in, channels_out = geometry.channels
+    columns = geometry.weights // (channels_out * geometry.groups)
+    tile = GRADIENT[max(input.element_size(), grad_output.element_size())]
+    rows = support.power_of_two(channels_out, tile.rows)
+    width = support.power_of_two(columns, tile.columns)
+    tiles = geometry.groups * triton.cdiv(channels_out, rows) * triton.cdiv(columns, width)
+    out = _empty(input, *((slots, geometry.weights) if store else (0,)))
+    squares = _empty(input, *((slots, tiles) if square else (0, 0)))
+    with torch.cuda.device_of(input):
+        gradient_kernel[(slots * tiles,)](
+            input.detach(), grad_output.detach(), out if factor is None else factor, out, squares,
+            input.shape[0] * chunks, slots, chunks, chunk,
+            grad_output.shape[2:].numel(), *grad_output.shape[3:], *input.shape[2:],
+            channels_in, channels_out, geometry.groups,
+            *input.stride(), *grad_output.stride(),
+            *geometry.stride, *geometry.padding, *geometry.dilation, *geometry.kernel,
+            *(width > 0 for width in geometry.padding),
+            CHANNELS_FASTEST=input.stride(1) == 1 and channels_in > 1,
+            WEIGHTED=factor is not None, STORE=store, SQUARE=square,
+            ROWS=rows, COLUMNS=width, DEPTH=tile.depth,
+            DTYPE=support.common_dtype(input, grad_output), PRECISION=_precision(),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out, squares
+
+
+def _volumes(
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
+) -> tuple[torch.Tensor, torch.Tensor, Geometry]:
+    """The same convolution with three spatial axes."""
+    missing = 3 - geometry.axes
+    for _ in range(missing):
+        input, grad_output = input.unsqueeze(2), grad_output.unsqueeze(2)
+    ones, zeros = (1,) * missing, (0,) * missing
+    return (
+        input,
+        grad_output,
+        Geometry(
+            geometry.weight_shape[:2] + ones + geometry.kernel,
+            ones + geometry.stride,
+            zeros + geometry.padding,
+            ones + geometry.dilation,
+            geometry.groups,
+        ),
+    )
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
