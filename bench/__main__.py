@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,7 @@ def run(
     if context.invoked_subcommand:
         return
     torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
     suite = "quick" if quick else {"cuda": "gpu"}.get(device, "cpu")
     plan = _PLANS[suite]
     if seconds is not None:

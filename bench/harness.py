@@ -29,8 +29,8 @@ class Plan:
         memory: whether peak memory is measured too.
     """
 
-    seconds: float = 40.0
-    least: int = 5
+    seconds: float = 30.0
+    least: int = 3
     most: int = 60
     memory: bool = True
 
@@ -60,7 +60,7 @@ def measure(
         _collect(device)
     rows |= _timed(rows, ready, device, plan, report)
     if plan.memory:
-        private = gate.privacy_of(truth, _NOISE_MULTIPLIER)
+        private = Privacy(truth.max_grad_norm, _NOISE_MULTIPLIER)
         admitted = [rival for rival in rivals if rival.name in ready]
         if device.type == "cuda":
             grown = {r.name: memory.on_gpu(ready[r.name], device) for r in admitted}
@@ -85,18 +85,17 @@ def _admit(workload: Workload, rival: Rival, truth: gate.Truth) -> tuple[Row, Tr
         version=rival.version(),
     )
     try:
-        if rival.private:
-            silent = rival.prepare(workload, gate.privacy_of(truth, 0.0))
-            error = truth.error(gate.released(silent))
-            del silent
-            row = replace(row, gate_error=error)
-            if not error <= truth.allowed:
-                reason = f"wrong gradient: error {error:.2g}, allowed {truth.allowed:.2g}"
-                return replace(row, status=reason), None
-        trainer = rival.prepare(workload, gate.privacy_of(truth, _NOISE_MULTIPLIER))
-        trainer()
+        privacy = Privacy(truth.max_grad_norm, 0.0)
+        trainer = rival.prepare(workload, privacy)
+        gradients = gate.released(trainer)
     except Exception as error:
         return replace(row, status=f"cannot run: {_one_line(error)}"), None
+    if rival.private:
+        row = replace(row, gate_error=truth.error(gradients))
+        if not row.gate_error <= truth.allowed:
+            reason = f"wrong gradient: error {row.gate_error:.2g}, allowed {truth.allowed:.2g}"
+            return replace(row, status=reason), None
+    privacy.noise_multiplier = _NOISE_MULTIPLIER
     return row, trainer
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +15,9 @@ import torch
 from bench import cases, models, rivals
 from bench.rivals import Privacy
 
+#: steps end after this many or after these seconds
 _STEPS = 3
+_SECONDS = 5.0
 _MEGA = 1e6
 _STATUS = Path("/proc/self/status")
 _TIMEOUT_S = 300
@@ -55,6 +59,7 @@ def on_gpu(step: Callable[[], None], device: torch.device) -> float:
 
 def _measure(sender, case: str, rival: str, privacy: Privacy, threads: int) -> None:
     torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
     device = torch.device("cpu")
     chosen = next(r for r in rivals.RIVALS if r.name == rival)
     workload = cases.find([case], "")[0].build(device)
@@ -62,8 +67,11 @@ def _measure(sender, case: str, rival: str, privacy: Privacy, threads: int) -> N
     _STATUS.with_name("clear_refs").write_text("5")
     before = _resident("VmRSS")
     train = chosen.prepare(workload, privacy)
+    began = time.monotonic()
     for _ in range(_STEPS):
         train()
+        if time.monotonic() - began > _SECONDS:
+            break
     sender.send((_resident("VmHWM") - before) / _MEGA)
 
 

@@ -24,9 +24,12 @@ from bench.cases import SampleCrossEntropy, Workload
 _LEARNING_RATE = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass
 class Privacy:
-    """What every private rival is asked for: flat clipping at C, noise of std sigma * C."""
+    """What a private rival is asked for: flat clipping at C, noise of std sigma * C.
+
+    The noise may be changed between steps: the gate's step has none.
+    """
 
     max_grad_norm: float
     noise_multiplier: float
@@ -84,6 +87,13 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE)
 
 
+def _clearing(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def clear() -> None:
+        optimizer.zero_grad(set_to_none=True)
+
+    return clear
+
+
 def _ordinary(workload: Workload, privacy: Privacy) -> Trainer:
     model = workload.fresh_model()
     optimizer, criterion = _sgd(model), SampleCrossEntropy()
@@ -94,7 +104,7 @@ def _ordinary(workload: Workload, privacy: Privacy) -> Trainer:
         loss.backward()
         optimizer.step()
 
-    return Trainer(step, optimizer.zero_grad, dict(model.named_parameters()))
+    return Trainer(step, _clearing(optimizer), dict(model.named_parameters()))
 
 
 def _with_engine(engine: Any, workload: Workload, privacy: Privacy, **options: Any) -> Trainer:
@@ -119,12 +129,13 @@ def _with_engine(engine: Any, workload: Workload, privacy: Privacy, **options: A
     criterion = rest[0] if len(rest) == 2 else SampleCrossEntropy()
 
     def step() -> None:
+        optimizer.noise_multiplier = privacy.noise_multiplier
         with workload.autocast():
             loss = criterion(module(workload.inputs), workload.target)
         loss.backward()
         optimizer.step()
 
-    return Trainer(step, optimizer.zero_grad, parameters)
+    return Trainer(step, _clearing(optimizer), parameters)
 
 
 def _ours(workload: Workload, privacy: Privacy) -> Trainer:
@@ -170,7 +181,7 @@ def _loop(workload: Workload, privacy: Privacy) -> Trainer:
             parameter.grad = gradient
         optimizer.step()
 
-    return Trainer(step, optimizer.zero_grad, dict(model.named_parameters()))
+    return Trainer(step, _clearing(optimizer), dict(model.named_parameters()))
 
 
 def _backpack(workload: Workload, privacy: Privacy) -> Trainer:

@@ -11,7 +11,9 @@ import torch
 
 #: rivals beyond this multiple of the ordinary step stop after the least number of rounds
 _SLOW = 2.0
-_WARM_UP = 2
+#: untimed steps before the first round end after this many or after these seconds
+_WARM_UP_STEPS = 3
+_WARM_UP_SECONDS = 1.0
 
 
 @dataclass
@@ -88,13 +90,14 @@ def interleave(
 ) -> Iterator[dict[str, Samples]]:
     """Time `steps` for about `seconds`, at least `least` and at most `most` rounds.
 
+    The gate has run each of them once.
+
     Yields:
         The samples so far, after the warm-up and after every round (always the same object).
     """
     samples = {name: Samples() for name in steps}
     for step in steps.values():
-        for _ in range(_WARM_UP):
-            step()
+        _warm_up(step)
     yield samples
     names, began = list(steps), time.monotonic()
     for index in range(most):
@@ -109,3 +112,11 @@ def interleave(
             samples[name].wall[index] = wall
             samples[name].processor[index] = processor
         yield samples
+
+
+def _warm_up(step: Callable[[], None]) -> None:
+    began = time.monotonic()
+    for _ in range(_WARM_UP_STEPS):
+        step()
+        if time.monotonic() - began > _WARM_UP_SECONDS:
+            return
