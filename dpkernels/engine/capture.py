@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dpkernels.layers.fold import rows_per_sample
@@ -59,29 +60,43 @@ class ModelCapture:
         self.root = root
         self.axis = 0 if batch_first else 1
         self.views = views_per_sample
+        self.names = {id(p): name for name, p in root.named_parameters()}
+        self._start()
+
+    def _start(self) -> None:
+        """The state of a run: what a copy or a restored pickle begins anew."""
         self.sink: Sink | None = None
-        self.trained: frozenset[int] | None = None
         self.samples: int | None = None
         self.empty = False
         self.probe: Callable[..., None] | None = None
+        #: what the optimizer holds now (frozen parameters too: they may be unfrozen later)
+        self.held: Callable[[], Iterable[nn.Parameter]] | None = None
+        self.trained: frozenset[int] = frozenset()
+        #: requires gradients, so that a first layer's node is reached at all; not a leaf, so that
+        #: a backward pass can be asked whether it is for the parameters
+        self.anchor = torch.zeros((), requires_grad=True).clone()
+        self._held: tuple[tuple[int, bool], ...] | None = None
+        self._batch_norms: list[nn.Module] = []
+        #: whether a layer of the forward pass under way is in its graph (not so inside a
+        #: reentrant checkpoint)
+        self.marked = False
         self._depth = 0
         self._guards: dict[int, Any] = {}
-        #: a leaf that requires gradients, so that a first layer's node is reached at all
-        self.anchor = torch.zeros((), requires_grad=True)
-        self.names = {id(p): name for name, p in root.named_parameters()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCapture:
         """A copied model runs as an ordinary one: it has no optimizer to be private with."""
         twin = ModelCapture.__new__(ModelCapture)
         memo[id(self)] = twin
-        twin.__dict__.update(self.__getstate__())
+        twin.__setstate__(self.__getstate__())
         twin.root = copy.deepcopy(self.root, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.update(sink=None, trained=None, samples=None, probe=None, _guards={}, _depth=0)
-        return state
+        return {name: self.__dict__[name] for name in ("root", "axis", "views", "names")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     @property
     def recording(self) -> bool:
@@ -97,13 +112,28 @@ class ModelCapture:
         finally:
             self._depth -= 1
 
+    def wants_this_backward(self) -> bool:
+        """Whether the backward pass under way is for the parameters.
+
+        ``torch.autograd.grad(output, inputs)`` is for something else (saliency, an adversarial
+        example) and passes by. One that is differentiated again is refused.
+        """
+        if not torch._C._will_engine_execute_node(self.anchor.grad_fn):
+            return False
+        if torch.is_grad_enabled():
+            raise NotPerSample(
+                "backward(create_graph=True): the second derivative would reach the parameters "
+                "around capture, so its per-sample gradients are unknown; drop create_graph"
+            )
+        return True
+
     def wanted(self, module: nn.Module) -> frozenset[str]:
         """Names of the module's own parameters that are trained."""
         names = []
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad:
                 continue
-            if self.trained is None or id(parameter) in self.trained:
+            if id(parameter) in self.trained:
                 self._guard(parameter)
                 names.append(name)
         return frozenset(names)
@@ -123,10 +153,28 @@ class ModelCapture:
 
         self._guards[id(parameter)] = parameter.register_hook(refuse)
 
-    def guard_all(self) -> None:
-        """Guard every trained parameter of the model."""
+    def refresh(self) -> None:
+        """Follow the optimizer: parameters may have been added or unfrozen; guard them all."""
+        parameters = self.root.parameters() if self.held is None else self.held()
+        held = tuple((id(p), p.requires_grad) for p in parameters)
+        if held == self._held:
+            return
+        self._held = held
+        self._batch_norms = [m for m in self.root.modules() if isinstance(m, _BatchNorm)]
+        self.trained = frozenset(key for key, _ in held)
         for module in self.root.modules():
             self.wanted(module)
+
+    def check_batch_norms(self) -> None:
+        """Refuse a batch normalisation that ``model.train()`` has thawed since make_private()."""
+        for module in self._batch_norms:
+            if module.training:
+                name = next(n for n, m in self.root.named_modules() if m is module)
+                raise NotPerSample(
+                    f"module {name!r} ({type(module).__name__}): it is in training mode now and "
+                    "normalises over the batch, so samples mix; call .eval() on it after every "
+                    "model.train(), or use GroupNorm"
+                )
 
     def release(self) -> None:
         """Take the guards off."""
@@ -185,7 +233,8 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, backprops: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if backprops is not None:
+        capture = ctx.call.owner.capture
+        if backprops is not None and capture.wants_this_backward():
             ctx.call.backward(backprops.detach(), ctx.saved_tensors)
         return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
 
@@ -197,11 +246,17 @@ def swapped(tensors: Iterable[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[
     try:
         for module, name, tensor in tensors:
             originals.append((module, name, module._parameters[name]))
-            module._parameters[name] = tensor
+            _put(module, name, tensor)
         yield
     finally:
         for module, name, parameter in reversed(originals):
-            module._parameters[name] = parameter
+            _put(module, name, parameter)
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    module._parameters[name] = tensor
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights[module._flat_weights_names.index(name)] = tensor
 
 
 class CapturedForward:
@@ -234,17 +289,17 @@ class CapturedForward:
 class LayerForward(CapturedForward):
     """Capture for a layer that has a rule."""
 
-    def __init__(self, module: nn.Module, name: str, capture: ModelCapture, rule: Rule):
+    def __init__(self, module: nn.Module, name: str, capture: ModelCapture, axis: int, rule: Rule):
         super().__init__(module, name, capture)
         self.rule = rule
-        self.axis = capture.axis if rule.sample_axis is None else rule.sample_axis
+        self.axis = axis if rule.sample_axis is None else rule.sample_axis
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
         wanted = capture.wanted(self.module) if capture.recording else None
         if not wanted:
             return self.original(*args, **kwargs)
-        key = None if args else next(iter(kwargs))
+        key = None if args else next(k for k, v in kwargs.items() if isinstance(v, torch.Tensor))
         x = args[0] if args else kwargs[key]
         x, samples = self._rows(x)
         if key is None:
@@ -260,6 +315,7 @@ class LayerForward(CapturedForward):
         if output._is_view():
             output = torch.ops.aten._unsafe_view(output, output.shape)
         call = LayerCall(self, samples, wanted)
+        capture.marked = True
         return _Mark.apply(output, capture.anchor, call, *(t.detach() for t in saved))
 
     def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -290,6 +346,8 @@ class RootForward(CapturedForward):
                 return self.original(*args, **kwargs)
         if torch._C._current_graph_task_id() == -1:
             capture.sink.reset()
+        capture.refresh()
+        capture.check_batch_norms()
         args, kwargs = tree_map(_plain, (args, kwargs))
         rows = self._rows(args, kwargs)
         capture.empty = rows == 0
@@ -306,6 +364,7 @@ class RootForward(CapturedForward):
             if capture.probe is not None and capture.samples > 1:
                 probe, capture.probe = capture.probe, None
                 probe(capture, self._trial, (args, kwargs), rows)
+            capture.marked = False
             output = self.original(*args, **kwargs)
         finally:
             samples, capture.samples = capture.samples, None
@@ -313,7 +372,7 @@ class RootForward(CapturedForward):
             output = tree_map(lambda t: self._no_rows(t, rows), output)
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(_Begin(capture.sink, samples, capture.axis))
+                leaf.register_hook(_Begin(capture, samples, capture.marked))
         return output
 
     def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
@@ -350,16 +409,19 @@ class RootForward(CapturedForward):
 class _Begin:
     """Tensor hook on the model's outputs: tells the sink that a backward pass has reached it."""
 
-    def __init__(self, sink: Sink, samples: int, axis: int):
-        self.sink = sink
+    def __init__(self, capture: ModelCapture, samples: int, marked: bool):
+        self.capture = capture
         self.samples = samples
-        self.axis = axis
+        self.marked = marked
 
     def __call__(self, grad: torch.Tensor) -> None:
-        self.sink.begin(self.samples)
-        rows = grad.movedim(self.axis, 0) if grad.ndim > self.axis else grad
+        sink, axis = self.capture.sink, self.capture.axis
+        if sink is None or (self.marked and not self.capture.wants_this_backward()):
+            return
+        sink.begin(self.samples)
+        rows = grad.movedim(axis, 0) if grad.ndim > axis else grad
         if rows.ndim and len(rows) and len(rows) % self.samples == 0:
-            self.sink.saw("", "criterion", rows, self.samples)
+            sink.saw("", "criterion", rows, self.samples)
 
 
 def _plain(leaf: Any) -> Any:

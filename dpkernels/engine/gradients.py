@@ -44,7 +44,7 @@ class ParameterGradient:
         """[B]: squared norm of each sample's gradient, from the values that will be summed."""
         if self.stored is None:
             return self._norm_sq
-        return torch.linalg.vector_norm(self.stored.flatten(1), dim=1).square()
+        return torch.linalg.vector_norm(self.stored.reshape(len(self.stored), -1), dim=1).square()
 
 
 class PendingGradients:

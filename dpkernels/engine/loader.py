@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-import torch
 from opacus.data_loader import DPDataLoader
+from opacus.utils.uniform_sampler import (
+    DistributedUniformWithReplacementSampler,
+    UniformWithReplacementSampler,
+)
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
 )
+
+_POISSON = (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler)
 
 
 def sample_rate_of(data_loader: DataLoader) -> float:
@@ -29,23 +36,48 @@ def sample_rate_of(data_loader: DataLoader) -> float:
     return min(1.0, size / len(data_loader.dataset))
 
 
+def draws_every_record_alike(data_loader: DataLoader) -> bool:
+    """Whether the loader shuffles or walks through its dataset, or samples it by Poisson already."""
+    if isinstance(data_loader.batch_sampler, _POISSON):
+        return True
+    if type(data_loader.batch_sampler) is not BatchSampler:
+        return False
+    sampler = data_loader.batch_sampler.sampler
+    if isinstance(sampler, RandomSampler):
+        return not sampler.replacement
+    return isinstance(sampler, (SequentialSampler, DistributedSampler))
+
+
 def refuse_other_samplers(data_loader: DataLoader) -> None:
     """Raise where Poisson sampling would silently replace a sampler that draws otherwise."""
     if isinstance(data_loader.dataset, IterableDataset):
         raise ValueError("Uniform sampling is not supported for IterableDataset")
-    batch_sampler = data_loader.batch_sampler
-    if isinstance(data_loader, DPDataLoader) or type(batch_sampler) is not BatchSampler:
-        return
-    sampler = batch_sampler.sampler
-    uniform = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler) and not sampler.replacement
-    )
-    if not uniform and not isinstance(sampler, torch.utils.data.distributed.DistributedSampler):
+    if not draws_every_record_alike(data_loader):
         raise ValueError(
-            f"data_loader: its sampler {type(sampler).__name__} does not draw every record alike, "
-            "and Poisson sampling would replace it. Use torch.utils.data.Subset for a part of the "
-            "data and uniform sampling, or poisson_sampling=False (then epsilon does not hold)"
+            f"data_loader: its sampler {_sampler_name(data_loader)} does not draw every record "
+            "alike, and Poisson sampling would replace it. Use torch.utils.data.Subset for a part "
+            "of the data and uniform sampling, or poisson_sampling=False (then epsilon does not "
+            "hold)"
         )
+
+
+def warn_of_other_samplers(data_loader: DataLoader) -> None:
+    """State that epsilon does not hold for a sampler that is kept and draws otherwise."""
+    iterable = isinstance(data_loader.dataset, IterableDataset)
+    if iterable or not draws_every_record_alike(data_loader):
+        warnings.warn(
+            f"poisson_sampling=False keeps the sampler {_sampler_name(data_loader)}: epsilon is "
+            "computed for Poisson sampling with the rate batch_size / len(dataset) and does not "
+            "hold for it",
+            stacklevel=3,
+        )
+
+
+def _sampler_name(data_loader: DataLoader) -> str:
+    batch_sampler = data_loader.batch_sampler
+    if type(batch_sampler) is BatchSampler:
+        return type(batch_sampler.sampler).__name__
+    return type(batch_sampler).__name__
 
 
 def poisson_loader(data_loader: DataLoader, **kwargs: Any) -> DPDataLoader:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from torch import nn
 
+from dpkernels.engine.bare import BareForward
 from dpkernels.engine.capture import CapturedForward, LayerForward, ModelCapture, RootForward
 from dpkernels.engine.gradients import PendingGradients
 from dpkernels.engine.optimizer import FusedDPOptimizer
@@ -15,6 +17,7 @@ from dpkernels.engine.planner import Planner
 from dpkernels.engine.probe import refuse_mixing
 from dpkernels.engine.unit import UnitForward
 from dpkernels.layers import find_rule, refusal
+from dpkernels.layers.sequence import stated_axis
 
 
 def install(root: nn.Module, capture: ModelCapture) -> list[CapturedForward]:
@@ -24,25 +27,60 @@ def install(root: nn.Module, capture: ModelCapture) -> list[CapturedForward]:
         The captured forwards in the order of installation (remove them in reverse).
     """
     installed: list[CapturedForward] = []
-    covered: set[int] = set()
-    for name, module in root.named_modules():
-        if id(module) in covered or not _owns_parameters(module):
-            continue
-        rule = find_rule(module)
-        if rule is None:
-            covered.update(id(child) for child in module.modules())
-            installed.append(UnitForward(module, name, capture))
-        else:
-            installed.append(LayerForward(module, name, capture, rule))
-        installed[-1].install()
+    for forward in _captured(root, "", capture, capture.axis, set()):
+        forward.install()
+        installed.append(forward)
     installed.append(RootForward(root, "", capture))
     installed[-1].install()
     return installed
 
 
+def _captured(
+    module: nn.Module, name: str, capture: ModelCapture, axis: int, seen: set[int]
+) -> Iterator[CapturedForward]:
+    """Captured forwards for a module and what is below it, whose sample axis is `axis`."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    stated = stated_axis(module)
+    axis = axis if stated is None else stated
+    rule = find_rule(module)
+    if _has_forward(module) and _owns_parameters(module):
+        if rule is not None:
+            yield LayerForward(module, name, capture, axis, rule)
+        elif any(_has_forward(child) for child in _below(module)) and not _computed(module):
+            yield BareForward(module, name, capture, axis)
+        else:
+            yield UnitForward(module, name, capture, axis)
+            seen.update(id(below) for below in module.modules())
+            return
+    for key, child in module.named_children():
+        yield from _captured(child, f"{name}.{key}" if name else key, capture, axis, seen)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Containers (lists and dicts of modules or parameters) have none."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _below(module: nn.Module) -> Iterator[nn.Module]:
+    """What is below a module that is not an attention or a recurrent layer of PyTorch's."""
+    if stated_axis(module) is None:
+        yield from (below for below in module.modules() if below is not module)
+
+
+def _computed(module: nn.Module) -> bool:
+    """Whether parametrizations compute the module's parameters."""
+    return "parametrizations" in module._modules
+
+
 def _owns_parameters(module: nn.Module) -> bool:
-    own = any(p is not None for p in module._parameters.values())
-    return own or "parametrizations" in module._modules
+    """Whether the module's own forward uses parameters: its own, or those of a container in it."""
+    if any(p is not None for p in module._parameters.values()):
+        return True
+    if _computed(module):
+        return True
+    return any(_owns_parameters(c) for c in module.children() if not _has_forward(c))
 
 
 def incompatibilities(model: nn.Module) -> list[str]:
@@ -72,10 +110,10 @@ class _FusedCapture:
         self._optimizer = optimizer
         optimizer.grad_accumulation_allowed = self._allow_accumulation
         capture = self.capture
-        capture.trained = frozenset(id(p) for p in optimizer.params)
+        capture.held = optimizer.held_parameters
         capture.sink = PendingGradients(self.planner, capture, optimizer.privatize)
         capture.probe = refuse_mixing
-        capture.guard_all()
+        capture.refresh()
 
     def forbid_grad_accumulation(self) -> None:
         """Refuse a second backward pass before ``optimizer.step()``, as Poisson sampling demands."""

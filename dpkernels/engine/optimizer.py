@@ -130,6 +130,10 @@ class FusedDPOptimizer(DPOptimizer):
         """Number of backward passes in the gradient that ``step()`` will use."""
         return max(self._iterations, 1)
 
+    def held_parameters(self) -> list[nn.Parameter]:
+        """Every parameter of every group, also those that are frozen now."""
+        return [p for group in self.param_groups for p in group["params"]]
+
     def privatize(self, gradients: PendingGradients) -> None:
         """Clip, sum, add noise, into ``p.grad``: called at the end of each backward pass.
 
@@ -387,8 +391,9 @@ class FusedDPOptimizer(DPOptimizer):
         return ops.gaussian_noise_(tensor, std, *self._noise.take(tensor.numel()))
 
     @property
-    def grad_scale(self) -> None:
-        """Never set: ``torch.amp.GradScaler`` is refused, see the setter."""
+    def grad_scale(self) -> float:
+        """Always 1: the setter refuses ``torch.amp.GradScaler``."""
+        return 1.0
 
     @grad_scale.setter
     def grad_scale(self, scale: torch.Tensor | None) -> None:

@@ -15,12 +15,13 @@ from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.validators.errors import IllegalModuleConfigurationError, UnsupportedModuleError
 from torch import nn, optim
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dpkernels.accounting import get_noise_multiplier
 from dpkernels.accounting.opacus_adapter import register
-from dpkernels.engine.loader import poisson_loader, sample_rate_of
+from dpkernels.engine.loader import poisson_loader, sample_rate_of, warn_of_other_samplers
 from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule, incompatibilities
 from dpkernels.engine.optimizer import FusedDPOptimizer, StepCounter
 from dpkernels.engine.planner import Plan
@@ -29,6 +30,12 @@ from dpkernels.engine.probe import check_criterion
 register()
 
 _FUSED = "fused"
+_WRAPPERS = (
+    DifferentiallyPrivateDistributedDataParallel,
+    DistributedDataParallel,
+    nn.DataParallel,
+    FSDPModule,
+)
 
 
 class PrivacyEngine(OpacusPrivacyEngine):
@@ -92,6 +99,14 @@ class PrivacyEngine(OpacusPrivacyEngine):
             )
         faults.extend(
             IllegalModuleConfigurationError(reason) for reason in incompatibilities(module)
+        )
+        faults.extend(
+            IllegalModuleConfigurationError(
+                f"parameter {name!r} is complex: clipping and noise are defined for real numbers; "
+                "store real and imaginary parts (torch.view_as_real)"
+            )
+            for name, parameter in module.named_parameters()
+            if parameter.is_complex()
         )
         return faults
 
@@ -277,6 +292,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             data_loader, poisson_sampling=False, distributed=distributed, **kwargs
         )
         if not poisson_sampling:
+            warn_of_other_samplers(data_loader)
             return prepared
         return poisson_loader(
             data_loader, generator=self.secure_rng, distributed=distributed, **kwargs
@@ -319,11 +335,11 @@ class PrivacyEngine(OpacusPrivacyEngine):
     def _refuse_unsupported(self, module: nn.Module, optimizer: optim.Optimizer) -> None:
         if self.secure_mode:
             raise ValueError("secure_mode=True: grad_sample_mode='fused' does not have it yet")
-        wrappers = (DifferentiallyPrivateDistributedDataParallel, DistributedDataParallel)
-        if isinstance(module, wrappers):
+        if isinstance(module, _WRAPPERS):
             raise ValueError(
-                f"module: {type(module).__name__} needs grad_sample_mode='hooks'; "
-                "'fused' trains in one process for now"
+                f"module: {type(module).__name__} is not trained by grad_sample_mode='fused', which "
+                "runs in one process on one device for now; use grad_sample_mode='hooks', or pass "
+                "the model itself"
             )
         known = set(module.parameters())
         for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):

@@ -68,14 +68,17 @@ def find_mixing(
     rows: int,
     source: int = -1,
 ) -> str | None:
-    """Where another sample's values move when sample 0 is replaced; None if nowhere.
+    """Where another sample's values move when the first or the last is replaced; None if nowhere.
+
+    Both, because a row that takes everybody's gradient (``positions(ids)[0]``) hides behind the
+    sample that owns it.
 
     Args:
         capture: the model's capture.
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
         batch: nested arguments; every tensor with `rows` rows on the sample axis is batched.
         rows: rows of the batch.
-        source: the sample that takes the place of sample 0.
+        source: the sample that takes the place of the replaced one.
 
     Returns:
         A sentence that names the layer, or None. None too if the batch cannot tell (one sample,
@@ -85,16 +88,23 @@ def find_mixing(
     samples = rows // views
     if samples < 2:
         return None
-    start = (source % samples) * views
-    twin = tree_map(lambda t: _replace_first(t, rows, views, capture.axis, start), batch)
-    if all(_equal(a, b) for a, b in zip(tree_leaves(batch), tree_leaves(twin))):
-        return None
+    source %= samples
+    replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
     devices = sorted({p.device.index or 0 for p in capture.root.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices), _kept_buffers(capture.root):
         seed = int(torch.randint(2**31, ()))
         first = _observe(capture, run, batch, seed)
-        second = _observe(capture, run, twin, seed)
-    return _compare(first, second)
+        for target, source in replaced:
+            twin = tree_map(
+                lambda t, at=target, by=source: _replace(t, rows, views, capture.axis, at, by),
+                batch,
+            )
+            if all(_equal(a, b) for a, b in zip(tree_leaves(batch), tree_leaves(twin))):
+                continue
+            fault = _compare(first, _observe(capture, run, twin, seed), target)
+            if fault is not None:
+                return fault
+    return None
 
 
 def _observe(
@@ -120,39 +130,41 @@ def _curved(output: torch.Tensor) -> torch.Tensor:
     return (values * torch.rand_like(values) + values.square() / 2).sum()
 
 
-def _compare(first: list[_Seen], second: list[_Seen]) -> str | None:
+def _compare(first: list[_Seen], second: list[_Seen], replaced: int) -> str | None:
     if [(s.layer, s.kind) for s in first] != [(s.layer, s.kind) for s in second]:
         return "the model takes another path through its layers when one sample is replaced"
     for a, b in zip(first, second):
-        others = (a.fingerprint - b.fingerprint)[1:].abs()
+        moved = (a.fingerprint - b.fingerprint).abs()
+        moved[replaced] = 0.0
         scale = a.fingerprint.abs().amax(0) + torch.finfo(torch.float32).tiny
-        moved = (others > a.tolerance * scale).any(1).nonzero()
-        if len(moved):
-            return _sentence(a, int(moved[0]) + 1)
+        samples = (moved > a.tolerance * scale).any(1).nonzero()
+        if len(samples):
+            return _sentence(a, int(samples[0]), replaced)
     return None
 
 
-def _sentence(seen: _Seen, sample: int) -> str:
+def _sentence(seen: _Seen, sample: int, replaced: int) -> str:
     if seen.kind == "criterion":
         return (
-            f"the gradient of the criterion for sample {sample} moves when sample 0 is replaced: the "
-            "criterion couples samples (batch-wide Dice, weighted or ignore_index mean, a "
-            "contrastive loss). Use a loss that is a mean of per-sample losses"
+            f"the gradient of the criterion for sample {sample} moves when sample {replaced} is "
+            "replaced: the criterion couples samples (batch-wide Dice, weighted or ignore_index "
+            "mean, a contrastive loss). Use a loss that is a mean of per-sample losses"
         )
     return (
-        f"layer {seen.layer!r}: the {seen.kind} of sample {sample} move when sample 0 is replaced, so "
-        "rows of its first axis are not the samples, or a layer beside it couples samples. Give the "
-        "layer inputs with the sample axis first (batch_first=True in attention and recurrent "
-        "layers, positions as [batch, length]), and use GroupNorm for batch statistics"
+        f"layer {seen.layer!r}: the {seen.kind} of sample {sample} move when sample {replaced} is "
+        "replaced, so rows of its first axis are not the samples, or a layer beside it couples "
+        "samples. Give the layer inputs with the sample axis first (batch_first=True in attention "
+        "and recurrent layers, positions as [batch, length]), and use GroupNorm for batch statistics"
     )
 
 
-def _replace_first(leaf: Any, rows: int, views: int, axis: int, start: int) -> Any:
-    """The tensor with the rows of sample 0 replaced by the rows from `start`."""
+def _replace(leaf: Any, rows: int, views: int, axis: int, target: int, source: int) -> Any:
+    """The tensor with the rows of sample `target` replaced by those of sample `source`."""
     if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != rows:
         return leaf
     twin = leaf.detach().clone()
-    twin.narrow(axis, 0, views).copy_(leaf.detach().narrow(axis, start, views))
+    rows_of_source = leaf.detach().narrow(axis, source * views, views)
+    twin.narrow(axis, target * views, views).copy_(rows_of_source)
     return twin.requires_grad_(leaf.requires_grad)
 
 

@@ -42,7 +42,14 @@ class GroupNormRule(Rule):
         rows, channels = input.shape[:2]
         positions = math.prod(input.shape[2:])
         output, *statistics = torch.native_group_norm(
-            input, module.weight, module.bias, rows, channels, positions, module.num_groups, module.eps
+            input,
+            module.weight,
+            module.bias,
+            rows,
+            channels,
+            positions,
+            module.num_groups,
+            module.eps,
         )
         return output, (input, *statistics)
 

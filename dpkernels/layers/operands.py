@@ -193,7 +193,7 @@ class StoredOperand:
     value: torch.Tensor
 
     def norm_sq(self) -> torch.Tensor:
-        return self.value.flatten(1).square().sum(1)
+        return self.value.reshape(len(self.value), -1).square().sum(1)
 
     def grad_sample(self) -> torch.Tensor:
         return self.value
