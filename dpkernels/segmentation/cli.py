@@ -303,7 +303,9 @@ def _print_result(console: Console, result: TrainingResult) -> None:
         ("overlays/", "held-out scans with truth and prediction"),
         ("checkpoints/", "weights"),
     ):
-        console.print(f"  {result.folder / name}  [dim]{meaning}[/]", highlight=False)
+        console.print(
+            f"  {result.folder / name}  [dim]{meaning}[/]", highlight=False, soft_wrap=True
+        )
 
 
 if __name__ == "__main__":
