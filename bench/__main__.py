@@ -58,21 +58,32 @@ def run(
         raise typer.BadParameter(str(error)) from None
     path = output or results.RESULTS / ("quick.csv" if quick else "steps.csv")
     before = {row.key: row for row in results.read(path)}
-    state = _State(suite, device, threads, [r.name for r in chosen], asdict(plan), fresh)
-    rows = _measure(wanted, chosen, target, plan, path, state)
-    state.finish()
+    settings = {"rivals": [r.name for r in chosen], "plan": asdict(plan), "output": str(path)}
+    state = _State(_STATE / f"{suite}-{device}-{threads}.json", settings, fresh or bool(case))
+    failed = _measure(wanted, chosen, target, plan, path, state)
+    here = results.Environment.here(target)
+    names = {case.name for case in wanted}
+    rows = [row for row in results.read(path) if row.case in names and row.measured_on(here)]
     _show(rows, before)
-    if not quick:
+    if output is None and not quick:
         _write_reports(path)
+    if failed:
+        raise typer.Exit(1)
+    state.finish()
 
 
 @app.command("report")
 def make_report(
     source: Annotated[Path, typer.Option(help="CSV with the rows.")] = results.RESULTS
     / "steps.csv",
+    short: Annotated[bool, typer.Option(help="Only print a table.")] = False,
 ) -> None:
     """Make the README's table and the pictures again from the rows."""
-    print(report.markdown(results.read(source)))
+    rows = results.read(source)
+    if short:
+        _show(rows, {})
+        return
+    print(report.markdown(rows))
     _write_reports(source)
 
 
@@ -98,28 +109,19 @@ def profile(
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(steps):
             step()
-    key = f"self_{device}_time_total"
+    key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     print(profiler.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=45))
 
 
 class _State:
     """Which cases an interrupted run has finished; a run with other settings starts anew."""
 
-    def __init__(
-        self,
-        suite: str,
-        device: str,
-        threads: int,
-        rival_names: list[str],
-        plan: dict[str, object],
-        fresh: bool,
-    ):
-        self._path = _STATE / f"{suite}-{device}-{threads}.json"
-        self._settings = {"rivals": rival_names, "plan": plan}
+    def __init__(self, path: Path, settings: dict[str, object], fresh: bool):
+        self._path, self._settings = path, settings
         self.done: list[str] = []
-        if self._path.exists() and not fresh:
-            earlier = json.loads(self._path.read_text())
-            if earlier["settings"] == self._settings:
+        if path.exists() and not fresh:
+            earlier = json.loads(path.read_text())
+            if earlier["settings"] == settings:
                 self.done = earlier["done"]
 
     def add(self, case: str) -> None:
@@ -140,8 +142,9 @@ def _measure(
     plan: Plan,
     path: Path,
     state: _State,
-) -> list[results.Row]:
-    """Rows of this run and, for cases that an interrupted run has finished, of that one."""
+) -> bool:
+    """Write the rows of every case that an interrupted run has not finished; True if one failed."""
+    failed = False
     columns = (
         TextColumn("{task.description}", justify="left"),
         BarColumn(),
@@ -158,16 +161,16 @@ def _measure(
             def say(what: str, share: float, index: int = index, name: str = case.name) -> None:
                 progress.update(task, description=f"{name}: {what}", completed=index + share)
 
-            results.replace(path, harness.measure(case, chosen, device, plan, say))
+            try:
+                found = harness.measure(case, chosen, device, plan, say)
+            except RuntimeError as error:
+                failed = True
+                progress.console.print(f"{case.name}: {error}", highlight=False, markup=False)
+                continue
+            results.replace(path, found)
             state.add(case.name)
         progress.update(task, description="done", completed=len(wanted))
-    names = {case.name for case in wanted}
-    here = results.Environment.here(device)
-    return [
-        row
-        for row in results.read(path)
-        if row.case in names and (row.device, row.threads) == (here.device, here.threads)
-    ]
+    return failed
 
 
 def _show(rows: list[results.Row], before: dict[tuple[str, ...], results.Row]) -> None:

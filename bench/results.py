@@ -97,6 +97,10 @@ class Row:
         """What a rerun replaces: same case, rival, device and threads."""
         return (self.device, str(self.threads), self.case, self.rival)
 
+    def measured_on(self, environment: Environment) -> bool:
+        """Whether the device and the number of threads are those of `environment`."""
+        return (self.device, self.threads) == (environment.device, environment.threads)
+
 
 _TYPES = {f.name: str(f.type) for f in fields(Row)}
 

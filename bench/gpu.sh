@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of under nine minutes, without a network:
+#
+#     bench/gpu.sh OUT_DIR
+#
+# Builds the extensions for the GPU at hand, runs the tests marked gpu and the GPU cases of the
+# bench, and writes build.log, tests.log, bench.log and steps.csv into OUT_DIR; a short table last.
+#
+# PYTHON                       interpreter with torch (default: python3)
+# DPKERNELS_WHEELS             folder of wheels for what that interpreter lacks (default: wheels)
+# DPKERNELS_CUDA_ARCHITECTURES what to compile for (default: 90-real, an H100 or H200)
+set -uo pipefail
+
+if [ $# -ne 1 ]; then
+    echo "usage: bench/gpu.sh OUT_DIR" >&2
+    exit 2
+fi
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+wheels=${DPKERNELS_WHEELS:-wheels}
+export DPKERNELS_BUILD=cuda
+export DPKERNELS_CUDA_ARCHITECTURES=${DPKERNELS_CUDA_ARCHITECTURES:-90-real}
+export PYTHONUNBUFFERED=1
+failed=0
+
+# part NAME SECONDS COMMAND...: runs a part with a limit, its output in NAME.log
+part() {
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+    local status=$?
+    echo "$name: exit $status after $((SECONDS - start)) s"
+    if [ $status -ne 0 ]; then
+        failed=1
+        tail -n 15 "$out/$name.log"
+    fi
+}
+
+missing=$("$python" - <<'END'
+import importlib.util
+needed = ("opacus", "opt_einsum", "typer", "rich", "scipy", "pytest", "pytest_timeout", "monai")
+print(" ".join(name for name in needed if importlib.util.find_spec(name) is None))
+END
+)
+if [ -n "$missing" ] && [ -d "$wheels" ]; then
+    site=$(mktemp -d)
+    # shellcheck disable=SC2086
+    part packages 60 "$python" -m pip install --quiet --no-index --no-deps \
+        --find-links "$wheels" --target "$site" $missing
+    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+elif [ -n "$missing" ]; then
+    echo "not installed: $missing (put their wheels into $wheels)"
+fi
+
+if ! command -v nvcc >/dev/null && [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then
+    export CUDA_HOME=/usr/local/cuda
+fi
+part build 150 "$python" setup.py build_ext --inplace
+part info 30 "$python" -m dpkernels info
+part tests 100 "$python" -m pytest -m gpu -q --continue-on-collection-errors
+part bench 210 "$python" -m bench --device cuda --fresh --output "$out/steps.csv"
+
+grep -E "passed|failed|error" "$out/tests.log" | tail -n 1
+"$python" -m bench report --short --source "$out/steps.csv"
+exit $failed

@@ -1,0 +1,168 @@
+"""The bench's own promises: wrong gradients are not timed, reruns replace rows, tables add up."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import cases, gate, harness, models, report, results, rivals, timing
+from bench.__main__ import app
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+_CPU = torch.device("cpu")
+_PLAN = harness.Plan(seconds=0.0, least=2, most=2, memory=False)
+_TINY = cases.Case(
+    "tiny",
+    "tiny",
+    (),
+    partial(models.Recommender, 32, 2, 4, (8,)),
+    partial(cases.few_fields, 32, 2, 6),
+)
+
+
+def _row(case: str = "unet3d-48-b2", rival: str = "ours", **values: object) -> results.Row:
+    fields = {"status": "ok", "batch": 2, "parameters": 3, "precision": "float32"}
+    place = {"device": "cpu", "threads": 1, "config": "as it is", "version": "1"}
+    return results.Row(case, rival, **{**fields, **place, **values})
+
+
+def _measure(*chosen: rivals.Rival) -> dict[str, results.Row]:
+    found = harness.measure(_TINY, list(chosen), _CPU, _PLAN, lambda what, share: None)
+    return {row.rival: row for row in found}
+
+
+def _scaled(workload: cases.Workload, privacy: rivals.Privacy) -> rivals.Trainer:
+    """The per-sample loop, but its gradient one per cent too large."""
+    honest = next(r for r in rivals.RIVALS if r.name == "loop").prepare(workload, privacy)
+
+    def step() -> None:
+        honest.step()
+        for parameter in honest.parameters.values():
+            parameter.grad.mul_(1.01)
+
+    return rivals.Trainer(step, honest.clear, honest.parameters)
+
+
+def _broken(workload: cases.Workload, privacy: rivals.Privacy) -> rivals.Trainer:
+    raise NotImplementedError("no rule for this layer")
+
+
+def test_every_rival_passes_the_gate_and_is_timed() -> None:
+    rows = _measure(*(rival for rival in rivals.RIVALS if rival.version()))
+    assert {name: row.status for name, row in rows.items()} == dict.fromkeys(rows, "ok")
+    assert all(row.ms > 0 and row.rounds >= 2 for row in rows.values())
+    assert rows["ordinary"].ratio == 1.0
+
+
+def test_a_wrong_gradient_is_never_timed() -> None:
+    ordinary = rivals.find(["ordinary"])[0]
+    wrong = rivals.Rival("wrong", "wrong", "", "torch", _scaled)
+    broken = rivals.Rival("broken", "broken", "", "torch", _broken)
+    rows = _measure(ordinary, wrong, broken)
+    assert rows["wrong"].status.startswith("wrong gradient: error 0.01")
+    assert rows["broken"].status == "cannot run: no rule for this layer"
+    assert rows["wrong"].ms is None
+    assert rows["broken"].ms is None
+
+
+def test_the_noise_is_on_while_timing() -> None:
+    workload = _TINY.build(_CPU)
+    truth = gate.ground_truth(workload)
+    for rival in rivals.find(["ours", "loop", "hooks", "ghost"])[1:]:
+        privacy = rivals.Privacy(truth.max_grad_norm, 0.0)
+        trainer = rival.prepare(workload, privacy)
+        assert truth.error(gate.released(trainer)) <= truth.allowed
+        privacy.noise_multiplier = 1.0
+        assert truth.error(gate.released(trainer)) > 0.1, rival.name
+
+
+def test_some_samples_are_clipped_and_some_are_not() -> None:
+    workload = _TINY.build(_CPU)
+    bound = gate.ground_truth(workload).max_grad_norm
+    loop = rivals.find(["loop"])[1]
+    clipped, free = (
+        gate.released(loop.prepare(workload, rivals.Privacy(c, 0.0))) for c in (bound, 1e6)
+    )
+    assert gate.Truth(free, bound, 0.0).error(clipped) > 1e-3
+
+
+def test_cases_have_names_of_their_own_and_a_suite() -> None:
+    assert len({case.name for case in cases.CASES}) == len(cases.CASES)
+    assert {suite for case in cases.CASES for suite in case.suites} == {"cpu", "quick", "gpu"}
+    assert all(case.suites for case in cases.CASES)
+
+
+def test_the_u_net_has_the_stated_size() -> None:
+    parameters = sum(p.numel() for p in models.UNet3d().parameters())
+    assert round(parameters / 1e6, 2) == 0.76
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"case 'x': expected one of .*unet3d-48-b2"):
+        cases.find(["x"], "cpu")
+    with pytest.raises(ValueError, match=r"rival 'x': expected one of ordinary, ours"):
+        rivals.find(["x"])
+    assert CliRunner().invoke(app, ["--case", "x"]).exit_code == 2
+
+
+def test_rounds_are_interleaved_and_slow_ones_stop_early() -> None:
+    order: list[str] = []
+    times = {"ordinary": 1.0, "close": 1.5, "slow": 9.0}
+
+    def clock(step) -> tuple[float, float]:
+        return times[step()], 0.0
+
+    steps = {name: partial(lambda n: order.append(n) or n, name) for name in times}
+    samples = list(timing.interleave(steps, clock, seconds=9.0, least=3, most=5))[-1]
+    assert {name: len(s.wall) for name, s in samples.items()} == {
+        "ordinary": 5,
+        "close": 5,
+        "slow": 3,
+    }
+    timed = order[-13:]
+    assert timed[:3] != timed[3:6]
+    assert sorted(timed[:3]) == sorted(timed[3:6]) == sorted(times)
+    assert timing.ratios(samples["slow"].wall, samples["ordinary"].wall).median == 9.0
+
+
+def test_a_rerun_replaces_its_own_rows_only(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    results.replace(path, [_row(ratio=2.0), _row(rival="loop", ratio=3.0), _row(threads=2)])
+    results.replace(path, [_row(ratio=1.25, status='a "quoted", status')])
+    rows = results.read(path)
+    assert len(rows) == 3
+    assert rows[0] == _row(ratio=1.25, status='a "quoted", status')
+    assert rows[1].ratio == 3.0
+    assert rows[1].memory_mb is None
+
+
+def test_the_readme_gets_the_table_between_its_markers(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    rows = [_row(rival="ordinary", ms=12.3), _row(ratio=1.04, memory_ratio=1.1)]
+    readme.write_text("above\n")
+    assert not report.write(readme, rows)
+    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    assert report.write(readme, rows)
+    text = readme.read_text()
+    assert text.startswith("above\n")
+    assert text.endswith(f"{report.END}\nbelow\n")
+    assert "| 12.3 ms | 1.04 / 1.10 | – |" in text
+    assert "old" not in text
+    assert "GPU: not yet measured." in text
+
+
+def test_rows_of_a_gpu_are_a_table_of_their_own() -> None:
+    rows = [_row(ratio=1.04), _row(case="unet3d-96-b2", device="NVIDIA H200", ratio=1.02)]
+    text = report.markdown(rows)
+    assert "not yet measured" not in text
+    assert text.index("1.04") < text.index("NVIDIA H200") < text.index("1.02")
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    rows = [_row(rival="ordinary", ratio=1.0), _row(ratio=1.04, memory_ratio=1.1)]
+    (picture,) = report.plot(rows, tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
