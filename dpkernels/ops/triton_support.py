@@ -12,6 +12,7 @@ Triton was imported.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -31,6 +32,17 @@ SPLITS = (
 """Number of weights up to which a sum over positions is spread over so many slots."""
 CHUNK_POSITIONS = 1024
 """The fewest positions that one slot adds up."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The largest tiles of a kernel: `rows` by `columns` results, `depth` summed at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
 
 
 @triton.jit

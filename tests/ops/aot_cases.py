@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 
 from dpkernels.ops.clip import triton as clip
+from dpkernels.ops.conv import triton as conv
+from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.linear import triton as linear
 from dpkernels.ops.noise import triton as noise
 
@@ -16,6 +18,8 @@ MODULES = (
     "dpkernels.ops.linear.triton",
     "dpkernels.ops.noise.triton",
     "dpkernels.ops.clip.triton",
+    "dpkernels.ops.conv.triton",
+    "dpkernels.ops.conv.triton_gram",
 )
 
 
@@ -33,6 +37,29 @@ _HALF, _FULL = torch.bfloat16, torch.float32
 _KEY = torch.tensor([-5, 7, 2**40, -(2**60)])
 _PARAMETER = tensor(4096, 1024, dtype=_FULL)
 _SAMPLES = tensor(8, 4096, 1024, dtype=_FULL)
+
+_VOLUME = Geometry((32, 32, 3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
+_IMAGE = Geometry((512, 512, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+_IMAGES = tensor(8, 512, 7, 7), tensor(8, 512, 7, 7)
+
+
+def _volumes(
+    dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (8, 32, 64, 64, 64)
+    input, grads = (tensor(*shape, dtype=dtype).to(memory_format=layout) for _ in range(2))
+    return input, grads
+
+
+def _geometry(geometry: Geometry) -> tuple[object, ...]:
+    return (
+        list(geometry.weight_shape),
+        list(geometry.stride),
+        list(geometry.padding),
+        list(geometry.dilation),
+        geometry.groups,
+    )
+
 
 CASES: dict[str, Callable[[], object]] = {
     "linear gram, bf16": functools.partial(linear.gram_norm_sq, *_linear(_HALF)),
@@ -60,4 +87,18 @@ CASES: dict[str, Callable[[], object]] = {
         clip.finish_grad_, _PARAMETER, _SAMPLES, _FACTOR, 1.0, 0.1, _KEY, 5, False
     ),
     "weighted sum, fp32": functools.partial(clip.weighted_sum_, _PARAMETER, _SAMPLES, _FACTOR),
+    "conv3d gradient and norm, bf16": functools.partial(
+        conv.grad_sample_and_norm_sq, *_volumes(_HALF), _VOLUME
+    ),
+    "conv3d gradient and norm, channels last, bf16": functools.partial(
+        conv.grad_sample_and_norm_sq, *_volumes(_HALF, torch.channels_last_3d), _VOLUME
+    ),
+    "conv3d tile-discard norm, fp32": functools.partial(
+        conv.recompute_norm_sq, *_volumes(_FULL), _VOLUME
+    ),
+    "conv3d clipped, bf16": functools.partial(
+        conv.conv_clipped_grad, *_volumes(_HALF), _FACTOR, *_geometry(_VOLUME)
+    ),
+    "conv2d tile-discard norm, bf16": functools.partial(conv.recompute_norm_sq, *_IMAGES, _IMAGE),
+    "conv2d channel gram, bf16": functools.partial(conv.channel_gram_norm_sq, *_IMAGES, _IMAGE),
 }

@@ -37,7 +37,7 @@ def factor_kernel(
     if AUTOMATIC:
         factor = bound / (norm + gamma) * shrink
     else:
-        factor = tl.where(norm <= bound, 1.0, bound / norm * shrink)
+        factor = tl.where(norm <= bound, 1.0, bound / tl.maximum(norm, bound) * shrink)
     finite = norm < float("inf")
     tl.store(out + at, tl.where(finite, factor, 0.0).to(tl.float32), mask=at < batch)
 

@@ -25,8 +25,8 @@ __all__ = [
     "unavailable",
 ]
 
-GRADIENT = {2: Tile(64, 128, 32, 4, 3), 4: Tile(32, 64, 32, 4, 3)}
-"""By the operands' bytes per element."""
+GRADIENT = {2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
+"""By the operands' bytes per element. Many rows: each gathered number is used once per row."""
 
 
 @triton.jit
@@ -267,7 +267,7 @@ def _gradient(
     store: bool,
     square: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `gradient_kernel`: ([slots, weights], squares [slots, tiles]); unwanted ones are empty."""
+    """Run `gradient_kernel`: ([slots, weights], squares [slots, tiles]), empty if unwanted."""
     input, grad_output, geometry = _volumes(input, grad_output, geometry)
     channels_in, channels_out = geometry.channels
     columns = geometry.weights // (channels_out * geometry.groups)

@@ -23,7 +23,7 @@ An estimate (4 bytes at 5 TB/s against a few hundred TFLOP/s), not a measurement
 """
 TILE = 64
 DEPTH = 32
-WARPS = 4
+WARPS = 8
 
 
 @triton.jit
