@@ -148,6 +148,15 @@ def test_gram_is_chosen_where_it_needs_fewer_operations() -> None:
 
 
 @pytest.mark.skipif(native.why_not_cpu() is not None, reason=str(native.why_not_cpu()))
+def test_the_kernel_is_left_alone_where_it_cannot_win() -> None:
+    geometry = Geometry((4, 4, 3), (1,), (1,), (1,), 1)
+    short, long = torch.zeros(1, 4, 512), torch.zeros(1, 4, tiles.LONGEST_ROW + 1)
+    assert not tiles.is_faster(long, long, geometry, folds_well=True)
+    assert not tiles.is_faster(short.double(), short.double(), geometry, folds_well=True)
+    if native.why_not_cpu() is None and native.extension(short).instruction_set != "baseline":
+        assert tiles.is_faster(short, short, geometry, folds_well=True)
+
+
 @pytest.mark.usefixtures("threads")
 def test_threads_do_not_change_a_bit() -> None:
     case = shapes.CONV["3d, several blocks"]

@@ -57,5 +57,6 @@ def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> to
     rows = input.to(result_dtype(input)).reshape(
         input.shape[0], groups, input.shape[1] // groups * input.shape[2]
     )
-    variance, mean = torch.var_mean(rows, dim=2, correction=0)
+    mean = rows.mean(2)
+    variance = (rows - mean.unsqueeze(2)).square_().mean(2)
     return torch.stack([mean, (variance + eps).rsqrt()])

@@ -14,6 +14,9 @@ from dpkernels.ops.conv.geometry import Geometry
 CHANNEL_BLOCK = 16
 """The library works on blocks of 16 channels: what is not a multiple is slow there, or padded."""
 
+LONGEST_ROW = 8192
+"""The kernel packs whole rows of all channels: longer ones would need too much scratch."""
+
 POSITIONS_BELOW_BLOCK = 64
 POSITIONS_OFF_BLOCK = 216
 POSITIONS_AGAINST_LOOP = 256
@@ -37,6 +40,8 @@ def is_faster(
     if input.dtype != torch.float32 or native.why_not_cpu() is not None:
         return False
     if native.extension(input).instruction_set == "baseline":
+        return False
+    if grad_output.shape[-1] > LONGEST_ROW:
         return False
     positions = grad_output.shape[2:].numel()
     if min(geometry.channels) < CHANNEL_BLOCK:
