@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch.utils.data import DataLoader
 
 from dpkernels.segmentation.data import PatientDataset
 
 
-class PoissonSampler(Sampler[list[int]]):
+class PoissonSampler(UniformWithReplacementSampler):
     """Endless batches into which every patient enters by a coin of their own.
 
     torch's CPU generator keeps 32 bits of a seed, so an attacker could try all of them; here every
@@ -25,19 +26,18 @@ class PoissonSampler(Sampler[list[int]]):
     """
 
     def __init__(self, patients: int, sample_rate: float, insecure_seed: int | None = None) -> None:
-        self._patients = patients
-        self._sample_rate = sample_rate
+        super().__init__(num_samples=patients, sample_rate=sample_rate)
         self._fixed = None if insecure_seed is None else np.random.default_rng(insecure_seed)
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
-            yield np.flatnonzero(self._coins() < self._sample_rate).tolist()
+            yield np.flatnonzero(self._coins() < self.sample_rate).tolist()
 
     def _coins(self) -> np.ndarray:
         """[N], float64, uniform on [0, 1)."""
         if self._fixed is not None:
-            return self._fixed.random(self._patients)
-        words = np.frombuffer(os.urandom(8 * self._patients), dtype=np.uint64)
+            return self._fixed.random(self.num_samples)
+        words = np.frombuffer(os.urandom(8 * self.num_samples), dtype=np.uint64)
         return (words >> np.uint64(11)) * 2.0**-53
 
 
