@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import cases, harness, report, results, rivals
+from bench import cases, harness, profiling, report, results, rivals
 from bench.harness import Plan
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -96,21 +96,22 @@ def profile(
     steps: Annotated[int, typer.Option(min=1, help="Steps under the profiler.")] = 3,
     rows: Annotated[int, typer.Option(min=1, help="Lines of the table.")] = 25,
 ) -> None:
-    """Where the time of a step goes, by torch's profiler: own time per operator."""
+    """Where a step spends more than the ordinary one, by operator and by function."""
     torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
     workload = cases.find([case], "")[0].build(torch.device(device))
-    chosen = next(r for r in rivals.find([rival]) if r.name == rival)
-    step = chosen.prepare(workload, rivals.Privacy(1.0, 1.0))
-    for _ in range(3):
-        step()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(steps):
-            step()
-    key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=45))
+    chosen = {r.name: r.prepare(workload, rivals.Privacy(1.0, 1.0)) for r in rivals.find([rival])}
+    operators = profiling.by_operator(chosen, steps, device)
+    table = Table("operator", "ordinary, ms", f"{rival}, ms", "extra, ms", title=case)
+    for name, *figures in profiling.extra(operators, rival)[:rows]:
+        table.add_row(name, *(f"{figure:.2f}" for figure in figures))
+    sums = [sum(operators[name].values()) for name in ("ordinary", rival)]
+    table.add_row("sum", *(f"{t:.2f}" for t in (*sums, sums[1] - sums[0])))
+    console.print(table)
+    table = Table("function", "own ms")
+    for name, figure in profiling.by_function(chosen[rival], steps)[:rows]:
+        table.add_row(name, f"{figure:.2f}")
+    console.print(table)
 
 
 class _State:
