@@ -36,9 +36,9 @@ class PoissonSampler(UniformWithReplacementSampler):
     def _coins(self) -> np.ndarray:
         """[N], float64, uniform on [0, 1)."""
         if self._fixed is not None:
-            return self._fixed.random(self.num_samples)
+            return np.asarray(self._fixed.random(self.num_samples))
         words = np.frombuffer(os.urandom(8 * self.num_samples), dtype=np.uint64)
-        return (words >> np.uint64(11)) * 2.0**-53
+        return np.asarray((words >> np.uint64(11)) * 2.0**-53)
 
 
 def patient_batches(
