@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import torch
 
+from dpkernels.ops.affine import triton as affine
 from dpkernels.ops.clip import triton as clip
 from dpkernels.ops.conv import triton as conv
 from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.embedding import triton as embedding
 from dpkernels.ops.linear import triton as linear
 from dpkernels.ops.noise import triton as noise
 
@@ -18,6 +20,8 @@ MODULES = (
     "dpkernels.ops.linear.triton",
     "dpkernels.ops.noise.triton",
     "dpkernels.ops.clip.triton",
+    "dpkernels.ops.affine.triton",
+    "dpkernels.ops.embedding.triton",
     "dpkernels.ops.conv.triton",
     "dpkernels.ops.conv.triton_gram",
 )
@@ -36,6 +40,7 @@ _FACTOR = tensor(8, dtype=torch.float32)
 _HALF, _FULL = torch.bfloat16, torch.float32
 _KEY = torch.tensor([-5, 7, 2**40, -(2**60)])
 _PARAMETER = tensor(4096, 1024, dtype=_FULL)
+_TOKENS = tensor(8, 2048, dtype=torch.int64)
 _SAMPLES = tensor(8, 4096, 1024, dtype=_FULL)
 
 _VOLUME = Geometry((32, 32, 3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
@@ -101,4 +106,25 @@ CASES: dict[str, Callable[[], object]] = {
     ),
     "conv2d tile-discard norm, bf16": functools.partial(conv.recompute_norm_sq, *_IMAGES, _IMAGE),
     "conv2d channel gram, bf16": functools.partial(conv.channel_gram_norm_sq, *_IMAGES, _IMAGE),
+    "group norm, bf16": functools.partial(
+        affine.normalization_grad_sample,
+        tensor(8, 32, 1 << 18),
+        tensor(8, 32, 1 << 18),
+        tensor(8, 8, dtype=_FULL),
+        tensor(8, 8, dtype=_FULL),
+    ),
+    "layer norm, bf16": functools.partial(
+        affine.normalization_last_grad_sample,
+        tensor(8, 2048, 1024),
+        tensor(8, 2048, 1024),
+        tensor(8, 2048, dtype=_FULL),
+        tensor(8, 2048, dtype=_FULL),
+    ),
+    "bias, fp32": functools.partial(affine.bias_grad_sample, tensor(8, 32, 1 << 18, dtype=_FULL)),
+    "embedding norm, bf16": functools.partial(
+        embedding.embedding_norm_sq, _TOKENS, tensor(8, 2048, 1024), -1
+    ),
+    "embedding clipped, bf16": functools.partial(
+        embedding.embedding_clipped_grad, _TOKENS, tensor(8, 2048, 1024), _FACTOR, 50257, -1
+    ),
 }

@@ -1,0 +1,237 @@
+"""Gradients of scales and shifts in Triton: one reduction over positions, both outputs at once.
+
+One kernel for both layouts, by strides. A long sum is spread over slots by a fixed table and the
+slots are added in order; the normalised input is never formed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dpkernels.ops import triton_support as support
+from dpkernels.ops.clip import triton as clip
+from dpkernels.ops.triton_support import unavailable
+
+__all__ = [
+    "affine_clipped_grad",
+    "affine_grad_sample",
+    "affine_last_grad_sample",
+    "affine_norm_sq",
+    "bias_grad_sample",
+    "bias_last_grad_sample",
+    "normalization_grad_sample",
+    "normalization_last_grad_sample",
+    "unavailable",
+]
+
+TILE_ELEMENTS = 2048
+"""Elements that a program holds of each operand; 128 threads."""
+_NO_KEY = torch.zeros(4, dtype=torch.int64)
+
+
+@triton.jit
+def reduce_kernel(
+    values, grads, mean, rstd, out, batch, channels, positions, chunks, chunk,
+    v_sample, v_channel, v_position, g_sample, g_channel, g_position,
+    m_sample, m_unit, r_sample, r_unit, unit,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr,
+    CHANNEL_STATISTICS: tl.constexpr, POSITION_STATISTICS: tl.constexpr,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """out[scale or shift, sample, chunk, channel] = the sums over one chunk of positions.
+
+    A statistic belongs to a group of `unit` channels, or to a position.
+    """
+    tiles = tl.cdiv(channels, CHANNELS)
+    place = (tl.program_id(0) // tiles).to(tl.int64)
+    sample = place // chunks
+    first = (place % chunks).to(tl.int32) * chunk
+    last = tl.minimum(first + chunk, positions)
+    channel = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    values += sample * v_sample
+    grads += sample * g_sample
+    mean += sample * m_sample
+    rstd += sample * r_sample
+    if CHANNEL_STATISTICS:
+        centre = tl.load(mean + channel // unit * m_unit, mask=exists, other=0.0).to(tl.float32)
+        centre = centre[:, None]
+    scale = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+    shift = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+    for start in range(first, last, POSITIONS):
+        at = start + tl.arange(0, POSITIONS)
+        inside = exists[:, None] & (at < last)[None, :]
+        grad = tl.load(
+            grads + channel[:, None] * g_channel + at[None, :] * g_position,
+            mask=inside,
+            other=0.0,
+        ).to(tl.float32)
+        if SHIFT:
+            shift += grad
+        if SCALE:
+            value = tl.load(
+                values + channel[:, None] * v_channel + at[None, :] * v_position,
+                mask=inside,
+                other=0.0,
+            ).to(tl.float32)
+            if CHANNEL_STATISTICS:
+                value -= centre
+            if POSITION_STATISTICS:
+                centre = tl.load(mean + at * m_unit, mask=at < last, other=0.0).to(tl.float32)
+                spread = tl.load(rstd + at * r_unit, mask=at < last, other=0.0).to(tl.float32)
+                value = (value - centre[None, :]) * spread[None, :]
+            scale += value * grad
+    out += place * channels + channel
+    if SCALE:
+        total = tl.sum(scale, axis=1)
+        if CHANNEL_STATISTICS:
+            spread = tl.load(rstd + channel // unit * r_unit, mask=exists, other=0.0)
+            total *= spread.to(tl.float32)
+        tl.store(out, total, mask=exists)
+        out += batch.to(tl.int64) * chunks * channels
+    if SHIFT:
+        tl.store(out, tl.sum(shift, axis=1), mask=exists)
+
+
+def why_not_affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> str | None:
+    """Why these operands are not for Triton."""
+    return support.why_not(normalized, grad_output)
+
+
+why_not_affine_last_grad_sample = why_not_affine_grad_sample
+why_not_affine_norm_sq = why_not_affine_grad_sample
+
+
+def why_not_affine_clipped_grad(
+    normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
+) -> str | None:
+    """Why these operands are not for Triton."""
+    return support.why_not(normalized, grad_output)
+
+
+def why_not_bias_grad_sample(grad_output: torch.Tensor) -> str | None:
+    """Why this operand is not for Triton."""
+    return support.why_not(grad_output)
+
+
+why_not_bias_last_grad_sample = why_not_bias_grad_sample
+
+
+def why_not_normalization_grad_sample(
+    input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> str | None:
+    """Why these operands are not for Triton."""
+    return support.why_not(input, grad_output, mean, rstd)
+
+
+why_not_normalization_last_grad_sample = why_not_normalization_grad_sample
+
+
+def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    return support.combine(_partials(normalized, grad_output, shift=False))[0]
+
+
+def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    return affine_grad_sample(normalized.transpose(1, 2), grad_output.transpose(1, 2))
+
+
+def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    return support.combine(_partials(None, grad_output, shift=True))[0]
+
+
+def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    return bias_grad_sample(grad_output.transpose(1, 2))
+
+
+def normalization_grad_sample(
+    input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> torch.Tensor:
+    """See the contract."""
+    unit = input.shape[1] // mean.shape[1]
+    partials = _partials(input, grad_output, shift=True, statistics=(mean, rstd), unit=unit)
+    return support.combine(partials)[0].view(2, *input.shape[:2])
+
+
+def normalization_last_grad_sample(
+    input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> torch.Tensor:
+    """See the contract."""
+    turned = input.transpose(1, 2), grad_output.transpose(1, 2)
+    partials = _partials(*turned, shift=True, statistics=(mean, rstd))
+    return support.combine(partials)[0].view(2, input.shape[0], input.shape[2])
+
+
+def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    partials = _partials(normalized, grad_output, shift=False)
+    return support.combine(partials, store=False, square=True)[1]
+
+
+def affine_clipped_grad(
+    normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
+) -> torch.Tensor:
+    """See the contract."""
+    grads = affine_grad_sample(normalized, grad_output)
+    return clip.finish_grad_(
+        grads.new_empty(grads.shape[1]), grads, clip_factor, 0.0, 1.0, _NO_KEY, 0, False
+    )
+
+
+def _partials(
+    values: torch.Tensor | None,
+    grad_output: torch.Tensor,
+    shift: bool,
+    statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
+    unit: int | None = None,
+) -> torch.Tensor:
+    """Run `reduce_kernel` on [B, C, T] operands of any strides.
+
+    Args:
+        values: what the scale multiplies before normalisation; None for a shift alone.
+        grad_output: [B, C, T].
+        shift: whether the shift's gradient is wanted.
+        statistics: mean and rstd to normalise by, [B, groups] or [B, T].
+        unit: channels per statistic; None where a statistic belongs to a position.
+
+    Returns:
+        [outputs * B, chunks, C] float32: the scale's sums, then the shift's.
+    """
+    batch, channels, positions = grad_output.shape
+    chunks, chunk = support.split_factor(positions, channels)
+    outputs = (values is not None) + shift
+    out = torch.empty(
+        (outputs * batch, chunks, channels), dtype=torch.float32, device=grad_output.device
+    )
+    if out.numel() == 0:
+        return out
+    wide, deep = _tile(grad_output)
+    mean, rstd = (grad_output, grad_output) if statistics is None else statistics
+    held = grad_output if values is None else values
+    with torch.cuda.device_of(out):
+        reduce_kernel[(batch * chunks * triton.cdiv(channels, wide),)](
+            held.detach(), grad_output.detach(), mean.detach(), rstd.detach(), out,
+            batch, channels, positions, chunks, chunk,
+            *held.stride(), *grad_output.stride(), *mean.stride()[:2], *rstd.stride()[:2],
+            unit or 1,
+            SCALE=values is not None, SHIFT=shift,
+            CHANNEL_STATISTICS=statistics is not None and unit is not None,
+            POSITION_STATISTICS=statistics is not None and unit is None,
+            CHANNELS=wide, POSITIONS=deep,
+        )  # fmt: skip
+    return out
+
+
+def _tile(grads: torch.Tensor) -> tuple[int, int]:
+    """(channels, positions) of a program's tile: long where memory is contiguous."""
+    _, channels, positions = grads.shape
+    if grads.stride(1) == 1 and grads.stride(2) != 1:
+        wide = support.power_of_two(channels, 64, 1)
+        return wide, support.power_of_two(positions, TILE_ELEMENTS // wide, 1)
+    deep = support.power_of_two(positions, TILE_ELEMENTS, 1)
+    return support.power_of_two(channels, TILE_ELEMENTS // deep, 1), deep
