@@ -257,7 +257,7 @@ class FusedDPOptimizer(DPOptimizer):
         if again:
             total = parameter.grad.to(_sum_dtype(parameter)) * self._divisor(self._iterations)
         else:
-            total = parameter.summed_grad
+            total = getattr(parameter, "summed_grad", None)
         if gradient is not None and gradient.factored is not None:
             clipped = gradient.factored.clipped_grad(factor).reshape(parameter.shape)
             total = clipped if total is None else total.add_(clipped)

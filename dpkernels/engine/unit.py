@@ -9,12 +9,15 @@ definition itself.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, swapped
@@ -117,7 +120,11 @@ class UnitForward(CapturedForward):
         parameters = {id(p): self._per_sample(p, call.samples) for _, _, p in slots}
         capture.marked = True
         outputs, others, spec = self._outputs(call, slots, parameters)
-        merged = (_merge(t, axis) for t, axis in zip(outputs, self._axes_of(outputs, call, slots)))
+        vectorised = self.loop_reason is None
+        axes = self._axes_of(outputs, call, slots)
+        if vectorised and self.loop_reason is not None:
+            outputs, others, spec = self._outputs(call, slots, parameters)
+        merged = (_merge(t, axis) for t, axis in zip(outputs, axes))
         return tree_unflatten([next(merged) if o is None else o[0] for o in others], spec)
 
     def _outputs(
@@ -142,38 +149,38 @@ class UnitForward(CapturedForward):
         return self._run(one_sample, parameters, call.inputs(), call.samples), others, spec
 
     def _take_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitCall:
-        try:
-            known = sample_axes(self.module, args, kwargs, self.axis)
-        except ValueError as error:
-            raise NotPerSample(
-                f"module {self.name!r} ({type(self.module).__name__}): {error}"
-            ) from None
-        if known is not None:
-            named, axis_of = known
-            per_name = {name: tree_flatten(value) for name, value in named.items()}
-            pairs = [(name, leaf) for name, (flat, _) in per_name.items() for leaf in flat]
-            leaves = [leaf for _, leaf in pairs]
-            spec = tree_flatten(named)[1]
-            axes = [axis_of(n, t) if isinstance(t, torch.Tensor) else None for n, t in pairs]
-            rows = next(t.shape[a] for t, a in zip(leaves, axes) if a is not None)
-
-            def run(values: list[Any]) -> Any:
-                return self.original(**tree_unflatten(values, spec))
-        else:
+        """The call's leaves and their sample axes: stated by the module's kind, or told by size."""
+        known = sample_axes(self.module, args, kwargs, self.axis)
+        if known is None:
             leaves, spec = tree_flatten((args, kwargs))
             rows = self._rows(leaves)
-            axes = [
-                self.axis
-                if isinstance(t, torch.Tensor) and t.ndim > self.axis and t.shape[self.axis] == rows
-                else None
-                for t in leaves
-            ]
+            axes = [self.axis if self._has_rows(leaf, rows) else None for leaf in leaves]
 
             def run(values: list[Any]) -> Any:
                 arguments, keywords = tree_unflatten(values, spec)
                 return self.original(*arguments, **keywords)
 
+        else:
+            named, axis_of = known
+            leaves, spec = tree_flatten(named)
+            names = [n for n, value in named.items() for _ in tree_leaves(value)]
+            try:
+                axes = [
+                    axis_of(n, t) if torch.is_tensor(t) else None for n, t in zip(names, leaves)
+                ]
+            except ValueError as error:
+                raise NotPerSample(
+                    f"module {self.name!r} ({type(self.module).__name__}): {error}"
+                ) from None
+            rows = next(t.shape[a] for t, a in zip(leaves, axes) if a is not None)
+
+            def run(values: list[Any]) -> Any:
+                return self.original(**tree_unflatten(values, spec))
+
         return UnitCall(leaves, axes, run, self.capture.samples_for(rows, self.name))
+
+    def _has_rows(self, leaf: Any, rows: int) -> bool:
+        return torch.is_tensor(leaf) and leaf.ndim > self.axis and leaf.shape[self.axis] == rows
 
     def _axes_of(
         self,
@@ -190,19 +197,45 @@ class UnitForward(CapturedForward):
         return self._output_axes[shape]
 
     def _verify(self, call: UnitCall, slots: list[Slot]) -> list[int | None]:
-        """The sample axis of each output; refuses a unit that is not its samples put together."""
-        with torch.no_grad(), deterministic(self.module), self.capture.paused():
-            whole = [t for t in tree_leaves(call.run(call.leaves)) if isinstance(t, torch.Tensor)]
-            plain = {id(p): p.expand(call.samples, *p.shape) for _, _, p in slots}
-            apart, _, _ = self._outputs(call, slots, plain)
-        axes = [_axis_between(a, w, self.axis) for a, w in zip(apart, whole, strict=True)]
-        if _APART in axes:
+        """The sample axis of each output; refuses a unit that is not its samples put together.
+
+        Outputs and the sum of the per-sample gradients are compared with an ordinary forward and
+        backward pass. Where vmap's gradient differs (``F.embedding`` with ``padding_idx``), the unit
+        runs as a loop.
+        """
+        axes, same_gradients = self._compare(call, slots)
+        if not same_gradients and self.loop_reason is None:
+            self.loop_reason = "the gradients of torch.func.vmap differ from autograd's"
+            axes, same_gradients = self._compare(call, slots)
+        if _APART in axes or not same_gradients:
             raise NotPerSample(
-                f"module {self.name!r} ({type(self.module).__name__}): its output for the batch is "
-                "not what it returns sample by sample, so it couples samples or has them on another "
-                "axis. Give it inputs with the sample axis first (batch_first=True), or freeze it"
+                f"module {self.name!r} ({type(self.module).__name__}): its output or its gradient "
+                "for the batch is not what its samples give one by one, so it couples samples or "
+                "has them on another axis. Give it inputs with the sample axis first "
+                "(batch_first=True), or freeze it"
             )
         return axes
+
+    def _compare(self, call: UnitCall, slots: list[Slot]) -> tuple[list[int | None], bool]:
+        """The sample axis of each output, and whether gradients add up to the ordinary one."""
+        plain = {id(p): p.detach().clone().requires_grad_() for _, _, p in slots}
+        own = {
+            key: p.detach().expand(call.samples, *p.shape).clone().requires_grad_()
+            for key, p in plain.items()
+        }
+        inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in call.leaves]
+        call = replace(call, leaves=inputs)
+        with torch.enable_grad(), deterministic(self.module), self.capture.paused():
+            with swapped((m, n, plain[id(p)]) for m, n, p in slots):
+                whole = [t for t in tree_leaves(call.run(call.leaves)) if torch.is_tensor(t)]
+            apart, _, _ = self._outputs(call, slots, own)
+            axes = [_axis_between(a, w, self.axis) for a, w in zip(apart, whole, strict=True)]
+            if _APART in axes:
+                return axes, True
+            merged = [_merge(t, axis) for t, axis in zip(apart, axes)]
+            expected = _gradients(whole, list(plain.values()))
+            actual = _gradients(merged, list(own.values()))
+        return axes, all(_same(a.sum(0), e) for a, e in zip(actual, expected))
 
     def _per_sample(self, parameter: nn.Parameter, samples: int) -> torch.Tensor:
         """[samples, *shape]: the parameter expanded; its gradient goes to the sink."""
@@ -242,7 +275,8 @@ class UnitForward(CapturedForward):
         if samples > 1 and self.loop_reason is None:
             try:
                 vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
-                return vectorised(parameters, inputs)
+                with _PaddingKept():
+                    return vectorised(parameters, inputs)
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 self.loop_reason = str(error).splitlines()[0]
         split = {key: value.unbind(0) for key, value in parameters.items()}
@@ -251,6 +285,23 @@ class UnitForward(CapturedForward):
             for b in range(samples)
         ]
         return [torch.stack(column) for column in zip(*rows)]
+
+
+class _PaddingKept(TorchFunctionMode):
+    """vmap forgets ``padding_idx``: positions that hold it must get no gradient."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        output = function(*args, **(kwargs or {}))
+        if function not in (F.embedding, torch.embedding):
+            return output
+        bound = inspect.signature(F.embedding).bind(*args, **(kwargs or {})).arguments
+        first, second = bound["input"], bound["weight"]
+        indices, table = (second, first) if first.is_floating_point() else (first, second)
+        padding_idx = bound.get("padding_idx")
+        if padding_idx is None or (padding_idx < 0 and function is torch.embedding):
+            return output
+        held = (indices == padding_idx % table.shape[0]).unsqueeze(-1)
+        return torch.where(held, output.detach(), output)
 
 
 #: no axis puts the samples' outputs together to the batch's output
@@ -276,6 +327,19 @@ def _axis_between(apart: torch.Tensor, whole: torch.Tensor, first: int) -> int |
         return _STACKED
     constant = all(_same(one, whole) for one in apart)
     return None if constant and not whole.is_floating_point() else _APART
+
+
+def _gradients(outputs: list[torch.Tensor], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of a fixed curved function of the outputs; zeros where there is none."""
+    curved = []
+    for t in outputs:
+        if t.requires_grad:
+            weight = torch.linspace(0.5, 1.5, t.numel(), device=t.device, dtype=t.dtype)
+            curved.append((weight.reshape(t.shape) * t + t.square() / 2).sum())
+    if not curved:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(sum(curved), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 _BATCH_FIRST: tuple[tuple[type[nn.Module], Callable[[Any], bool]], ...] = (
     (nn.MultiheadAttention, lambda m: m.batch_first),
@@ -48,7 +47,8 @@ def _attention(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int |
 def _recurrent(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int | None:
     if tensor.ndim != 3:
         raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} has no sample axis; give it a batched input"
+            f"{name} of shape {tuple(tensor.shape)} has no sample axis; give it a batched tensor "
+            "(a PackedSequence interleaves the steps of all samples: pass the padded tensor)"
         )
     return axis if name == "input" else 1
 
@@ -92,10 +92,6 @@ def sample_axes(
         if isinstance(module, kind) and type(module).forward is _base_forward(module, kind):
             bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
             named = dict(list(bound.arguments.items())[1:])
-            if any(isinstance(value, PackedSequence) for value in named.values()):
-                raise ValueError(
-                    "a PackedSequence interleaves the steps of all samples; pass the padded tensor"
-                )
             return named, lambda name, tensor: axis_of(module, name, tensor, axis)
     return None
 

@@ -50,7 +50,11 @@ def sentences(count: int) -> TensorDataset:
 
 
 def private(
-    model: nn.Module, dataset: TensorDataset, batch_size: int = 8, noise: float = 1.0, **kwargs: object
+    model: nn.Module,
+    dataset: TensorDataset,
+    batch_size: int = 8,
+    noise: float = 1.0,
+    **kwargs: object,
 ):
     engine = PrivacyEngine()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -392,7 +396,9 @@ def test_grad_samples_on_request() -> None:
     _, model, optimizer, _ = private(cnn(), images(16), materialize_grad_samples=True)
     x, y = images(4).tensors
     plain = copy.deepcopy(model.to_standard_module())
-    _, model, optimizer, _ = private(copy.deepcopy(plain), images(16), materialize_grad_samples=True)
+    _, model, optimizer, _ = private(
+        copy.deepcopy(plain), images(16), materialize_grad_samples=True
+    )
     nn.functional.cross_entropy(model(x), y).backward()
     nn.functional.cross_entropy(plain(x[1:2]), y[1:2]).backward()
     for p, q in zip(model.parameters(), plain.parameters()):

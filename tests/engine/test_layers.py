@@ -17,7 +17,9 @@ def squared_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Ten
     """A loss whose gradient depends on the output, mean over rows of axis 0."""
     output = model(batch[0])
     output = output[0] if isinstance(output, tuple) else output
-    weight = torch.linspace(0.5, 1.5, output[0].numel(), dtype=output.dtype).reshape(output[0].shape)
+    weight = torch.linspace(0.5, 1.5, output[0].numel(), dtype=output.dtype).reshape(
+        output[0].shape
+    )
     return (weight * (output - 0.3).square()).flatten(1).sum(1).mean()
 
 
@@ -180,8 +182,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "conv2d-asymmetric": (lambda: conv(2, 2, 3, (1, 4), padding=(0, 2)), values(4, 2, 5, 6)),
     "conv2d-same-even": (lambda: conv(2, 2, 3, (2, 4), padding="same"), values(4, 2, 5, 6)),
     "conv2d-valid": (lambda: conv(2, 2, 3, 3, padding="valid"), values(4, 2, 5, 6)),
-    "conv2d-circular": (lambda: conv(2, 2, 3, 3, padding=1, padding_mode="circular"), values(4, 2, 5, 6)),
-    "conv2d-reflect": (lambda: conv(2, 2, 3, 3, padding=2, padding_mode="reflect"), values(4, 2, 5, 6)),
+    "conv2d-circular": (
+        lambda: conv(2, 2, 3, 3, padding=1, padding_mode="circular"),
+        values(4, 2, 5, 6),
+    ),
+    "conv2d-reflect": (
+        lambda: conv(2, 2, 3, 3, padding=2, padding_mode="reflect"),
+        values(4, 2, 5, 6),
+    ),
     "conv2d-replicate": (
         lambda: conv(2, 2, 3, 3, padding=1, stride=2, padding_mode="replicate"),
         values(4, 2, 5, 6),
@@ -211,7 +219,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "prelu-channels": (lambda: nn.PReLU(3), values(4, 3, 5)),
     "inplace-relu": (
         lambda: nn.Sequential(
-            conv(2, 2, 3, 3), nn.InstanceNorm2d(3, affine=True), nn.ReLU(inplace=True), conv(2, 3, 2, 1)
+            conv(2, 2, 3, 3),
+            nn.InstanceNorm2d(3, affine=True),
+            nn.ReLU(inplace=True),
+            conv(2, 3, 2, 1),
         ),
         values(4, 2, 6, 6),
     ),
