@@ -183,9 +183,10 @@ def _show(rows: list[results.Row], before: dict[tuple[str, ...], results.Row]) -
         if row.status != "ok":
             console.print(f"{row.case}, {row.rival}: {row.status}", highlight=False, markup=False)
         earlier = before.get(row.key)
-        if row.rival == "ours" and earlier and earlier.ratio and row.ratio:
+        if row.rival == "ours" and earlier and earlier.best_ratio and row.best_ratio:
             console.print(
-                f"{row.case}: {row.ratio:.2f}, was {earlier.ratio:.2f} at {earlier.commit}",
+                f"{row.case}: {row.best_ratio:.2f}, was {earlier.best_ratio:.2f} "
+                f"at {earlier.commit}",
                 highlight=False,
             )
 

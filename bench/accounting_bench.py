@@ -3,7 +3,7 @@
     python bench/accounting_bench.py [--limit SECONDS] [--out bench/results/accounting.csv]
 
 Each question runs in a fresh process with a time limit and reports the epsilon of a given noise
-(the noise is our calibration to the nominal budget, so a perfect accountant answers the budget),
+(our calibration to the nominal budget, so an exact accountant answers the budget less 0.05 %),
 the seconds of the call without imports, and the peak memory of the process. A rerun replaces the
 file: one row a question and accountant, with device, versions and commit.
 """
@@ -32,7 +32,7 @@ COLUMNS = (
     "noise_multiplier",
     "accountant",
     "epsilon",
-    "over_exact",
+    "over_nominal",
     "seconds",
     "peak_mib",
     "outcome",
@@ -138,7 +138,7 @@ def main() -> None:
                     "nominal_epsilon": nominal,
                     "accountant": accountant,
                     "noise_multiplier": f"{sigma:.8g}",
-                    "over_exact": over,
+                    "over_nominal": over,
                 }
                 for name in ("seconds", "peak_mib"):
                     if row.get(name) is not None:

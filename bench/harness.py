@@ -58,7 +58,7 @@ def measure(
         if trainer is not None:
             ready[rival.name] = trainer
         _collect(device)
-    rows |= _timed(rows, ready, device, plan, report)
+    rows |= _timed(rows, ready, timing.clock_for(device), plan, report)
     if plan.memory:
         private = Privacy(truth.max_grad_norm, _NOISE_MULTIPLIER)
         admitted = [rival for rival in rivals if rival.name in ready]
@@ -102,7 +102,7 @@ def _admit(workload: Workload, rival: Rival, truth: gate.Truth) -> tuple[Row, Tr
 def _timed(
     rows: dict[str, Row],
     ready: dict[str, Trainer],
-    device: torch.device,
+    clock: timing.Clock,
     plan: Plan,
     report: Report,
 ) -> dict[str, Row]:
@@ -110,7 +110,7 @@ def _timed(
     report("warm-up", 0.25)
     rounds = timing.interleave(
         ready,
-        timing.clock_for(device),
+        clock,
         seconds=plan.seconds,
         least=plan.least,
         most=plan.most,
@@ -121,20 +121,28 @@ def _timed(
     base = samples["ordinary"]
     timed = {}
     for name, own in samples.items():
-        milliseconds = timing.Spread.of([1e3 * t for t in own.wall.values()])
+        wall = timing.Spread.of([1e3 * t for t in own.wall.values()])
         ratio = timing.ratios(own.wall, base.wall)
-        on_cpu = device.type == "cpu"
-        timed[name] = replace(
+        row = replace(
             rows[name],
-            ms=milliseconds.median,
-            ms_p20=milliseconds.p20,
-            ms_p80=milliseconds.p80,
+            ms=wall.median,
+            ms_p20=wall.p20,
+            ms_p80=wall.p80,
             ratio=ratio.median,
             ratio_p20=ratio.p20,
             ratio_p80=ratio.p80,
-            processor_ratio=timing.ratios(own.processor, base.processor).median if on_cpu else None,
             rounds=len(own.wall),
         )
+        if own.processor:
+            ratio = timing.ratios(own.processor, base.processor)
+            row = replace(
+                row,
+                processor_ms=1e3 * timing.Spread.of(list(own.processor.values())).median,
+                processor_ratio=ratio.median,
+                processor_p20=ratio.p20,
+                processor_p80=ratio.p80,
+            )
+        timed[name] = row
     return timed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import time
 import warnings
@@ -21,6 +22,10 @@ _SECONDS = 5.0
 _MEGA = 1e6
 _STATUS = Path("/proc/self/status")
 _TIMEOUT_S = 300
+#: blocks from this size on go back to the system when freed, so that the resident set is what is
+#: in use and not how the heap happened to fragment (mallopt of the GNU C library)
+_RETURNED_FROM = 1 << 20
+_M_MMAP_THRESHOLD = -3
 
 
 def on_cpu(case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int) -> float | None:
@@ -58,6 +63,9 @@ def on_gpu(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _measure(sender, case: str, rival: str, privacy: Privacy, threads: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _RETURNED_FROM)
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     device = torch.device("cpu")

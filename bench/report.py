@@ -47,7 +47,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         shown = [r for r in _COLUMNS if any((n, r.name) in by_key for n in names)]
         height = 0.8 / max(len(shown), 1)
         for axis, value, label in zip(
-            axes, ("ratio", "memory_ratio"), ("time", "peak memory growth"), strict=True
+            axes, ("best_ratio", "memory_ratio"), ("time", "peak memory growth"), strict=True
         ):
             for index, rival in enumerate(shown):
                 own = [(i, by_key.get((name, rival.name))) for i, name in enumerate(names)]
@@ -110,12 +110,14 @@ def _table(group: list[Row]) -> str:
 
 def _caption(group: list[Row]) -> str:
     first = group[0]
-    where = f"{first.threads} thread(s) of {first.cpu}" if first.device == "cpu" else first.device
+    on_cpu = first.device == "cpu"
+    where = f"{first.threads} thread(s) of {first.cpu}" if on_cpu else first.device
+    time = "Processor time" if any(row.by_processor for row in group) else "Time"
     dates = sorted({row.date for row in group})
     commits = sorted({row.commit for row in group})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
-        f"Time / peak memory growth of a DP step over those of the ordinary step: {where}, "
+        f"{time} / peak memory growth of a DP step over those of the ordinary step: {where}, "
         f"torch {first.torch}, {span}, commit {', '.join(commits)}."
     )
 
@@ -130,11 +132,11 @@ def _notes(group: list[Row]) -> str:
 
 
 def _cell(row: Row | None) -> str:
-    if row is None or row.status != "ok" or row.ratio is None:
+    if row is None or row.status != "ok" or row.best_ratio is None:
         return "–"
     memory = "" if row.memory_ratio is None else f" / {row.memory_ratio:.2f}"
-    return f"{row.ratio:.2f}{memory}"
+    return f"{row.best_ratio:.2f}{memory}"
 
 
 def _milliseconds(row: Row | None) -> str:
-    return "–" if row is None or row.ms is None else f"{row.ms:.3g} ms"
+    return "–" if row is None or row.best_ms is None else f"{row.best_ms:.0f} ms"

@@ -57,7 +57,7 @@ class Row:
         ms: median wall time of a step; ``ms_p20`` and ``ms_p80`` its 20th and 80th percentile.
         ratio: median over rounds of this step's time over the ordinary step's in the same round.
         processor_ratio: the same in processor time, which other work on the machine distorts
-            less; empty on a GPU.
+            less; empty on a GPU. Likewise ``processor_ms``, ``processor_p20``, ``processor_p80``.
         memory_mb: peak growth during the step, MB (1e6 bytes).
         memory_ratio: over the ordinary step's.
         load: running processes per core (load average) when the case began.
@@ -78,7 +78,10 @@ class Row:
     ratio: float | None = None
     ratio_p20: float | None = None
     ratio_p80: float | None = None
+    processor_ms: float | None = None
     processor_ratio: float | None = None
+    processor_p20: float | None = None
+    processor_p80: float | None = None
     rounds: int = 0
     memory_mb: float | None = None
     memory_ratio: float | None = None
@@ -91,6 +94,21 @@ class Row:
     torch: str = ""
     commit: str = ""
     date: str = ""
+
+    @property
+    def best_ratio(self) -> float | None:
+        """What tables show: processor time on one thread of the CPU, else wall time."""
+        return self.processor_ratio if self.by_processor else self.ratio
+
+    @property
+    def best_ms(self) -> float | None:
+        """Likewise, milliseconds."""
+        return self.processor_ms if self.by_processor else self.ms
+
+    @property
+    def by_processor(self) -> bool:
+        """Whether tables show processor time; that of several threads would hide their waiting."""
+        return self.threads == 1 and self.processor_ratio is not None
 
     @property
     def key(self) -> tuple[str, ...]:

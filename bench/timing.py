@@ -16,12 +16,22 @@ _WARM_UP_STEPS = 3
 _WARM_UP_SECONDS = 1.0
 
 
+#: runs a step and returns its wall time and processor time, seconds; the latter None on a GPU
+Clock = Callable[[Callable[[], None]], tuple[float, float | None]]
+
+
 @dataclass
 class Samples:
     """Times of one rival, seconds, by round."""
 
     wall: dict[int, float] = field(default_factory=dict)
     processor: dict[int, float] = field(default_factory=dict)
+
+    def add(self, index: int, wall: float, processor: float | None) -> None:
+        """The times of round `index`."""
+        self.wall[index] = wall
+        if processor is not None:
+            self.processor[index] = processor
 
 
 @dataclass(frozen=True)
@@ -46,10 +56,10 @@ def ratios(times: Mapping[int, float], base: Mapping[int, float]) -> Spread:
     return Spread.of([t / base[i] for i, t in times.items() if i in base])
 
 
-class WallClock:
+class HostClock:
     """Wall and processor time of a step on the CPU."""
 
-    def __call__(self, step: Callable[[], None]) -> tuple[float, float]:
+    def __call__(self, step: Callable[[], None]) -> tuple[float, float | None]:
         wall, processor = time.perf_counter(), time.process_time()
         step()
         return time.perf_counter() - wall, time.process_time() - processor
@@ -63,7 +73,7 @@ class DeviceClock:
         self._flush = torch.empty(max(size, 1 << 26), dtype=torch.int8, device=device)
         self._device = device
 
-    def __call__(self, step: Callable[[], None]) -> tuple[float, float]:
+    def __call__(self, step: Callable[[], None]) -> tuple[float, float | None]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self._device)
         self._flush.zero_()
@@ -71,17 +81,17 @@ class DeviceClock:
         step()
         end.record()
         torch.cuda.synchronize(self._device)
-        return start.elapsed_time(end) / 1e3, 0.0
+        return start.elapsed_time(end) / 1e3, None
 
 
-def clock_for(device: torch.device) -> WallClock | DeviceClock:
+def clock_for(device: torch.device) -> Clock:
     """The clock of this device."""
-    return DeviceClock(device) if device.type == "cuda" else WallClock()
+    return DeviceClock(device) if device.type == "cuda" else HostClock()
 
 
 def interleave(
     steps: Mapping[str, Callable[[], None]],
-    clock: Callable[[Callable[[], None]], tuple[float, float]],
+    clock: Clock,
     *,
     seconds: float,
     least: int,
@@ -108,9 +118,7 @@ def interleave(
             names = [n for n in names if statistics.median(samples[n].wall.values()) <= limit]
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            wall, processor = clock(steps[name])
-            samples[name].wall[index] = wall
-            samples[name].processor[index] = processor
+            samples[name].add(index, *clock(steps[name]))
         yield samples
 
 

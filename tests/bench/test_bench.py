@@ -113,8 +113,8 @@ def test_rounds_are_interleaved_and_slow_ones_stop_early() -> None:
     order: list[str] = []
     times = {"ordinary": 1.0, "close": 1.5, "slow": 9.0}
 
-    def clock(step) -> tuple[float, float]:
-        return times[step()], 0.0
+    def clock(step) -> tuple[float, None]:
+        return times[step()], None
 
     steps = {name: partial(lambda n: order.append(n) or n, name) for name in times}
     samples = list(timing.interleave(steps, clock, seconds=9.0, least=3, most=5))[-1]
@@ -150,7 +150,7 @@ def test_the_readme_gets_the_table_between_its_markers(tmp_path: Path) -> None:
     text = readme.read_text()
     assert text.startswith("above\n")
     assert text.endswith(f"{report.END}\nbelow\n")
-    assert "| 12.3 ms | 1.04 / 1.10 | – |" in text
+    assert "| 12 ms | 1.04 / 1.10 | – |" in text
     assert "old" not in text
     assert "GPU: not yet measured." in text
 
