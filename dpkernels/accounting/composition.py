@@ -18,7 +18,7 @@ from scipy.special import logsumexp, ndtri_exp
 
 from dpkernels.accounting.losses import Array, StepLaw
 
-MAX_CELLS = 1 << 22
+MAX_CELLS = 1 << 20
 _UNIT = 2.3e-16
 
 
@@ -191,7 +191,7 @@ class Composition:
             spacing: grid step wished for; it grows where the grid would exceed MAX_CELLS.
         """
         tilt = window.tilt
-        spacing = max(spacing, window.width / (MAX_CELLS // 2), 4 * self._widest / MAX_CELLS)
+        spacing = max(spacing, window.width / MAX_CELLS, 2 * self._widest / MAX_CELLS)
         steps = [
             _TiltedStep(law.phase.steps, *self._discretise(law, spacing), tilt, spacing)
             for law in self.laws

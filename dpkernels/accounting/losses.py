@@ -81,7 +81,7 @@ class StepLaw(ABC):
         """Quadrature of the step under the mixture over `support`: losses and log weights."""
         points, weights = _legendre(256)
         low, high = self.support(cut)
-        panels = np.linspace(low, high, 2 + math.ceil(self.shift / (2 * cut)))
+        panels = np.linspace(low, high, 2 + min(40, math.ceil(self.shift / (2 * cut))))
         half = (panels[1] - panels[0]) / 2
         x = (panels[:-1, None] + half * (1 + points)).ravel()
         ratio = self.joined_log_ratio(x)
