@@ -160,15 +160,16 @@ def kernel_names() -> list[str]:
 def rows() -> Iterator[Resources]:
     """All cases on all architectures; a launch that several cases share is compiled once."""
     seen = set()
-    for case, call in aot_cases.CASES.items():
-        for launch in record(MODULES, call):
-            kernel, args, options = launch
-            key = (kernel.__name__, specialised(kernel, args, options).hash(), str(options))
-            if key in seen:
-                continue
-            seen.add(key)
-            for architecture in ARCHITECTURES:
-                yield compiled(case, launch, architecture)
+    for cases, architectures in ((aot_cases.CASES, ARCHITECTURES), (aot_cases.SIZES_OF_ONE, (90,))):
+        for case, call in cases.items():
+            for launch in record(MODULES, call):
+                kernel, args, options = launch
+                key = (kernel.__name__, specialised(kernel, args, options).hash(), str(options))
+                if key in seen:
+                    continue
+                seen.add(key)
+                for architecture in architectures:
+                    yield compiled(case, launch, architecture)
 
 
 if __name__ == "__main__":

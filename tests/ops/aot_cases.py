@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from dpkernels.ops import triton_support
 from dpkernels.ops.affine import triton as affine
 from dpkernels.ops.clip import triton as clip
 from dpkernels.ops.conv import triton as conv
@@ -120,6 +121,9 @@ CASES: dict[str, Callable[[], object]] = {
         tensor(8, 2048, dtype=_FULL),
         tensor(8, 2048, dtype=_FULL),
     ),
+    "statistics, bf16": functools.partial(
+        affine.normalization_statistics, tensor(8, 32, 1 << 18), 8, 1e-5
+    ),
     "bias, fp32": functools.partial(affine.bias_grad_sample, tensor(8, 32, 1 << 18, dtype=_FULL)),
     "embedding norm, bf16": functools.partial(
         embedding.embedding_norm_sq, _TOKENS, tensor(8, 2048, 1024), -1
@@ -128,3 +132,35 @@ CASES: dict[str, Callable[[], object]] = {
         embedding.embedding_clipped_grad, _TOKENS, tensor(8, 2048, 1024), _FACTOR, 50257, -1
     ),
 }
+
+_POINT = Geometry((1, 1, 1), (1,), (0,), (1,), 1)
+_ONE = tensor(1, dtype=_FULL)
+_ONES = tensor(1, 1, 1), tensor(1, 1, 1)
+_STATISTICS = tensor(1, 1, dtype=_FULL), tensor(1, 1, dtype=_FULL)
+_INDEX = tensor(1, 1, dtype=torch.int64)
+
+SIZES_OF_ONE: dict[str, Callable[[], object]] = {
+    "outer": functools.partial(linear.outer_norm_sq, *_ONES),
+    "gram": functools.partial(linear.gram_norm_sq, *_ONES),
+    "gradient": functools.partial(linear.grad_sample_and_norm_sq, *_ONES),
+    "rows": functools.partial(linear.linear_clipped_grad, *_ONES, _ONE),
+    "combine": functools.partial(triton_support.combine, tensor(1, 1, 1, dtype=_FULL), True, True),
+    "noise": functools.partial(noise.gaussian_noise_, _ONE, 1.0, _KEY, 0),
+    "words": functools.partial(noise.chacha20_blocks_, tensor(1, 16, dtype=torch.int32), _KEY, 0),
+    "normals": functools.partial(noise.standard_normals, tensor(1, 16, dtype=torch.int32)),
+    "factor": functools.partial(clip.clip_factor, _ONE, 1.0),
+    "finish": functools.partial(
+        clip.finish_grad_, _ONE, tensor(1, 1), _ONE, 1.0, 1.0, _KEY, 0, True
+    ),
+    "conv gradient": functools.partial(conv.grad_sample_and_norm_sq, *_ONES, _POINT),
+    "conv clipped": functools.partial(conv.conv_clipped_grad, *_ONES, _ONE, *_geometry(_POINT)),
+    "conv gram": functools.partial(conv.channel_gram_norm_sq, *_ONES, _POINT),
+    "group norm": functools.partial(affine.normalization_grad_sample, *_ONES, *_STATISTICS),
+    "layer norm": functools.partial(affine.normalization_last_grad_sample, *_ONES, *_STATISTICS),
+    "statistics": functools.partial(affine.normalization_statistics, _ONES[0], 1, 1e-5),
+    "embedding norm": functools.partial(embedding.embedding_norm_sq, _INDEX, _ONES[0], -1),
+    "embedding clipped": functools.partial(
+        embedding.embedding_clipped_grad, _INDEX, _ONES[0], _ONE, 1, 0
+    ),
+}
+"""Triton compiles an argument that is 1 into the kernel, where it is no tensor any more."""

@@ -90,6 +90,20 @@ def test_any_memory_layout(layout: str) -> None:
         check(op, args)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("name", SHAPES)
+def test_statistics(name: str, offset: float) -> None:
+    """Also where the mean is a thousand standard deviations: the variance must not cancel."""
+    groups = SHAPES[name][3]
+    input = draw(name, torch.float32)["input"] + offset
+    with ops.use_backend("reference"):
+        exact = ops.normalization_statistics(input.double(), groups, 1e-5)
+    (moved,) = on_device(input)
+    with ops.use_backend("triton"):
+        actual = ops.normalization_statistics(moved, groups, 1e-5)
+    torch.testing.assert_close(actual.cpu().double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def test_a_bad_sample_stays_alone() -> None:
     drawn = draw("odd", torch.float32)
     drawn["input"][0, 0, 0] = torch.nan

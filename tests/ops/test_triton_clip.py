@@ -20,7 +20,7 @@ pytestmark = MARKS
 @pytest.fixture(autouse=True)
 def few_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs for a handful of elements."""
-    monkeypatch.setattr(clip, "LANES", 4)
+    monkeypatch.setattr(clip, "LANES", 8)
     monkeypatch.setattr(clip, "FACTOR_BLOCK", 16)
 
 
@@ -117,7 +117,7 @@ def test_strides_change_nothing(key: torch.Tensor) -> None:
 
 
 def test_same_bits_twice(key: torch.Tensor) -> None:
-    out, samples, factor = on_device(*draw((40,), 3, (torch.float32, torch.float32)))
+    out, samples, factor = on_device(*draw((70,), 3, (torch.float32, torch.float32)))
     twin = out.clone()
     with ops.use_backend("triton"):
         finish_grad_(out, samples, factor, 0.5, 1.0, key, 3, True)

@@ -23,6 +23,7 @@ __all__ = [
     "bias_last_grad_sample",
     "normalization_grad_sample",
     "normalization_last_grad_sample",
+    "normalization_statistics",
     "unavailable",
 ]
 
@@ -32,7 +33,7 @@ _NO_KEY = torch.zeros(4, dtype=torch.int64)
 
 
 @triton.jit
-def reduce_kernel(
+def affine_reduce_kernel(
     values, grads, mean, rstd, out, batch, channels, positions, chunks, chunk,
     v_sample, v_channel, v_position, g_sample, g_channel, g_position,
     m_sample, m_unit, r_sample, r_unit, unit,
@@ -83,16 +84,40 @@ def reduce_kernel(
                 spread = tl.load(rstd + at * r_unit, mask=at < last, other=0.0).to(tl.float32)
                 value = (value - centre[None, :]) * spread[None, :]
             scale += value * grad
-    out += place * channels + channel
     if SCALE:
         total = tl.sum(scale, axis=1)
         if CHANNEL_STATISTICS:
             spread = tl.load(rstd + channel // unit * r_unit, mask=exists, other=0.0)
             total *= spread.to(tl.float32)
-        tl.store(out, total, mask=exists)
-        out += batch.to(tl.int64) * chunks * channels
+        tl.store(out + place * channels + channel, total, mask=exists)
+        place += batch * chunks
     if SHIFT:
-        tl.store(out, tl.sum(shift, axis=1), mask=exists)
+        tl.store(out + place * channels + channel, tl.sum(shift, axis=1), mask=exists)
+
+
+@triton.jit
+def moments_kernel(
+    input, out, rows, groups, unit, positions, count, chunks, chunk,
+    i_sample, i_channel, i_position, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[sum or square, row, chunk] of one group's deviations from its first element."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    first = tl.program_id(0) % chunks * chunk
+    last = tl.minimum(first + chunk, count)
+    base = input + row // groups * i_sample + row % groups * unit * i_channel
+    pivot = tl.load(base).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        place = at // positions * i_channel + at % positions * i_position
+        value = tl.load(base + place, mask=at < last, other=0.0).to(tl.float32)
+        value = tl.where(at < last, value - pivot, 0.0)
+        total += value
+        square += value * value
+    slot = row * chunks + tl.program_id(0) % chunks
+    tl.store(out + slot, tl.sum(total))
+    tl.store(out + slot + rows * chunks, tl.sum(square))
 
 
 def why_not_affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> str | None:
@@ -127,6 +152,11 @@ def why_not_normalization_grad_sample(
 
 
 why_not_normalization_last_grad_sample = why_not_normalization_grad_sample
+
+
+def why_not_normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> str | None:
+    """Why this operand is not for Triton."""
+    return support.why_not(input)
 
 
 def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
@@ -167,6 +197,27 @@ def normalization_last_grad_sample(
     return support.combine(partials)[0].view(2, input.shape[0], input.shape[2])
 
 
+def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """See the contract. Deviations from a group's first element: no cancellation of large means."""
+    batch, channels, positions = input.shape
+    unit = channels // groups
+    count, rows = unit * positions, batch * groups
+    if count == 0:
+        return torch.full((2, batch, groups), torch.nan, device=input.device)
+    chunks, chunk = support.split_factor(count, groups)
+    partials = torch.empty((2 * rows, chunks, 1), dtype=torch.float32, device=input.device)
+    if rows:
+        with torch.cuda.device_of(input):
+            moments_kernel[(rows * chunks,)](
+                input.detach(), partials, rows, groups, unit, positions, count, chunks, chunk,
+                *input.stride(), BLOCK=support.power_of_two(chunk, TILE_ELEMENTS // 2, 1),
+            )  # fmt: skip
+    moments = support.combine(partials)[0].view(2, batch, groups) / count
+    pivot = input.detach()[:, ::unit, 0].float()
+    variance = (moments[1] - moments[0].square()).clamp(min=0)
+    return torch.stack([pivot + moments[0], (variance + eps).rsqrt()])
+
+
 def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     partials = _partials(normalized, grad_output, shift=False)
@@ -190,7 +241,7 @@ def _partials(
     statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
     unit: int | None = None,
 ) -> torch.Tensor:
-    """Run `reduce_kernel` on [B, C, T] operands of any strides.
+    """Run `affine_reduce_kernel` on [B, C, T] operands of any strides.
 
     Args:
         values: what the scale multiplies before normalisation; None for a shift alone.
@@ -214,7 +265,7 @@ def _partials(
     mean, rstd = (grad_output, grad_output) if statistics is None else statistics
     held = grad_output if values is None else values
     with torch.cuda.device_of(out):
-        reduce_kernel[(batch * chunks * triton.cdiv(channels, wide),)](
+        affine_reduce_kernel[(batch * chunks * triton.cdiv(channels, wide),)](
             held.detach(), grad_output.detach(), mean.detach(), rstd.detach(), out,
             batch, channels, positions, chunks, chunk,
             *held.stride(), *grad_output.stride(), *mean.stride()[:2], *rstd.stride()[:2],

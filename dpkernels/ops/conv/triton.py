@@ -30,7 +30,7 @@ GRADIENT = {2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
 
 
 @triton.jit
-def gradient_kernel(
+def conv_gradient_kernel(
     input, grads, factor, out, squares, jobs, slots, chunks, chunk,
     positions, out_h, out_w, in_d, in_h, in_w, channels_in, channels_out, groups,
     i_sample, i_channel, i_d, i_h, i_w,
@@ -267,7 +267,7 @@ def _gradient(
     store: bool,
     square: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `gradient_kernel`: ([slots, weights], squares [slots, tiles]), empty if unwanted."""
+    """Run the gradient kernel: ([slots, weights], squares [slots, tiles]), empty if unwanted."""
     input, grad_output, geometry = _volumes(input, grad_output, geometry)
     channels_in, channels_out = geometry.channels
     columns = geometry.weights // (channels_out * geometry.groups)
@@ -278,7 +278,7 @@ def _gradient(
     out = _empty(input, *((slots, geometry.weights) if store else (0,)))
     squares = _empty(input, *((slots, tiles) if square else (0, 0)))
     with torch.cuda.device_of(input):
-        gradient_kernel[(slots * tiles,)](
+        conv_gradient_kernel[(slots * tiles,)](
             input.detach(), grad_output.detach(), out if factor is None else factor, out, squares,
             input.shape[0] * chunks, slots, chunks, chunk,
             grad_output.shape[2:].numel(), *grad_output.shape[3:], *input.shape[2:],

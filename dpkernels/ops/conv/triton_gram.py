@@ -67,7 +67,7 @@ def _gram(
 
 
 @triton.jit
-def channel_gram_kernel(
+def conv_channel_gram_kernel(
     input, gram, pairs, groups, positions, size_h, size_w, channels,
     i_sample, i_channel, i_d, i_h, i_w,
     TILE: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -100,7 +100,7 @@ def _seen(at, size_h, size_w, in_d, in_h, in_w, stride_d, stride_h, stride_w, kd
 
 
 @triton.jit
-def box_norm_kernel(
+def conv_box_norm_kernel(
     grads, gram, partials, pairs, groups, positions, out_h, out_w, in_d, in_h, in_w, channels,
     g_sample, g_channel, g_d, g_h, g_w,
     stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
@@ -182,7 +182,7 @@ def _norm_sq(
     side = support.power_of_two(inputs, TILE)
     pairs = _pairs(inputs, side)
     with torch.cuda.device_of(input):
-        channel_gram_kernel[(batch * groups * pairs,)](
+        conv_channel_gram_kernel[(batch * groups * pairs,)](
             input.detach(), gram, pairs, groups, inputs, *input.shape[3:], channels_in,
             *input.stride(),
             TILE=side, DEPTH=DEPTH, DTYPE=support.common_dtype(input), PRECISION=precision,
@@ -191,7 +191,7 @@ def _norm_sq(
         side = support.power_of_two(positions, TILE)
         pairs = _pairs(positions, side)
         partials = gram.new_empty((batch, groups * pairs))
-        box_norm_kernel[(batch * groups * pairs,)](
+        conv_box_norm_kernel[(batch * groups * pairs,)](
             grad_output.detach(), gram, partials, pairs, groups, positions,
             *grad_output.shape[3:], *input.shape[2:], channels_out,
             *grad_output.stride(),

@@ -37,18 +37,9 @@ OUTER_BLOCK = 1024
 
 @triton.jit
 def _tile_gram(
-    base,
-    rows,
-    columns,
-    positions,
-    features,
-    step,
-    feature,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    base, rows, columns, positions, features, step, feature, TILE: tl.constexpr,
+    DEPTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """<x_t, x_s> for t in rows and s in columns: [TILE, TILE] float32."""
     gram = tl.zeros([TILE, TILE], tl.float32)
     for start in range(0, features, DEPTH):
@@ -68,26 +59,11 @@ def _tile_gram(
 
 
 @triton.jit
-def gram_kernel(
-    activations,
-    grads,
-    partials,
-    positions,
-    features_in,
-    features_out,
-    a_sample,
-    a_step,
-    a_feature,
-    g_sample,
-    g_step,
-    g_feature,
-    pairs,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    A_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def linear_gram_kernel(
+    activations, grads, partials, positions, features_in, features_out, a_sample, a_step,
+    a_feature, g_sample, g_step, g_feature, pairs, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    A_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """partials[sample, pair] = the share of one pair of tiles t <= s in the squared norm."""
     sample = (tl.program_id(0) // pairs).to(tl.int64)
     pair = tl.program_id(0) % pairs
@@ -122,18 +98,10 @@ def _square_sum(base, features, feature, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def outer_norm_kernel(
-    activations,
-    grads,
-    out,
-    features_in,
-    features_out,
-    a_sample,
-    a_feature,
-    g_sample,
-    g_feature,
+def linear_outer_norm_kernel(
+    activations, grads, out, features_in, features_out, a_sample, a_feature, g_sample, g_feature,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One position: |A|^2 |G|^2."""
     sample = tl.program_id(0).to(tl.int64)
     left = _square_sum(activations + sample * a_sample, features_in, a_feature, BLOCK)
@@ -142,34 +110,12 @@ def outer_norm_kernel(
 
 
 @triton.jit
-def gradient_kernel(
-    activations,
-    grads,
-    factor,
-    out,
-    squares,
-    jobs,
-    slots,
-    chunks,
-    chunk,
-    positions,
-    features_in,
-    features_out,
-    a_sample,
-    a_step,
-    a_feature,
-    g_sample,
-    g_step,
-    g_feature,
-    WEIGHTED: tl.constexpr,
-    STORE: tl.constexpr,
-    SQUARE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def linear_gradient_kernel(
+    activations, grads, factor, out, squares, jobs, slots, chunks, chunk, positions, features_in,
+    features_out, a_sample, a_step, a_feature, g_sample, g_step, g_feature,
+    WEIGHTED: tl.constexpr, STORE: tl.constexpr, SQUARE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """out[slot] = the sum of its jobs; a job is one chunk of one sample's positions.
 
     Slots are jobs for per-sample gradients. A clipped sum has fewer: slot, slot + slots, ...
@@ -210,9 +156,8 @@ def gradient_kernel(
                 )
             total += weight * gradient
     if STORE:
-        weights = features_out.to(tl.int64) * features_in
         tl.store(
-            out + slot * weights + row[:, None] * features_in + column[None, :],
+            out + slot * features_out * features_in + row[:, None] * features_in + column[None, :],
             total,
             mask=(row < features_out)[:, None] & (column < features_in)[None, :],
         )
@@ -221,27 +166,11 @@ def gradient_kernel(
 
 
 @triton.jit
-def rows_kernel(
-    activations,
-    grads,
-    factor,
-    out,
-    length,
-    chunk,
-    positions,
-    features_in,
-    features_out,
-    a_sample,
-    a_step,
-    a_feature,
-    g_sample,
-    g_step,
-    g_feature,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def linear_rows_kernel(
+    activations, grads, factor, out, length, chunk, positions, features_in, features_out,
+    a_sample, a_step, a_feature, g_sample, g_step, g_feature, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Clipped sum over short samples: out[slot] over `chunk` of all samples' positions.
 
     The factor multiplies in float32, and so do the matrix products.
@@ -315,18 +244,11 @@ def outer_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch
     batch, _, features_in = activations.shape
     out = _empty(activations, batch)
     with torch.cuda.device_of(activations):
-        outer_norm_kernel[(batch,)](
-            activations.detach(),
-            grad_output.detach(),
-            out,
-            features_in,
-            grad_output.shape[2],
-            activations.stride(0),
-            activations.stride(2),
-            grad_output.stride(0),
-            grad_output.stride(2),
-            BLOCK=OUTER_BLOCK,
-        )
+        linear_outer_norm_kernel[(batch,)](
+            activations.detach(), grad_output.detach(), out, features_in, grad_output.shape[2],
+            activations.stride(0), activations.stride(2), grad_output.stride(0),
+            grad_output.stride(2), BLOCK=OUTER_BLOCK,
+        )  # fmt: skip
     return out
 
 
@@ -339,24 +261,13 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
     pairs = count * (count + 1) // 2
     partials = _empty(activations, batch, pairs)
     with torch.cuda.device_of(activations):
-        gram_kernel[(batch * pairs,)](
-            activations.detach(),
-            grad_output.detach(),
-            partials,
-            positions,
-            features_in,
-            grad_output.shape[2],
-            *activations.stride(),
-            *grad_output.stride(),
-            pairs,
-            TILE=side,
-            DEPTH=tile.depth,
-            A_DTYPE=support.common_dtype(activations),
-            G_DTYPE=support.common_dtype(grad_output),
-            PRECISION=_precision(),
-            num_warps=tile.warps if side == tile.rows else 4,
-            num_stages=tile.stages,
-        )
+        linear_gram_kernel[(batch * pairs,)](
+            activations.detach(), grad_output.detach(), partials, positions, features_in,
+            grad_output.shape[2], *activations.stride(), *grad_output.stride(), pairs, TILE=side,
+            DEPTH=tile.depth, A_DTYPE=support.common_dtype(activations),
+            G_DTYPE=support.common_dtype(grad_output), PRECISION=_precision(),
+            num_warps=tile.warps if side == tile.rows else 4, num_stages=tile.stages,
+        )  # fmt: skip
     return support.sum_rows(partials)
 
 
@@ -429,7 +340,7 @@ def _gradient(
     store: bool,
     square: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `gradient_kernel`: ([slots, O, I], squares [slots, tiles]), empty what is not wanted."""
+    """Run the gradient kernel: ([slots, O, I], squares [slots, tiles]), empty if unwanted."""
     batch, positions, features_in = activations.shape
     features_out = grad_output.shape[2]
     tile = GRADIENT[max(activations.element_size(), grad_output.element_size())]
@@ -439,39 +350,23 @@ def _gradient(
     out = _empty(activations, *((slots, features_out, features_in) if store else (0,)))
     squares = _empty(activations, *((slots, tiles) if square else (0, 0)))
     with torch.cuda.device_of(activations):
-        gradient_kernel[(slots * tiles,)](
-            activations.detach(),
-            grad_output.detach(),
-            out if factor is None else factor,
-            out,
-            squares,
-            batch * chunks,
-            slots,
-            chunks,
-            chunk,
-            positions,
-            features_in,
-            features_out,
-            *activations.stride(),
-            *grad_output.stride(),
-            WEIGHTED=factor is not None,
-            STORE=store,
-            SQUARE=square,
-            ROWS=rows,
-            COLUMNS=columns,
+        linear_gradient_kernel[(slots * tiles,)](
+            activations.detach(), grad_output.detach(), out if factor is None else factor, out,
+            squares, batch * chunks, slots, chunks, chunk, positions, features_in, features_out,
+            *activations.stride(), *grad_output.stride(), WEIGHTED=factor is not None,
+            STORE=store, SQUARE=square, ROWS=rows, COLUMNS=columns,
             DEPTH=support.power_of_two(chunk, tile.depth),
-            DTYPE=support.common_dtype(activations, grad_output),
-            PRECISION=_precision(),
+            DTYPE=support.common_dtype(activations, grad_output), PRECISION=_precision(),
             num_warps=tile.warps if rows * columns == tile.rows * tile.columns else 4,
             num_stages=tile.stages,
-        )
+        )  # fmt: skip
     return out, squares
 
 
 def _short_rows(
     activations: torch.Tensor, grad_output: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
-    """Run `rows_kernel`: [slots, O, I]."""
+    """Run `linear_rows_kernel`: [slots, O, I]."""
     batch, positions, features_in = activations.shape
     features_out = grad_output.shape[2]
     length = batch * positions
@@ -481,25 +376,12 @@ def _short_rows(
     tiles = triton.cdiv(features_out, rows) * triton.cdiv(features_in, columns)
     out = _empty(activations, slots, features_out, features_in)
     with torch.cuda.device_of(activations):
-        rows_kernel[(slots * tiles,)](
-            activations.detach(),
-            grad_output.detach(),
-            factor,
-            out,
-            length,
-            chunk,
-            positions,
-            features_in,
-            features_out,
-            *activations.stride(),
-            *grad_output.stride(),
-            ROWS=rows,
-            COLUMNS=columns,
-            DEPTH=ROWS.depth,
-            PRECISION=_precision(),
-            num_warps=ROWS.warps,
+        linear_rows_kernel[(slots * tiles,)](
+            activations.detach(), grad_output.detach(), factor, out, length, chunk, positions,
+            features_in, features_out, *activations.stride(), *grad_output.stride(), ROWS=rows,
+            COLUMNS=columns, DEPTH=ROWS.depth, PRECISION=_precision(), num_warps=ROWS.warps,
             num_stages=ROWS.stages,
-        )
+        )  # fmt: skip
     return out
 
 

@@ -209,7 +209,7 @@ def normals_kernel(words, out, blocks, LANES: tl.constexpr):
         _load_word(words, row, blocks, 14), _load_word(words, row, blocks, 15),
     )  # fmt: skip
     at = first * 8 + tl.arange(0, 8 * LANES)
-    tl.store(out + at, z, mask=at < blocks.to(tl.int64) * 8)
+    tl.store(out + at, z, mask=at // 8 < blocks)
 
 
 def key_arguments(key: torch.Tensor, block: int, nonce: int = 0) -> tuple[int, ...]:
