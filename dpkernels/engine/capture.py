@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dpkernels.layers.fold import rows_per_sample
@@ -348,8 +349,8 @@ class RootForward(CapturedForward):
             capture.sink.reset()
         capture.refresh()
         capture.check_batch_norms()
-        args, kwargs = tree_map(_plain, (args, kwargs))
         rows = self._rows(args, kwargs)
+        args, kwargs = tree_map(_plain, (args, kwargs))
         capture.empty = rows == 0
         if capture.empty:
             rows = capture.views
@@ -383,6 +384,7 @@ class RootForward(CapturedForward):
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = self.capture.axis
+        refuse_packed(self.module, self.name, (*args, *kwargs.values()))
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
                 return leaf.shape[axis]
@@ -422,6 +424,15 @@ class _Begin:
         rows = grad.movedim(axis, 0) if grad.ndim > axis else grad
         if rows.ndim and len(rows) and len(rows) % self.samples == 0:
             sink.saw("", "criterion", rows, self.samples)
+
+
+def refuse_packed(module: nn.Module, name: str, values: Iterable[Any]) -> None:
+    """Raise where an argument is a PackedSequence: its rows are steps, not samples."""
+    if any(isinstance(value, PackedSequence) for value in values):
+        raise NotPerSample(
+            f"module {name!r} ({type(module).__name__}): a PackedSequence interleaves the steps of "
+            "all samples; pass the padded tensor"
+        )
 
 
 def _plain(leaf: Any) -> Any:

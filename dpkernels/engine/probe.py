@@ -53,8 +53,11 @@ class _Observer:
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
         flat = merge_rows(rows.detach().reshape(len(rows), -1), samples)
-        values = flat.reshape(samples, -1).double()
-        fingerprint = torch.stack([values.sum(1), values.square().sum(1)], 1)
+        values = flat.reshape(samples, -1)
+        values = values if values.dtype.is_floating_point else values.double()
+        sums = values.sum(1, dtype=torch.float64)
+        norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
+        fingerprint = torch.stack([sums, norms.square()], 1)
         tolerance = _TOLERANCE.get(rows.dtype, _COARSE_TOLERANCE)
         if not rows.dtype.is_floating_point:
             tolerance = _TOLERANCE[torch.float64]

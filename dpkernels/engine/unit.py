@@ -20,7 +20,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, swapped
+from dpkernels.engine.capture import (
+    CapturedForward,
+    ModelCapture,
+    NotPerSample,
+    refuse_packed,
+    swapped,
+)
 from dpkernels.layers.operands import StoredOperand
 from dpkernels.layers.sequence import sample_axes
 
@@ -150,6 +156,7 @@ class UnitForward(CapturedForward):
 
     def _take_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitCall:
         """The call's leaves and their sample axes: stated by the module's kind, or told by size."""
+        refuse_packed(self.module, self.name, (*args, *kwargs.values()))
         known = sample_axes(self.module, args, kwargs, self.axis)
         if known is None:
             leaves, spec = tree_flatten((args, kwargs))

@@ -47,8 +47,7 @@ def _attention(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int |
 def _recurrent(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int | None:
     if tensor.ndim != 3:
         raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} has no sample axis; give it a batched tensor "
-            "(a PackedSequence interleaves the steps of all samples: pass the padded tensor)"
+            f"{name} of shape {tuple(tensor.shape)} has no sample axis; give it a batched input"
         )
     return axis if name == "input" else 1
 
