@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
 from opacus.optimizers.utils import params
 from torch import nn
@@ -113,6 +113,7 @@ class FusedDPOptimizer(DPOptimizer):
             loss_reduction=loss_reduction,
             generator=generator,
             secure_mode=secure_mode,
+            **kwargs,
         )
         self.views_per_sample = views_per_sample
         self.materialize_grad_samples = materialize_grad_samples
@@ -420,6 +421,13 @@ class FusedDPOptimizer(DPOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
+
+class FusedAdaClipDPOptimizer(FusedDPOptimizer, AdaClipDPOptimizer):
+    """With ``clipping="adaptive"``: what ``isinstance`` checks written for Opacus expect."""
+
+
+#: the optimizer's class by clipping, where it is not the plain one
+OPTIMIZERS: dict[str, type[FusedDPOptimizer]] = {"adaptive": FusedAdaClipDPOptimizer}
 
 #: the factors where nobody's gradient reached a parameter
 _NO_SAMPLES = torch.zeros(0)

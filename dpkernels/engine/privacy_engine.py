@@ -23,7 +23,7 @@ from dpkernels.accounting import get_noise_multiplier
 from dpkernels.accounting.opacus_adapter import register
 from dpkernels.engine.loader import poisson_loader, sample_rate_of, warn_of_other_samplers
 from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule, incompatibilities
-from dpkernels.engine.optimizer import FusedDPOptimizer, StepCounter
+from dpkernels.engine.optimizer import OPTIMIZERS, FusedDPOptimizer, StepCounter
 from dpkernels.engine.planner import Plan
 from dpkernels.engine.probe import check_criterion
 
@@ -191,7 +191,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             batch_first=batch_first,
             rand_on_empty=rand_on_empty,
         )
-        private_optimizer = FusedDPOptimizer(
+        private_optimizer = OPTIMIZERS.get(clipping, FusedDPOptimizer)(
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
