@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dpkernels import ops
+from tests.ops import shapes
 from tests.ops.triton_device import MARKS, load, on_device
 
 support = load("dpkernels.ops.triton_support")
@@ -52,6 +53,16 @@ def test_double_precision_is_refused_by_name() -> None:
     operands = on_device(torch.ones(1, 2, 3).double(), torch.ones(1, 2, 3).double())
     with ops.use_backend("triton"), pytest.raises(ops.BackendUnavailable, match="float64"):
         ops.linear_norm_sq(*operands)
+
+
+def test_library_registration(key: torch.Tensor) -> None:
+    """A pure op on strided operands and one that mutates, as torch.compile would see them."""
+    (operand,) = on_device(shapes.LAYOUTS["sliced"](torch.ones(2, 3, 4)))
+    out, samples, factor = on_device(torch.ones(3, 4), torch.ones(2, 3, 4), torch.ones(2))
+    finish = (out, samples, factor, 1.0, 0.5, key, 3, True)
+    with ops.use_backend("triton"):
+        torch.library.opcheck(torch.ops.dpkernels.linear_norm_sq.default, (operand, operand))
+        torch.library.opcheck(torch.ops.dpkernels.finish_grad_.default, finish)
 
 
 def test_a_sample_beyond_32_bit_offsets_is_refused() -> None:

@@ -157,7 +157,7 @@ def linear_gradient_kernel(
             total += weight * gradient
     if STORE:
         tl.store(
-            out + slot * features_out * features_in + row[:, None] * features_in + column[None, :],
+            out + (slot * features_out + row[:, None]) * features_in + column[None, :],
             total,
             mask=(row < features_out)[:, None] & (column < features_in)[None, :],
         )
@@ -205,7 +205,7 @@ def linear_rows_kernel(
         left = left.to(tl.float32) * weight[None, :]
         total = tl.dot(left, right.to(tl.float32), total, input_precision=PRECISION)
     tl.store(
-        out + slot * features_out * features_in + row[:, None] * features_in + column[None, :],
+        out + (slot * features_out + row[:, None]) * features_in + column[None, :],
         total,
         mask=(row < features_out)[:, None] & (column < features_in)[None, :],
     )
