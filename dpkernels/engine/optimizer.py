@@ -156,6 +156,9 @@ class FusedDPOptimizer(DPOptimizer):
         self._release({}, {})
 
     def _check_cleared(self) -> None:
+        if self._consumed and not self._is_last_step_skipped:
+            if all(p.grad is None for p in self.params):
+                self.zero_grad(set_to_none=True)
         if self._consumed:
             raise ValueError(
                 "Gradients haven't been cleared since the last optimizer step. In order to obtain "

@@ -19,7 +19,12 @@ _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 def bert() -> nn.Module:
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, max_position_embeddings=16, num_labels=3, **_SIZES, **_NO_DROPOUT
+        vocab_size=50,
+        hidden_size=16,
+        max_position_embeddings=16,
+        num_labels=3,
+        **_SIZES,
+        **_NO_DROPOUT,
     )
     return transformers.BertForSequenceClassification(config).train()
 

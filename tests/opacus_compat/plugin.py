@@ -67,23 +67,28 @@ _BUILT = {"engines": 0, "modules": 0}
 
 
 class _Engine(dpkernels.PrivacyEngine):
-    """Our engine, counted; a test's "hooks" becomes "fused"."""
+    """Our engine, counted."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         _BUILT["engines"] += 1
         super().__init__(*args, **kwargs)
 
+    #: what a test's "hooks" (also Opacus' default) becomes
+    hooks = "hooks"
 
-class _FusedEngine(_Engine):
     def make_private(self, *, grad_sample_mode: str = "hooks", **kwargs: Any) -> tuple[Any, ...]:
-        mode = "fused" if grad_sample_mode == "hooks" else grad_sample_mode
+        mode = self.hooks if grad_sample_mode == "hooks" else grad_sample_mode
         return super().make_private(grad_sample_mode=mode, **kwargs)
 
     def make_private_with_epsilon(
         self, *, grad_sample_mode: str = "hooks", **kwargs: Any
     ) -> tuple[Any, ...]:
-        mode = "fused" if grad_sample_mode == "hooks" else grad_sample_mode
+        mode = self.hooks if grad_sample_mode == "hooks" else grad_sample_mode
         return super().make_private_with_epsilon(grad_sample_mode=mode, **kwargs)
+
+
+class _FusedEngine(_Engine):
+    hooks = "fused"
 
 
 def _adapter(wrap_model: Any) -> Any:
