@@ -76,6 +76,9 @@ CASES: dict[str, Callable[[], object]] = {
         linear.grad_sample_and_norm_sq, *_linear(_HALF)
     ),
     "linear clipped, bf16": functools.partial(linear.linear_clipped_grad, *_linear(_HALF), _FACTOR),
+    "linear clipped, odd widths, bf16": functools.partial(
+        linear.linear_clipped_grad, tensor(8, 197, 765), tensor(8, 197, 33), _FACTOR
+    ),
     "linear clipped, one position, bf16": functools.partial(
         linear.linear_clipped_grad, *_linear(_HALF, 1), _FACTOR
     ),

@@ -357,7 +357,7 @@ def _gradient(
             STORE=store, SQUARE=square, ROWS=rows, COLUMNS=columns,
             DEPTH=support.power_of_two(chunk, tile.depth),
             DTYPE=support.common_dtype(activations, grad_output), PRECISION=_precision(),
-            num_warps=tile.warps if rows * columns == tile.rows * tile.columns else 4,
+            num_warps=tile.warps if rows * columns > 64 * 64 else 4,
             num_stages=tile.stages,
         )  # fmt: skip
     return out, squares
