@@ -45,6 +45,7 @@ def run(
     if context.invoked_subcommand:
         return
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     warnings.simplefilter("ignore")
     suite = "quick" if quick else {"cuda": "gpu"}.get(device, "cpu")
     plan = _PLANS[suite]

@@ -11,8 +11,9 @@ import torch
 from bench.cases import SampleCrossEntropy, Workload
 from bench.rivals import Trainer
 
-#: a parameter whose gradient is smaller than this share of the whole is judged against the share
-_SHARE = 1e-2
+#: a parameter whose gradient is smaller than this share of the whole is judged against the share;
+#: in bfloat16 (where float32 has passed before) every one against the whole
+_SHARE = {"float32": 1e-2, "bfloat16": 1.0}
 #: error that is always allowed, by precision
 _FLOOR = {"float32": 1e-4, "bfloat16": 2e-2}
 #: also allowed: this multiple of the rounding error of plain autograd at that precision, one
@@ -35,6 +36,7 @@ class Truth:
     gradients: dict[str, torch.Tensor]
     max_grad_norm: float
     allowed: float
+    precision: str = "float32"
 
     def error(self, gradients: dict[str, torch.Tensor]) -> float:
         """Largest relative error of a parameter's gradient; infinite where one is missing."""
@@ -45,7 +47,7 @@ class Truth:
             if actual is None or not bool(actual.isfinite().all()):
                 return float("inf")
             difference = torch.linalg.vector_norm(actual.to(expected.dtype) - expected)
-            scale = max(float(torch.linalg.vector_norm(expected)), _SHARE * whole)
+            scale = max(float(torch.linalg.vector_norm(expected)), _SHARE[self.precision] * whole)
             worst = max(worst, float(difference) / scale)
         return worst
 
@@ -56,10 +58,19 @@ def ground_truth(workload: Workload, dtype: torch.dtype = torch.float64) -> Trut
     bound = float(torch.tensor(norms).median())
     exact = workload.in_precision(dtype)
     clipped, plain = _sums(exact, bound)
-    loop_error = Truth(clipped, bound, 0.0).error(_sums(workload, bound)[0])
-    batch_error = Truth(plain, bound, 0.0).error(_whole_batch(workload))
-    rounding = max(loop_error, batch_error)
-    return Truth(clipped, bound, max(_FLOOR[workload.case.precision], _ROUNDING * rounding))
+    precision = workload.case.precision
+    by_loop = Truth(clipped, bound, 0.0, precision).error(_sums(workload, bound)[0])
+    by_batch = Truth(plain, bound, 0.0, precision).error(_whole_batch(workload))
+    allowed = max(_FLOOR[precision], _ROUNDING * max(by_loop, by_batch))
+    return Truth(clipped, bound, allowed, precision)
+
+
+def truths(workload: Workload) -> list[tuple[Workload, Truth]]:
+    """What a rival has to pass, in order: bfloat16 has to be right in float32 first."""
+    if workload.case.precision == "float32":
+        return [(workload, ground_truth(workload))]
+    exact = workload.in_precision(torch.float32)
+    return [(w, ground_truth(w, torch.float32)) for w in (exact, workload)]
 
 
 def released(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ class Row:
     Attributes:
         status: ``ok``, or why there are no figures.
         gate_error: largest relative error of a parameter's clipped gradient against the loop in
-            float64 (float32 for bfloat16 cases on a GPU).
+            float64 (bfloat16 cases: of a float32 step against the loop in float32).
         ms: median wall time of a step; ``ms_p20`` and ``ms_p80`` its 20th and 80th percentile.
         ratio: median over rounds of this step's time over the ordinary step's in the same round.
         processor_ratio: the same in processor time, which other work on the machine distorts

@@ -198,7 +198,8 @@ def _backpack(workload: Workload, privacy: Privacy) -> Trainer:
         extend(model)
 
     def step() -> None:
-        loss = criterion(model(workload.inputs), workload.target)
+        with workload.autocast():
+            loss = criterion(model(workload.inputs), workload.target)
         with backpack(BatchGrad()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss.backward()

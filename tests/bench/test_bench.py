@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +31,9 @@ def _row(case: str = "unet3d-48-b2", rival: str = "ours", **values: object) -> r
     return results.Row(case, rival, **{**fields, **place, **values})
 
 
-def _measure(*chosen: rivals.Rival) -> dict[str, results.Row]:
-    found = harness.measure(_TINY, list(chosen), _CPU, _PLAN, lambda what, share: None)
+def _measure(*chosen: rivals.Rival, precision: str = "float32") -> dict[str, results.Row]:
+    case = replace(_TINY, precision=precision)
+    found = harness.measure(case, list(chosen), _CPU, _PLAN, lambda what, share: None)
     return {row.rival: row for row in found}
 
 
@@ -58,11 +60,13 @@ def test_every_rival_passes_the_gate_and_is_timed() -> None:
     assert rows["ordinary"].ratio == 1.0
 
 
-def test_a_wrong_gradient_is_never_timed() -> None:
-    ordinary = rivals.find(["ordinary"])[0]
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_wrong_gradient_is_never_timed(precision: str) -> None:
+    ordinary, ours = rivals.find(["ours"])
     wrong = rivals.Rival("wrong", "wrong", "", "torch", _scaled)
     broken = rivals.Rival("broken", "broken", "", "torch", _broken)
-    rows = _measure(ordinary, wrong, broken)
+    rows = _measure(ordinary, ours, wrong, broken, precision=precision)
+    assert rows["ours"].status == "ok"
     assert rows["wrong"].status.startswith("wrong gradient: error 0.01")
     assert rows["broken"].status == "cannot run: no rule for this layer"
     assert rows["wrong"].ms is None
