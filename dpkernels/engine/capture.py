@@ -147,8 +147,8 @@ class ModelCapture:
 
         def refuse(grad: torch.Tensor) -> None:
             raise NotPerSample(
-                f"parameter {name!r}: an ordinary gradient reached it, so its samples are mixed and "
-                "nothing would clip it. Either the model ran in eval mode (call model.train()), or "
+                f"parameter {name!r}: an ordinary gradient reached it, so its samples are mixed "
+                "and nothing would clip it. Either the model ran in eval mode (call model.train()), or "
                 "the parameter is used outside its module's forward (call the module instead)"
             )
 
@@ -389,8 +389,8 @@ class RootForward(CapturedForward):
             if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
                 return leaf.shape[axis]
         raise NotPerSample(
-            f"{type(self.module).__name__}: none of the forward pass's arguments is a tensor with a "
-            f"sample axis {axis}, so the batch size is unknown; pass the batch as a tensor"
+            f"{type(self.module).__name__}: none of the forward pass's arguments is a tensor with "
+            f"a sample axis {axis}, so the batch size is unknown; pass the batch as a tensor"
         )
 
     def _one_blank_sample(self, leaf: Any) -> Any:

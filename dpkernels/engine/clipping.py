@@ -1,6 +1,6 @@
 """How per-sample norms become clip factors, and how much noise hides the clipped sum.
 
-``optimizer.max_grad_norm`` owns the bound C: schedulers write it, and clipping and noise both read it
+``optimizer.max_grad_norm`` owns the bound C: schedulers write it, clipping and noise both read it
 at every step (docs/math.md, section 1). A strategy holds what else it needs.
 """
 

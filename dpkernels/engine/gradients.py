@@ -78,8 +78,8 @@ class PendingGradients:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         elif self.samples != samples:
             raise NotPerSample(
-                f"one backward pass covers forward passes over {self.samples} and {samples} samples, "
-                "so their rows cannot be paired; call backward() and optimizer.step() for each"
+                f"one backward pass covers forward passes over {self.samples} and {samples} "
+                "samples, so their rows cannot be paired; call backward() and optimizer.step() for each"
             )
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:

@@ -37,7 +37,7 @@ def sample_rate_of(data_loader: DataLoader) -> float:
 
 
 def draws_every_record_alike(data_loader: DataLoader) -> bool:
-    """Whether the loader shuffles or walks through its dataset, or samples it by Poisson already."""
+    """Whether the loader shuffles or walks through its dataset, or is a Poisson loader already."""
     if isinstance(data_loader.batch_sampler, _POISSON):
         return True
     if type(data_loader.batch_sampler) is not BatchSampler:

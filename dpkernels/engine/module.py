@@ -116,7 +116,7 @@ class _FusedCapture:
         capture.refresh()
 
     def forbid_grad_accumulation(self) -> None:
-        """Refuse a second backward pass before ``optimizer.step()``, as Poisson sampling demands."""
+        """Refuse a second backward pass before ``optimizer.step()``: Poisson sampling needs it."""
         self._set_accumulation(False)
 
     def allow_grad_accumulation(self) -> None:

@@ -156,9 +156,9 @@ class FusedDPOptimizer(DPOptimizer):
         self._release({}, {})
 
     def _check_cleared(self) -> None:
-        if self._consumed and not self._is_last_step_skipped:
-            if all(p.grad is None for p in self.params):
-                self.zero_grad(set_to_none=True)
+        cleared = all(p.grad is None for p in self.params)
+        if self._consumed and cleared and not self._is_last_step_skipped:
+            self.zero_grad(set_to_none=True)
         if self._consumed:
             raise ValueError(
                 "Gradients haven't been cleared since the last optimizer step. In order to obtain "
@@ -241,7 +241,7 @@ class FusedDPOptimizer(DPOptimizer):
         found: dict[nn.Parameter, ParameterGradient],
         factors: dict[nn.Parameter, torch.Tensor],
     ) -> None:
-        """Write the clipped sum, with noise if this is the last physical batch, for every parameter."""
+        """Write the clipped sum, with noise on the last physical batch, for every parameter."""
         last = not self._check_skip_next_step(pop_next=False)
         self._remember_mechanism()
         for parameter in self.params:
@@ -336,7 +336,7 @@ class FusedDPOptimizer(DPOptimizer):
         """Check that every gradient is private, and count the step with the accountant.
 
         Returns:
-            True if the wrapped optimizer shall step, False on a physical batch that is not the last.
+            True if the wrapped optimizer shall step, False on a physical batch before the last.
 
         Raises:
             ValueError: no backward pass was made since the last step or ``zero_grad()``, or a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -220,6 +221,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         epochs: int,
         max_grad_norm: float | list[float],
         grad_sample_mode: str = _FUSED,
+        epsilon_tolerance: float = 0.01,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """:meth:`make_private` with the noise that spends `target_epsilon` over `epochs`.
@@ -228,6 +230,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
             target_epsilon: the budget at the end of training.
             target_delta: its delta.
             epochs: passes over the data loader; steps = epochs * len(data_loader).
+            epsilon_tolerance: how far below the target Opacus' accountants may stop ("tight" does
+                not need it).
         """
         mechanism = self.accountant.mechanism()
         if mechanism == "tight" or grad_sample_mode == _FUSED:
@@ -236,7 +240,9 @@ class PrivacyEngine(OpacusPrivacyEngine):
         else:
             rate = 1 / len(data_loader)
             steps = int(epochs / rate)
-        calibrate = get_noise_multiplier if mechanism == "tight" else opacus_noise_multiplier
+        calibrate = get_noise_multiplier
+        if mechanism != "tight":
+            calibrate = partial(opacus_noise_multiplier, epsilon_tolerance=epsilon_tolerance)
         return self.make_private(
             module=module,
             optimizer=optimizer,
@@ -255,7 +261,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         )
 
     def explain(self) -> Plan:
-        """Which strategy each parameter got, what it costs and why: printable, ``.rows`` as dicts."""
+        """Which strategy each parameter got, its cost and why: printable, ``.rows`` as dicts."""
         if self._module is None:
             raise ValueError("explain(): call make_private(grad_sample_mode='fused') first")
         return Plan.of(self._module.planner)
@@ -337,16 +343,16 @@ class PrivacyEngine(OpacusPrivacyEngine):
             raise ValueError("secure_mode=True: grad_sample_mode='fused' does not have it yet")
         if isinstance(module, _WRAPPERS):
             raise ValueError(
-                f"module: {type(module).__name__} is not trained by grad_sample_mode='fused', which "
-                "runs in one process on one device for now; use grad_sample_mode='hooks', or pass "
+                f"module: {type(module).__name__} is not trained by grad_sample_mode='fused', "
+                "which runs in one process on one device for now; use grad_sample_mode='hooks', or pass "
                 "the model itself"
             )
         known = set(module.parameters())
         for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
             if p not in known:
                 raise ValueError(
-                    "Module parameters are different than optimizer Parameters: the optimizer holds "
-                    f"a parameter of shape {tuple(p.shape)} that is not in the module. Build the "
+                    "Module parameters are different than optimizer Parameters: the optimizer "
+                    f"holds a parameter of shape {tuple(p.shape)} that is not in the module. Build the "
                     "optimizer from module.parameters() of the very module that is made private"
                 )
 

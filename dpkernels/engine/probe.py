@@ -1,7 +1,7 @@
-"""Do samples mix? One sample of a batch is replaced, and nothing that belongs to the others may move.
+"""Do samples mix? One sample of a batch is replaced; nothing that belongs to the others may move.
 
-Run once before training starts, this finds what no list of layer types can: a transposed batch axis,
-positions embedded once for the whole batch, statistics over the batch, a loss that normalises by
+Run once before training starts, this finds what no list of layer types can: a transposed batch
+axis, positions embedded once for the whole batch, statistics over the batch, a loss that normalises by
 the whole batch. Both runs draw the same random numbers, so dropout does not matter.
 """
 
@@ -157,7 +157,7 @@ def _sentence(seen: _Seen, sample: int, replaced: int) -> str:
         f"layer {seen.layer!r}: the {seen.kind} of sample {sample} move when sample {replaced} is "
         "replaced, so rows of its first axis are not the samples, or a layer beside it couples "
         "samples. Give the layer inputs with the sample axis first (batch_first=True in attention "
-        "and recurrent layers, positions as [batch, length]), and use GroupNorm for batch statistics"
+        "and recurrent layers, positions as [batch, length]), GroupNorm for batch statistics"
     )
 
 

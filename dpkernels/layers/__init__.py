@@ -31,7 +31,7 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why this module cannot be trained with per-sample clipping, with the remedy; None if it can."""
+    """Why this module has no per-sample gradients, with the remedy; None if it has."""
     rule = find_rule(module)
     return (
         batch_norm_refusal(module)

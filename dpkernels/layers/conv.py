@@ -77,7 +77,7 @@ class ConvRule(Rule):
 
 
 class ConvTransposeRule(Rule):
-    """``nn.ConvTranspose1d/2d/3d``: the weight gradient of an ordinary convolution, operands swapped.
+    """``nn.ConvTranspose1d/2d/3d``: an ordinary convolution's weight gradient, operands swapped.
 
     The transposed convolution with weight [Cin, Cout/groups, *k] is the input gradient of a
     convolution from Cout to Cin channels with that very weight; its backprops play the

@@ -15,7 +15,7 @@ from dpkernels.layers.rule import Rule
 
 
 def _native(x: torch.Tensor) -> bool:
-    """Whether the forward pass can return its statistics: what autocast or strides do not change."""
+    """Whether the forward pass can return its statistics: autocast or strides change them."""
     return x.is_contiguous() and not torch.is_autocast_enabled(x.device.type)
 
 

@@ -33,7 +33,7 @@ class Cost:
 
 
 class Operand(Protocol):
-    """One parameter's gradient in one call: sum over positions of an outer product, kept factored."""
+    """One parameter's gradient in one call: a sum of outer products, kept factored."""
 
     def norm_sq(self) -> torch.Tensor:
         """[B]: squared norm of each sample's gradient."""
@@ -147,7 +147,7 @@ class ConvOperand:
 
 @dataclass(frozen=True)
 class EmbeddingOperand:
-    """indices: [B, T] int64, backprops: [B, T, D]; positions with `padding_idx` count for nothing."""
+    """indices: [B, T] int64, backprops: [B, T, D]; `padding_idx` counts for nothing."""
 
     indices: torch.Tensor
     backprops: torch.Tensor

@@ -7,7 +7,6 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-
 _SPECTRAL = (
     "spectral norm changes its power iteration between samples, so their gradients belong to "
     "different weights; use torch.nn.utils.parametrizations.weight_norm, or freeze the layer"
@@ -17,13 +16,14 @@ _SPECTRAL = (
 def batch_norm_refusal(module: nn.Module) -> str | None:
     """Why a batch normalisation cannot be trained; None if it is frozen (eval mode) or none."""
     instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
-    if isinstance(module, nn.modules.batchnorm._NormBase) and not instance:
-        if module.training or any(p.requires_grad for p in module.parameters()):
-            return (
-                "normalises over the batch, so samples mix and no per-sample gradient exists; "
-                "use nn.GroupNorm with a stated number of groups, "
-                "PrivacyEngine.get_compatible_module(model), or freeze it in eval mode"
-            )
+    if instance or not isinstance(module, nn.modules.batchnorm._NormBase):
+        return None
+    if module.training or any(p.requires_grad for p in module.parameters()):
+        return (
+            "normalises over the batch, so samples mix and no per-sample gradient exists; "
+            "use nn.GroupNorm with a stated number of groups, "
+            "PrivacyEngine.get_compatible_module(model), or freeze it in eval mode"
+        )
     return None
 
 

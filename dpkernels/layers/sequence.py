@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def stated_axis(module: nn.Module) -> int | None:
     return None
 
 
-def _attention(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int | None:
+def _attention(module: Any, axis: int, name: str, tensor: torch.Tensor) -> int | None:
     if name in ("query", "key", "value"):
         if tensor.ndim != 3:
             raise ValueError(
@@ -44,7 +45,7 @@ def _attention(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int |
     return None
 
 
-def _recurrent(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int | None:
+def _recurrent(module: Any, axis: int, name: str, tensor: torch.Tensor) -> int | None:
     if tensor.ndim != 3:
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} has no sample axis; give it a batched input"
@@ -52,7 +53,7 @@ def _recurrent(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int |
     return axis if name == "input" else 1
 
 
-def _bag(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int | None:
+def _bag(module: Any, axis: int, name: str, tensor: torch.Tensor) -> int | None:
     if name == "offsets" or tensor.ndim != 2:
         raise ValueError(
             "with offsets its samples have different lengths; pad the indices to [batch, length] "
@@ -61,7 +62,7 @@ def _bag(module: Any, name: str, tensor: torch.Tensor, axis: int) -> int | None:
     return 0
 
 
-_ARGUMENTS: tuple[tuple[type[nn.Module], Callable[[Any, str, torch.Tensor, int], int | None]], ...]
+_ARGUMENTS: tuple[tuple[type[nn.Module], Callable[[Any, int, str, torch.Tensor], int | None]], ...]
 _ARGUMENTS = (
     (nn.MultiheadAttention, _attention),
     (nn.RNNBase, _recurrent),
@@ -91,7 +92,7 @@ def sample_axes(
         if isinstance(module, kind) and type(module).forward is _base_forward(module, kind):
             bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
             named = dict(list(bound.arguments.items())[1:])
-            return named, lambda name, tensor: axis_of(module, name, tensor, axis)
+            return named, partial(axis_of, module, axis)
     return None
 
 

@@ -64,7 +64,7 @@ def private(
     return engine, *made
 
 
-@pytest.mark.parametrize("build, dataset", [(cnn, images(64)), (TextClassifier, sentences(64))])
+@pytest.mark.parametrize(("build", "dataset"), [(cnn, images(64)), (TextClassifier, sentences(64))])
 def test_an_opacus_loop_runs_with_the_import_changed(build, dataset) -> None:
     torch.manual_seed(0)
     engine, model, optimizer, loader = private(build(), dataset)
@@ -438,3 +438,41 @@ def test_automatic_clipping_scales_every_sample_to_the_bound() -> None:
     norm = float(optimizer.last_step.per_sample_norm[0])
     total = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
     assert float(total) == pytest.approx(3.0 * norm / (norm + 0.01), rel=1e-5)
+
+
+def test_epsilon_tolerance_reaches_opacus_accountants() -> None:
+    model = cnn()
+    engine = PrivacyEngine(accountant="rdp")
+    _, optimizer, _ = engine.make_private_with_epsilon(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(images(30), batch_size=8), target_epsilon=4.0, target_delta=1e-4,
+        epochs=3, max_grad_norm=1.0, epsilon_tolerance=0.5,
+    )  # fmt: skip
+    assert optimizer.noise_multiplier > 0
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_checkpoints_load_across_the_packages(ours_first: bool, tmp_path) -> None:
+    from opacus import PrivacyEngine as OpacusEngine
+
+    def made(kind: type) -> tuple:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        engine = kind(accountant="rdp")
+        model, optimizer, _ = engine.make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            data_loader=DataLoader(images(16), batch_size=8), noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )  # fmt: skip
+        return engine, model, optimizer
+
+    kinds = (PrivacyEngine, OpacusEngine) if ours_first else (OpacusEngine, PrivacyEngine)
+    (engine, model, optimizer), (other, twin, twin_optimizer) = map(made, kinds)
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    path = tmp_path / "checkpoint.pt"
+    engine.save_checkpoint(path=path, module=model, optimizer=optimizer)
+    other.load_checkpoint(path=path, module=twin, optimizer=twin_optimizer)
+    assert other.accountant.history == engine.accountant.history
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+    assert len(twin_optimizer.state_dict()["state"]) == len(list(twin.parameters()))

@@ -403,7 +403,7 @@ def test_layers_beside_bare_parameters_keep_their_rules() -> None:
     assert strategies["token"] == "autograd"
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (4, 4, 5), (5, 5, 5)])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 4, 5), (5, 5, 5), (2, 2, 5)])
 def test_bare_parameters_that_do_not_broadcast(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     assert_private(Shared().double(), squared_loss, (values(*shape),))
@@ -520,7 +520,7 @@ def test_subclasses_of_layers_that_have_a_rule() -> None:
     assert_private(Scaled(5, 3).double(), squared_loss, (values(4, 5),))
 
 
-@pytest.mark.parametrize("build, shape", [
+@pytest.mark.parametrize(("build", "shape"), [
     (lambda: nn.Conv3d(2, 3, 3), (3, 2, 5, 5, 5)),
     (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), (3, 2, 3, 3, 3)),
 ])  # fmt: skip
@@ -571,7 +571,7 @@ def test_compiled_model_runs_as_it_stands() -> None:
 # --- the mechanism: bound, noise, rate -------------------------------------------------------
 
 
-@pytest.mark.parametrize("bound, noise", [(0.5, 1.0), (1.0, 3.0)])
+@pytest.mark.parametrize(("bound", "noise"), [(0.5, 1.0), (1.0, 3.0)])
 def test_schedulers_move_clip_and_noise_together(bound: float, noise: float) -> None:
     torch.manual_seed(0)
     x = values(4, 50).float() * 100
@@ -730,7 +730,7 @@ def test_clip_factors_are_float32_and_sound_in_half_precision() -> None:
     assert all(p.summed_grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("count, batch", [(98, 1), (107, 1), (100, 64), (37, 8)])
+@pytest.mark.parametrize(("count", "batch"), [(98, 1), (107, 1), (100, 64), (37, 8)])
 def test_rate_steps_and_denominator(count: int, batch: int) -> None:
     model = nn.Linear(3, 2)
     engine = PrivacyEngine()
