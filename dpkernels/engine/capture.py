@@ -148,8 +148,8 @@ class ModelCapture:
         def refuse(grad: torch.Tensor) -> None:
             raise NotPerSample(
                 f"parameter {name!r}: an ordinary gradient reached it, so its samples are mixed "
-                "and nothing would clip it. Either the model ran in eval mode (call model.train()), or "
-                "the parameter is used outside its module's forward (call the module instead)"
+                "and nothing would clip it. Either the model ran in eval mode (call model.train())"
+                ", or the parameter is used outside its module's forward (call the module instead)"
             )
 
         self._guards[id(parameter)] = parameter.register_hook(refuse)

@@ -79,7 +79,7 @@ class PendingGradients:
         elif self.samples != samples:
             raise NotPerSample(
                 f"one backward pass covers forward passes over {self.samples} and {samples} "
-                "samples, so their rows cannot be paired; call backward() and optimizer.step() for each"
+                "samples, so their rows cannot be paired; run backward() and step() for each"
             )
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:

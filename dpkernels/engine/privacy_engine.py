@@ -344,16 +344,16 @@ class PrivacyEngine(OpacusPrivacyEngine):
         if isinstance(module, _WRAPPERS):
             raise ValueError(
                 f"module: {type(module).__name__} is not trained by grad_sample_mode='fused', "
-                "which runs in one process on one device for now; use grad_sample_mode='hooks', or pass "
-                "the model itself"
+                "which runs in one process on one device for now; use grad_sample_mode='hooks', or "
+                "pass the model itself"
             )
         known = set(module.parameters())
         for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
             if p not in known:
                 raise ValueError(
                     "Module parameters are different than optimizer Parameters: the optimizer "
-                    f"holds a parameter of shape {tuple(p.shape)} that is not in the module. Build the "
-                    "optimizer from module.parameters() of the very module that is made private"
+                    f"holds a parameter of shape {tuple(p.shape)} that is not in the module. Build "
+                    "the optimizer from module.parameters() of the very module that is made private"
                 )
 
 

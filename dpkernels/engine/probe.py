@@ -1,8 +1,8 @@
 """Do samples mix? One sample of a batch is replaced; nothing that belongs to the others may move.
 
 Run once before training starts, this finds what no list of layer types can: a transposed batch
-axis, positions embedded once for the whole batch, statistics over the batch, a loss that normalises by
-the whole batch. Both runs draw the same random numbers, so dropout does not matter.
+axis, positions embedded once for the whole batch, statistics over the batch, a loss that
+normalises by the whole batch. Both runs draw the same random numbers, so dropout does not matter.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ Slot = tuple[nn.Module, str, nn.Parameter]
 
 @dataclass(frozen=True)
 class UnitCall:
-    """One call of a unit, taken apart: its leaves, the sample axis of each, and how to repeat it."""
+    """One call of a unit, taken apart: its leaves, their sample axes, and how to repeat it."""
 
     leaves: list[Any]
     axes: list[int | None]
@@ -207,8 +207,7 @@ class UnitForward(CapturedForward):
         """The sample axis of each output; refuses a unit that is not its samples put together.
 
         Outputs and the sum of the per-sample gradients are compared with an ordinary forward and
-        backward pass. Where vmap's gradient differs (``F.embedding`` with ``padding_idx``), the unit
-        runs as a loop.
+        backward pass. Where vmap's gradient differs, the unit runs as a loop.
         """
         axes, same_gradients = self._compare(call, slots)
         if not same_gradients and self.loop_reason is None:

@@ -684,8 +684,8 @@ def test_adaptive_clipping_spends_the_rest_on_the_gradient() -> None:
     optimizer.make_private_noise_only()
     expected = (1.0 - 2.0**-2) ** -0.5 * 2.0 / 4
     assert abs(float(model.weight.grad.std()) / expected - 1) < 6 / math.sqrt(2 * 1e4)
+    settings = {k: v for k, v in ADAPTIVE.items() if k != "unclipped_num_std"}
     with pytest.raises(ValueError, match="needs unclipped_num_std"):
-        settings = {k: v for k, v in ADAPTIVE.items() if k != "unclipped_num_std"}
         made_private(model, values(4, 100), 1.0, 2.0, clipping="adaptive", **settings)
     with pytest.raises(ValueError, match="smaller than 2 \\* unclipped_num_std"):
         made_private(model, values(4, 100), 2.0, 2.0, clipping="adaptive", **ADAPTIVE)

@@ -18,14 +18,8 @@ _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def bert() -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        max_position_embeddings=16,
-        num_labels=3,
-        **_SIZES,
-        **_NO_DROPOUT,
-    )
+    sizes = {"vocab_size": 50, "hidden_size": 16, "max_position_embeddings": 16}
+    config = transformers.BertConfig(num_labels=3, **sizes, **_SIZES, **_NO_DROPOUT)
     return transformers.BertForSequenceClassification(config).train()
 
 
