@@ -14,15 +14,8 @@ from dpkernels.layers.operands import Operand, StoredOperand
 from dpkernels.layers.rule import Rule
 
 
-def _native(x: torch.Tensor) -> bool:
-    """Whether the forward pass can return its statistics: autocast or strides change them."""
-    return x.is_contiguous() and not torch.is_autocast_enabled(x.device.type)
-
-
-def _statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and reciprocal standard deviation over the last axis, as the forward pass has them."""
-    variance, mean = torch.var_mean(x, dim=-1, correction=0)
-    return mean, (variance + eps).rsqrt()
+def _autocast(x: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 _INSTANCE_AXES = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
@@ -37,7 +30,7 @@ class GroupNormRule(Rule):
     def forward(
         self, module: nn.Module, input: torch.Tensor, run: Callable[[], torch.Tensor]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        if not isinstance(module, nn.GroupNorm) or not _native(input):
+        if not isinstance(module, nn.GroupNorm) or not input.is_contiguous() or _autocast(input):
             return run(), (input,)
         rows, channels = input.shape[:2]
         positions = math.prod(input.shape[2:])
@@ -73,8 +66,8 @@ class GroupNormRule(Rule):
         rows, channels = x.shape[:2]
         x = x.reshape(rows, channels, -1)
         if not statistics:
-            wide = x.reshape(rows, getattr(module, "num_groups", channels), -1)
-            statistics = _statistics(wide if wide.dtype.itemsize > 2 else wide.float(), module.eps)
+            groups = getattr(module, "num_groups", channels)
+            statistics = ops.normalization_statistics(x, groups, module.eps)
         mean, rstd = statistics
         weight, bias = ops.normalization_grad_sample(x, grad, mean, rstd)
         yield "weight", StoredOperand(sum_rows(weight, samples))
@@ -90,7 +83,7 @@ class LayerNormRule(Rule):
     def forward(
         self, module: nn.Module, input: torch.Tensor, run: Callable[[], torch.Tensor]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        if not isinstance(module, nn.LayerNorm) or not _native(input):
+        if not isinstance(module, nn.LayerNorm) or _autocast(input):
             return run(), (input,)
         shape = list(module.normalized_shape)
         output, *statistics = torch.native_layer_norm(
@@ -127,7 +120,7 @@ class LayerNormRule(Rule):
             yield "weight", StoredOperand(weight.reshape(samples, *shape))
             return
         if not statistics:
-            statistics = _statistics(x if x.dtype.itemsize > 2 else x.float(), module.eps)
+            statistics = ops.normalization_statistics(x.reshape(-1, 1, width), 1, module.eps)
         mean, rstd = (s.reshape(samples, -1) for s in statistics)
         weight, bias = ops.normalization_last_grad_sample(x, grad, mean, rstd)
         yield "weight", StoredOperand(weight.reshape(samples, *shape))

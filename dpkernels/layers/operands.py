@@ -7,7 +7,6 @@ sum for given clip factors. It also states what each answer costs; the planner d
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +14,8 @@ import torch
 
 from dpkernels import ops
 from dpkernels.layers.fold import sum_rows
+from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.conv.gram import gradient_flops, gram_flops
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,17 @@ class ConvOperand:
         return op.backend(self.input, self.backprops, *self._geometry())
 
     def costs(self) -> dict[str, Cost]:
-        rows, channels = self.backprops.shape[:2]
-        positions = math.prod(self.backprops.shape[2:])
-        numel = math.prod(self.weight_shape)
-        stored = _stored_bytes(rows, numel, self.backprops)
-        gradient = 2.0 * rows * positions * numel
+        rows = self.input.shape[0]
+        geometry = Geometry.of(*self._geometry())
+        stored = _stored_bytes(rows, geometry.weights, self.backprops)
+        gradient = rows * gradient_flops(self.backprops.shape, geometry)
         costs = {"store": Cost(gradient + stored / 4, 2.0 * stored, stored)}
         if rows == self.samples:
             stash = _nbytes(self.input, self.backprops)
-            padded = math.prod(
-                size + 2 * pad for size, pad in zip(self.input.shape[2:], self.padding)
+            norm = min(
+                gradient, rows * gram_flops(self.input.shape, self.backprops.shape, geometry)
             )
-            gram = 2.0 * rows * (padded**2 * self.input.shape[1] + positions**2 * channels)
-            costs["gram"] = Cost(gradient + gram, 2.0 * stash, stash)
+            costs["gram"] = Cost(gradient + norm, 2.0 * stash, stash)
         return costs
 
 

@@ -6,6 +6,8 @@ shifted diagonals of the input's Gram over channels, taken axis by axis (docs/ma
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dpkernels.ops.conv.geometry import Geometry
@@ -15,18 +17,27 @@ BOX_COST = 16
 """Time of one element of a box sum, a pass over memory, in floating-point operations of a GEMM."""
 
 
-def is_cheaper(input_shape: torch.Size, grad_shape: torch.Size, geometry: Geometry) -> bool:
-    """Whether the Gram form needs fewer floating-point operations than forming the gradient.
+def gram_flops(input_shape: torch.Size, grad_shape: torch.Size, geometry: Geometry) -> float:
+    """Floating-point operations of one sample's Gram norm; infinite where it would not fit.
 
-    Counts one sample: two Grams, the box sums (one pass per tap and axis over the widest array)
-    and the product, against 2 * positions * weights.
+    Two Grams, and the box sums: one pass per tap and axis over the widest array.
     """
     positions, inputs = grad_shape[2:].numel(), input_shape[2:].numel()
     widest = geometry.groups * max(positions, inputs) ** 2
-    boxes = sum(geometry.kernel) * widest
-    grams = 2 * (inputs**2 * input_shape[1] + positions**2 * grad_shape[1])
-    fits = widest <= SCRATCH_ELEMENTS
-    return fits and grams + BOX_COST * boxes < 2 * positions * geometry.weights
+    if widest > SCRATCH_ELEMENTS:
+        return math.inf
+    grams = 2.0 * (inputs**2 * input_shape[1] + positions**2 * grad_shape[1])
+    return grams + BOX_COST * sum(geometry.kernel) * widest
+
+
+def gradient_flops(grad_shape: torch.Size, geometry: Geometry) -> float:
+    """Floating-point operations of one sample's gradient."""
+    return 2.0 * grad_shape[2:].numel() * geometry.weights
+
+
+def is_cheaper(input_shape: torch.Size, grad_shape: torch.Size, geometry: Geometry) -> bool:
+    """Whether the Gram form needs fewer operations than forming the gradient."""
+    return gram_flops(input_shape, grad_shape, geometry) < gradient_flops(grad_shape, geometry)
 
 
 def channel_gram_norm_sq(
