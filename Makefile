@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test bench bench-gpu lint fmt docs build clean
+.PHONY: demo test bench bench-quick bench-gpu opacus-suite lint fmt docs build clean
 
 demo: .venv/.has-segmentation .venv/.native
 	$(BIN)/python -m dpkernels segment train
@@ -15,8 +15,34 @@ test: .venv/.has-segmentation .venv/.has-test .venv/.native
 bench: .venv/.has-segmentation .venv/.has-test .venv/.native
 	$(BIN)/python -m bench
 
+bench-quick: .venv/.has-segmentation .venv/.has-test .venv/.native
+	$(BIN)/python -m bench --quick
+
 bench-gpu: .venv/.has-segmentation .venv/.has-test .venv/.native
 	PATH="$(CURDIR)/$(BIN):$$PATH" bench/gpu.sh build/bench-gpu
+
+# Opacus' own tests, as its wheel ships them, with our engine in the place of its engine. They need
+# torchvision's Python part, which breaks other packages beside a CPU torch: a venv of their own.
+OPACUS_TESTS := privacy_engine_test privacy_engine_validation_test batch_memory_manager_test \
+	gradient_accumulation_test randomness_test schedulers accounting_noise_multiplier_test \
+	dpdataloader_test poisson_test distributed_poisson_test accountants_test
+OPACUS_PYTEST := .venv-opacus/bin/python -m pytest -p tests.opacus_compat.plugin \
+	-p no:cacheprovider --timeout 600 -q --pyargs
+
+opacus-suite: .venv-opacus/.ready .venv/.native
+	$(OPACUS_PYTEST) --engine-mode fused $(OPACUS_TESTS:%=opacus.tests.%) opacus.tests.grad_samples
+	$(OPACUS_PYTEST) --engine-mode opacus $(OPACUS_TESTS:%=opacus.tests.%)
+
+.venv-opacus/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-opacus
+	.venv-opacus/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint constraints.txt setuptools pybind11 cmake ninja pytest pytest-timeout \
+		hypothesis scikit-learn pillow
+	DPKERNELS_BUILD=off .venv-opacus/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint constraints.txt --no-build-isolation --editable .
+	.venv-opacus/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		torchvision==0.28.0
+	touch $@
 
 lint: .venv/.has-dev
 	$(BIN)/ruff check .
@@ -35,7 +61,7 @@ docs: .venv/.has-segmentation .venv/.has-docs
 build: .venv/.native
 
 clean:
-	rm -rf build dist .venv *.egg-info dpkernels/_c*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist .venv .venv-opacus *.egg-info dpkernels/_c*.so .pytest_cache .mypy_cache .ruff_cache
 
 # The native build needs its tools in the venv, so that unchanged files are not compiled again.
 .venv/.tools: constraints.txt

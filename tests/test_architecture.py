@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "accounting": set(),
     "layers": {"ops"},
     "reconstruction": {"accounting"},
-    "engine": {"ops", "layers", "accounting"},
+    "engine": {"ops", "layers", "accounting", "reconstruction"},
     "segmentation": {"engine", "accounting", "reconstruction"},
 }
 ONLY_IN = {

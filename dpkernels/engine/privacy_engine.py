@@ -27,6 +27,7 @@ from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule,
 from dpkernels.engine.optimizer import OPTIMIZERS, FusedDPOptimizer, StepCounter
 from dpkernels.engine.planner import Plan
 from dpkernels.engine.probe import check_criterion
+from dpkernels.reconstruction import risk_report
 
 register()
 
@@ -265,6 +266,31 @@ class PrivacyEngine(OpacusPrivacyEngine):
         if self._module is None:
             raise ValueError("explain(): call make_private(grad_sample_mode='fused') first")
         return Plan.of(self._module.planner)
+
+    def risk_report(self, *, delta: float, dataset_size: int | None = None, **kwargs: Any) -> Any:
+        """What an attacker could and could not reconstruct after the steps taken so far.
+
+        Args:
+            delta: in (0, 1).
+            dataset_size: number of training records; default: of the data loader made private.
+            **kwargs: further arguments of :func:`dpkernels.reconstruction.risk_report`
+                (`dimension`, `data_norm`, `data_range`, `kappa`).
+
+        Returns:
+            A ``RiskReport``: ``.rows``, ``.to_markdown()``, ``.to_json()``, ``.plot(path)``.
+
+        Raises:
+            ValueError: no step was taken, or an argument is out of range.
+        """
+        if not self.accountant.history:
+            raise ValueError("risk_report(): no step has been taken, so there is nothing to report")
+        if dataset_size is None:
+            if self.dataset is None:
+                raise ValueError("dataset_size=None: expected the number of training records")
+            dataset_size = len(self.dataset)
+        return risk_report(
+            history=self.accountant.history, delta=delta, dataset_size=dataset_size, **kwargs
+        )
 
     def check_per_sample(
         self, model: nn.Module, criterion: Callable[..., torch.Tensor], batch: Sequence[Any]

@@ -391,6 +391,24 @@ def test_epsilon_is_the_target_after_the_planned_epochs() -> None:
     assert 0.98 * 4.0 < engine.get_epsilon(1e-4) <= 4.0
 
 
+def test_risk_report_is_filled_from_the_history() -> None:
+    engine, _, optimizer, _ = private(cnn(), images(40))
+    with pytest.raises(ValueError, match="no step has been taken"):
+        engine.risk_report(delta=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.make_private_noise_only()
+        optimizer.step()
+    report = engine.risk_report(delta=1e-3, dimension=192)
+    text = report.to_markdown()
+    assert "tight" in text
+    assert "RDP" in text
+    from dpkernels.reconstruction import rero_bound
+
+    bound = rero_bound(noise_multiplier=1.0, sample_rate=8 / 40, steps=3, kappa=1 / 40)
+    assert bound in [row.value for row in report.rows]
+
+
 def test_grad_samples_on_request() -> None:
     torch.manual_seed(0)
     _, model, optimizer, _ = private(cnn(), images(16), materialize_grad_samples=True)
