@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import cases, harness, profiling, report, results, rivals
+from bench import cases, harness, memory, profiling, report, results, rivals
 from bench.harness import Plan
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +39,9 @@ def run(
     rival: Annotated[list[str] | None, typer.Option(help="Only this rival (repeatable).")] = None,
     seconds: Annotated[float | None, typer.Option(help="Timed seconds per case.")] = None,
     fresh: Annotated[bool, typer.Option(help="Do not go on with an interrupted run.")] = False,
+    keep_memory: Annotated[
+        bool, typer.Option(help="Keep freed memory in the process, as jemalloc does.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="CSV to update.")] = None,
 ) -> None:
     """Measure every case and rival; rows are written case by case, so that a run can go on."""
@@ -50,7 +53,9 @@ def run(
     suite = "quick" if quick else {"cuda": "gpu"}.get(device, "cpu")
     plan = _PLANS[suite]
     if seconds is not None:
-        plan = Plan(seconds, plan.least, plan.most, plan.memory)
+        plan = replace(plan, seconds=seconds)
+    if keep_memory and memory.keep_freed():
+        plan = replace(plan, allocator="kept")
     try:
         wanted = cases.find(case or [], suite)
         chosen = rivals.find(rival or [])
@@ -60,9 +65,11 @@ def run(
     path = output or results.RESULTS / ("quick.csv" if quick else "steps.csv")
     before = {row.key: row for row in results.read(path)}
     settings = {"rivals": [r.name for r in chosen], "plan": asdict(plan), "output": str(path)}
-    state = _State(_STATE / f"{suite}-{device}-{threads}.json", settings, fresh or bool(case))
+    state = _State(
+        _STATE / f"{suite}-{device}-{threads}-{plan.allocator}.json", settings, fresh or bool(case)
+    )
     failed = _measure(wanted, chosen, target, plan, path, state)
-    here = results.Environment.here(target)
+    here = results.Environment.here(target, plan.allocator)
     names = {case.name for case in wanted}
     rows = [row for row in results.read(path) if row.case in names and row.measured_on(here)]
     _show(rows, before)

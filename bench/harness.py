@@ -27,12 +27,14 @@ class Plan:
         least: rounds of every rival.
         most: rounds of the fast ones.
         memory: whether peak memory is measured too.
+        allocator: stated in the rows.
     """
 
     seconds: float = 30.0
     least: int = 3
     most: int = 60
     memory: bool = True
+    allocator: str = "system"
 
 
 def measure(
@@ -43,7 +45,7 @@ def measure(
     Args:
         report: called with what is being done and the share of the case that is done.
     """
-    environment = Environment.here(device)
+    environment = Environment.here(device, plan.allocator)
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     workload = case.build(device)
     report("per-sample truth", 0.0)

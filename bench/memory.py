@@ -25,7 +25,7 @@ _TIMEOUT_S = 300
 #: blocks from this size on go back to the system when freed, so that the resident set is what is
 #: in use and not how the heap happened to fragment (mallopt of the GNU C library)
 _RETURNED_FROM = 1 << 20
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 def on_cpu(case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int) -> float | None:
@@ -62,10 +62,21 @@ def on_gpu(step: Callable[[], None], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / _MEGA
 
 
-def _measure(sender, case: str, rival: str, privacy: Privacy, threads: int) -> None:
+def keep_freed() -> bool:
+    """Let this process keep what it frees, as jemalloc would; False without the GNU C library."""
+    return _set_allocator({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+
+
+def _set_allocator(settings: dict[int, int]) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _RETURNED_FROM)
+    if mallopt is None:
+        return False
+    accepted = [mallopt(name, value) for name, value in settings.items()]
+    return all(accepted)
+
+
+def _measure(sender, case: str, rival: str, privacy: Privacy, threads: int) -> None:
+    _set_allocator({_M_MMAP_THRESHOLD: _RETURNED_FROM})
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     device = torch.device("cpu")

@@ -14,7 +14,7 @@ _NO_GPU = "GPU: not yet measured."
 
 
 def markdown(rows: list[Row]) -> str:
-    """One table per device and thread count: step time over the ordinary step's, then memory."""
+    """One table per device, thread count and allocator: step time over the ordinary step's, then memory."""
     parts = [_table(group) for group in _groups(rows)]
     if not any(row.device != "cpu" for row in rows):
         parts.append(_NO_GPU)
@@ -33,7 +33,7 @@ def write(readme: Path, rows: list[Row]) -> bool:
 
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
-    """One picture per device and thread count: bars of time and of memory by case and rival."""
+    """One picture per device, thread count and allocator: bars of time and of memory by case and rival."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +68,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         figure.tight_layout()
         first = group[0]
         device = first.device.lower().replace(" ", "-")
-        written.append(folder / f"steps-{device}-{first.threads}.png")
+        written.append(folder / f"steps-{device}-{first.threads}-{first.allocator}.png")
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(written[-1], dpi=110)
         pyplot.close(figure)
@@ -92,8 +92,8 @@ def heads() -> tuple[str, ...]:
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
-    keys = sorted({(row.device != "cpu", row.device, row.threads) for row in rows})
-    return [[r for r in rows if (r.device, r.threads) == key[1:]] for key in keys]
+    keys = sorted({(row.device != "cpu", *row.key[:3]) for row in rows})
+    return [[row for row in rows if row.key[:3] == key[1:]] for key in keys]
 
 
 def _case_names(rows: list[Row]) -> list[str]:
@@ -112,12 +112,13 @@ def _caption(group: list[Row]) -> str:
     first = group[0]
     on_cpu = first.device == "cpu"
     where = f"{first.threads} thread(s) of {first.cpu}" if on_cpu else first.device
+    kept = ", freed memory kept by the process" if first.allocator == "kept" else ""
     time = "Processor time" if any(row.by_processor for row in group) else "Time"
     dates = sorted({row.date for row in group})
     commits = sorted({row.commit for row in group})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
-        f"{time} / peak memory growth of a DP step over those of the ordinary step: {where}, "
+        f"{time} / peak memory growth of a DP step over those of the ordinary step: {where}{kept}, "
         f"torch {first.torch}, {span}, commit {', '.join(commits)}."
     )
 

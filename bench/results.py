@@ -23,6 +23,7 @@ class Environment:
     device: str
     cpu: str
     threads: int
+    allocator: str
     tf32: str
     python: str
     torch: str
@@ -30,14 +31,15 @@ class Environment:
     date: str
 
     @classmethod
-    def here(cls, device: torch.device) -> Environment:
-        """Facts about this process, now."""
+    def here(cls, device: torch.device, allocator: str) -> Environment:
+        """Facts about this process, now; `allocator` is ``system`` or ``kept``."""
         on_gpu = device.type == "cuda"
         return cls(
             device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
             cpu=f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, "
             f"{os.cpu_count()} cores",
             threads=torch.get_num_threads(),
+            allocator=allocator,
             tf32=("on" if torch.backends.cuda.matmul.allow_tf32 else "off") if on_gpu else "",
             python=platform.python_version(),
             torch=torch.__version__,
@@ -60,6 +62,7 @@ class Row:
             less; empty on a GPU. Likewise ``processor_ms``, ``processor_p20``, ``processor_p80``.
         memory_mb: peak growth during the step, MB (1e6 bytes).
         memory_ratio: over the ordinary step's.
+        allocator: ``system``, or ``kept`` where freed memory stays with the process.
         load: running processes per core (load average) when the case began.
     """
 
@@ -89,6 +92,7 @@ class Row:
     device: str = ""
     cpu: str = ""
     threads: int = 0
+    allocator: str = "system"
     tf32: str = ""
     python: str = ""
     torch: str = ""
@@ -112,12 +116,13 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What a rerun replaces: same case, rival, device and threads."""
-        return (self.device, str(self.threads), self.case, self.rival)
+        """What a rerun replaces: same case, rival, device, threads and allocator."""
+        return (self.device, str(self.threads), self.allocator, self.case, self.rival)
 
     def measured_on(self, environment: Environment) -> bool:
-        """Whether the device and the number of threads are those of `environment`."""
-        return (self.device, self.threads) == (environment.device, environment.threads)
+        """Whether device, threads and allocator are those of `environment`."""
+        place = (environment.device, str(environment.threads), environment.allocator)
+        return self.key[:3] == place
 
 
 _TYPES = {f.name: str(f.type) for f in fields(Row)}
