@@ -14,7 +14,7 @@ _NO_GPU = "GPU: not yet measured."
 
 
 def markdown(rows: list[Row]) -> str:
-    """One table per device, thread count and allocator: step time over the ordinary step's, then memory."""
+    """One table per device, threads and allocator: step time over the ordinary one, then memory."""
     parts = [_table(group) for group in _groups(rows)]
     if not any(row.device != "cpu" for row in rows):
         parts.append(_NO_GPU)
@@ -33,7 +33,7 @@ def write(readme: Path, rows: list[Row]) -> bool:
 
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
-    """One picture per device, thread count and allocator: bars of time and of memory by case and rival."""
+    """One picture per device, threads and allocator: bars of time and memory by case and rival."""
     import matplotlib
 
     matplotlib.use("Agg")
