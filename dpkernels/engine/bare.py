@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from dpkernels.engine.capture import ModelCapture, swapped
+from dpkernels.engine.capture import ModelCapture, own_parameter, swapped
 from dpkernels.engine.unit import Slot, UnitCall, UnitForward, deterministic
 
 #: the parameter moves no output: it stays as it is, and its guard refuses a gradient
@@ -37,36 +37,38 @@ class BareForward(UnitForward):
         self._tried = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        slots = self._bare_slots() if self.capture.recording else []
+        slots = [] if self.capture.open_sink is None else self._bare_slots()
         if not slots or self.axis != 0:
             return super().__call__(*args, **kwargs)
         call = self._take_apart(args, kwargs)
         if not self._tried and call.samples > 1:
             self._tried = True
             self._layouts = self._find_layouts(call, slots)
-        if self._layouts is None or any(id(p) not in self._layouts for _, _, p in slots):
+        layouts = self._layouts
+        if layouts is None or any(id(p) not in layouts for _, _, p in slots):
             return super().__call__(*args, **kwargs)
         repeats = call.rows // call.samples
         expanded = [
-            (m, n, self._expanded(p, self._per_sample(p, call.samples), repeats))
+            (m, n, self._expanded(p, call.samples, repeats, layouts[id(p)]))
             for m, n, p in slots
-            if self._layouts[id(p)] != _UNUSED
+            if layouts[id(p)] != _UNUSED
         ]
         self.capture.marked = True
         with swapped(expanded):
             return self.original(*args, **kwargs)
 
     def _expanded(
-        self, parameter: nn.Parameter, per_sample: torch.Tensor, repeats: int
+        self, parameter: nn.Parameter, samples: int, repeats: int, layout: int
     ) -> torch.Tensor:
         """[rows, 1, ..., *shape]: the per-sample parameter as the module's forward gets it."""
+        per_sample = self._per_sample(parameter, samples)
         rows = per_sample if repeats == 1 else per_sample.repeat_interleave(repeats, 0)
-        return _laid_out(rows, parameter, self._layouts[id(parameter)])
+        return _laid_out(rows, parameter, layout)
 
     def _bare_slots(self) -> list[Slot]:
         """Where the module's own forward uses trained parameters: its own, and its containers'."""
         return [
-            (owner, name, owner._parameters[name])
+            (owner, name, own_parameter(owner, name))
             for owner in _owners(self.module)
             for name in sorted(self.capture.wanted(owner))
         ]

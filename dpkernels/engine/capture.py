@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dpkernels.layers.fold import rows_per_sample
 from dpkernels.layers.operands import Operand
@@ -75,7 +74,8 @@ class ModelCapture:
         self.trained: frozenset[int] = frozenset()
         #: requires gradients, so that a first layer's node is reached at all; not a leaf, so that
         #: a backward pass can be asked whether it is for the parameters
-        self.anchor = torch.zeros((), requires_grad=True).clone()
+        with torch.enable_grad():
+            self.anchor = torch.zeros((), requires_grad=True).clone()
         self._held: tuple[tuple[int, bool], ...] | None = None
         self._batch_norms: list[nn.Module] = []
         #: whether a layer of the forward pass under way is in its graph (not so inside a
@@ -100,9 +100,9 @@ class ModelCapture:
         self._start()
 
     @property
-    def recording(self) -> bool:
-        """Whether layers capture: a sink is attached and nothing around has switched it off."""
-        return self.sink is not None and self._depth == 0 and torch.is_grad_enabled()
+    def open_sink(self) -> Sink | None:
+        """The sink while layers capture; None where something around has switched that off."""
+        return self.sink if self._depth == 0 and torch.is_grad_enabled() else None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -119,7 +119,8 @@ class ModelCapture:
         ``torch.autograd.grad(output, inputs)`` is for something else (saliency, an adversarial
         example) and passes by. One that is differentiated again is refused.
         """
-        if not torch._C._will_engine_execute_node(self.anchor.grad_fn):
+        node = self.anchor.grad_fn
+        if node is None or not torch._C._will_engine_execute_node(node):
             return False
         if torch.is_grad_enabled():
             raise NotPerSample(
@@ -216,7 +217,7 @@ class LayerCall:
         sink.saw(owner.name, "backprops", backprops, self.samples)
         found = owner.rule.operands(owner.module, saved, backprops, self.samples, self.wanted)
         for name, operand in found:
-            sink.add(owner.module._parameters[name], operand, self.samples, owner.name)
+            sink.add(own_parameter(owner.module, name), operand, self.samples, owner.name)
 
 
 class _Mark(torch.autograd.Function):
@@ -240,13 +241,21 @@ class _Mark(torch.autograd.Function):
         return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """What the module holds under this name, not below it."""
+    parameter = module._parameters[name]
+    if parameter is None:
+        raise ValueError(f"{type(module).__name__}: {name!r} is None, expected a parameter")
+    return parameter
+
+
 @contextlib.contextmanager
 def swapped(tensors: Iterable[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
     """Put tensors in the place of parameters, module by module, and put the parameters back."""
-    originals = []
+    originals: list[tuple[nn.Module, str, torch.Tensor]] = []
     try:
         for module, name, tensor in tensors:
-            originals.append((module, name, module._parameters[name]))
+            originals.append((module, name, own_parameter(module, name)))
             _put(module, name, tensor)
         yield
     finally:
@@ -255,7 +264,7 @@ def swapped(tensors: Iterable[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    module._parameters[name] = tensor
+    module._parameters[name] = tensor  # type: ignore[assignment]
     if isinstance(module, nn.RNNBase):
         module._flat_weights[module._flat_weights_names.index(name)] = tensor
 
@@ -297,19 +306,21 @@ class LayerForward(CapturedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
-        wanted = capture.wanted(self.module) if capture.recording else None
+        sink = capture.open_sink
+        if sink is None:
+            return self.original(*args, **kwargs)
+        wanted = capture.wanted(self.module)
         if not wanted:
             return self.original(*args, **kwargs)
-        key = None if args else next(k for k, v in kwargs.items() if isinstance(v, torch.Tensor))
-        x = args[0] if args else kwargs[key]
-        x, samples = self._rows(x)
-        if key is None:
+        if args:
+            x, samples = self._rows(args[0])
             args = (x, *args[1:])
         else:
+            key = next(k for k, v in kwargs.items() if isinstance(v, torch.Tensor))
+            x, samples = self._rows(kwargs[key])
             kwargs = {**kwargs, key: x}
-        capture.sink.saw(self.name, "activations", x.movedim(self.axis, 0), samples)
-        own = self.module._parameters
-        with swapped((self.module, n, own[n].detach()) for n in wanted):
+        sink.saw(self.name, "activations", x.movedim(self.axis, 0), samples)
+        with swapped((self.module, n, own_parameter(self.module, n).detach()) for n in wanted):
             output, saved = self.rule.forward(
                 self.module, x, lambda: self.original(*args, **kwargs)
             )
@@ -328,102 +339,12 @@ class LayerForward(CapturedForward):
                 f"{tuple(x.shape)} has no sample axis; give it a batched input, or freeze the layer"
             )
         rows = x.shape[self.axis]
-        if rows == 1 and (capture.samples or 1) * capture.views > 1 and x.ndim > 1:
+        batch = rows if capture.samples is None else capture.samples * capture.views
+        if rows == 1 and batch > 1 and x.ndim > 1:
             shape = list(x.shape)
-            shape[self.axis] = rows = capture.samples * capture.views
+            shape[self.axis] = rows = batch
             x = x.expand(shape)
         return x, capture.samples_for(rows, self.name)
-
-
-class RootForward(CapturedForward):
-    """The model's own forward: finds the batch, arms capture, watches the outputs."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        capture = self.capture
-        if not capture.recording:
-            return self.original(*args, **kwargs)
-        if not self.module.training:
-            with capture.paused():
-                return self.original(*args, **kwargs)
-        if torch._C._current_graph_task_id() == -1:
-            capture.sink.reset()
-        capture.refresh()
-        capture.check_batch_norms()
-        rows = self._rows(args, kwargs)
-        args, kwargs = tree_map(_plain, (args, kwargs))
-        capture.empty = rows == 0
-        if capture.empty:
-            rows = capture.views
-            args, kwargs = tree_map(self._one_blank_sample, (args, kwargs))
-        if rows % capture.views:
-            raise ValueError(
-                f"views_per_sample={capture.views}: the model's input has {rows} rows, "
-                "expected a multiple of views_per_sample"
-            )
-        capture.samples = rows // capture.views
-        try:
-            if capture.probe is not None and capture.samples > 1:
-                probe, capture.probe = capture.probe, None
-                probe(capture, self._trial, (args, kwargs), rows)
-            capture.marked = False
-            output = self.original(*args, **kwargs)
-        finally:
-            samples, capture.samples = capture.samples, None
-        if capture.empty:
-            output = tree_map(lambda t: self._no_rows(t, rows), output)
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(_Begin(capture, samples, capture.marked))
-        return output
-
-    def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
-        """The tensors that a forward pass over `batch` returns."""
-        args, kwargs = batch
-        leaves = tree_leaves(self.original(*args, **kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        axis = self.capture.axis
-        refuse_packed(self.module, self.name, (*args, *kwargs.values()))
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
-                return leaf.shape[axis]
-        raise NotPerSample(
-            f"{type(self.module).__name__}: none of the forward pass's arguments is a tensor with "
-            f"a sample axis {axis}, so the batch size is unknown; pass the batch as a tensor"
-        )
-
-    def _one_blank_sample(self, leaf: Any) -> Any:
-        axis = self.capture.axis
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != 0:
-            return leaf
-        shape = list(leaf.shape)
-        shape[axis] = self.capture.views
-        return leaf.new_zeros(shape)
-
-    def _no_rows(self, leaf: Any, rows: int) -> Any:
-        axis = self.capture.axis
-        if isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
-            return leaf.narrow(axis, 0, 0)
-        return leaf
-
-
-class _Begin:
-    """Tensor hook on the model's outputs: tells the sink that a backward pass has reached it."""
-
-    def __init__(self, capture: ModelCapture, samples: int, marked: bool):
-        self.capture = capture
-        self.samples = samples
-        self.marked = marked
-
-    def __call__(self, grad: torch.Tensor) -> None:
-        sink, axis = self.capture.sink, self.capture.axis
-        if sink is None or (self.marked and not self.capture.wants_this_backward()):
-            return
-        sink.begin(self.samples)
-        rows = grad.movedim(axis, 0) if grad.ndim > axis else grad
-        if rows.ndim and len(rows) and len(rows) % self.samples == 0:
-            sink.saw("", "criterion", rows, self.samples)
 
 
 def refuse_packed(module: nn.Module, name: str, values: Iterable[Any]) -> None:
@@ -433,10 +354,3 @@ def refuse_packed(module: nn.Module, name: str, values: Iterable[Any]) -> None:
             f"module {name!r} ({type(module).__name__}): a PackedSequence interleaves the steps of "
             "all samples; pass the padded tensor"
         )
-
-
-def _plain(leaf: Any) -> Any:
-    """MONAI's MetaTensor and other data-carrying subclasses as the tensors they hold."""
-    if isinstance(leaf, torch.Tensor) and hasattr(leaf, "as_tensor"):
-        return leaf.as_tensor()
-    return leaf

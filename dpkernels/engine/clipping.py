@@ -92,7 +92,11 @@ class PerLayerClipping(Clipping):
         parameters: the trained parameters.
     """
 
-    def __init__(self, max_grad_norms: Sequence[float], parameters: Sequence[nn.Parameter]):
+    def __init__(
+        self,
+        max_grad_norms: float | list[float] | tuple[float, ...],
+        parameters: Sequence[nn.Parameter],
+    ):
         if not isinstance(max_grad_norms, (list, tuple)):
             max_grad_norms = [max_grad_norms]
         if len(max_grad_norms) != len(parameters):

@@ -37,14 +37,17 @@ class ParameterGradient:
     def materialize(self) -> torch.Tensor:
         """[B, *shape]: the stored per-sample gradients, formed now if they were factored."""
         if self.stored is None:
+            if self.factored is None:
+                raise ValueError("materialize(): no contribution was added, expected at least one")
             self.stored, self.factored, self._norm_sq = self.factored.grad_sample(), None, None
         return self.stored
 
     def norm_sq(self) -> torch.Tensor:
         """[B]: squared norm of each sample's gradient, from the values that will be summed."""
-        if self.stored is None:
+        if self._norm_sq is not None:
             return self._norm_sq
-        return torch.linalg.vector_norm(self.stored.reshape(len(self.stored), -1), dim=1).square()
+        stored = self.materialize()
+        return torch.linalg.vector_norm(stored.reshape(len(stored), -1), dim=1).square()
 
 
 class PendingGradients:
@@ -92,6 +95,23 @@ class PendingGradients:
             gradient = self.gradients[parameter] = ParameterGradient()
         name = self.names.get(id(parameter), "?")
         gradient.add(operand, lambda: self.planner.choose(operand, name, layer, parameter))
+
+    def refuse_not_finite(self, norm_sq: torch.Tensor) -> None:
+        """Raise for the first sample whose `norm_sq`, [B], over all parameters is not finite."""
+        finite = norm_sq.isfinite()
+        if bool(finite.all()):
+            return
+        sample = int((~finite).nonzero()[0])
+        layers = [
+            self.names.get(id(p), "?")
+            for p, g in self.gradients.items()
+            if not bool(g.norm_sq()[sample].isfinite())
+        ]
+        raise ValueError(
+            f"sample {sample} of this batch has a gradient that is not finite (parameters: "
+            f"{', '.join(layers[:4])}{', ...' if len(layers) > 4 else ''}). Look for NaN or "
+            "infinite values in its input or target, or a diverging loss; nothing was released"
+        )
 
     def reset(self) -> None:
         """Forget everything: the end of a backward pass, or one that failed half-way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sized
 from typing import Any
 
 from opacus.data_loader import DPDataLoader
@@ -33,7 +34,18 @@ def sample_rate_of(data_loader: DataLoader) -> float:
     size = getattr(data_loader.batch_sampler, "batch_size", None)
     if size is None:
         return 1.0 / len(data_loader)
-    return min(1.0, size / len(data_loader.dataset))
+    return min(1.0, size / dataset_size_of(data_loader))
+
+
+def dataset_size_of(data_loader: DataLoader) -> int:
+    """The number of records; an error where the dataset does not know it."""
+    dataset = data_loader.dataset
+    if not isinstance(dataset, Sized):
+        raise ValueError(
+            f"data_loader: its dataset {type(dataset).__name__} has no length, so the sampling "
+            "rate is unknown; expected one with __len__"
+        )
+    return len(dataset)
 
 
 def draws_every_record_alike(data_loader: DataLoader) -> bool:

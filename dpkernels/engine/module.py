@@ -10,11 +10,12 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from torch import nn
 
 from dpkernels.engine.bare import BareForward
-from dpkernels.engine.capture import CapturedForward, LayerForward, ModelCapture, RootForward
+from dpkernels.engine.capture import CapturedForward, LayerForward, ModelCapture
 from dpkernels.engine.gradients import PendingGradients
 from dpkernels.engine.optimizer import FusedDPOptimizer
 from dpkernels.engine.planner import Planner
 from dpkernels.engine.probe import refuse_mixing
+from dpkernels.engine.root import RootForward
 from dpkernels.engine.unit import UnitForward
 from dpkernels.layers import find_rule, refusal
 from dpkernels.layers.sequence import stated_axis
@@ -95,6 +96,9 @@ def incompatibilities(model: nn.Module) -> list[str]:
 
 class _FusedCapture:
     """What the wrapped module and the wrapper-less hooks share."""
+
+    #: set by the Opacus class beside this one
+    batch_first: bool
 
     def _start(self, model: nn.Module, views_per_sample: int, memory_budget: int | None) -> None:
         self.planner = Planner(memory_budget)

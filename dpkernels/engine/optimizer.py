@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,48 +15,8 @@ from torch.optim import Optimizer
 from dpkernels import ops
 from dpkernels.engine.clipping import make_clipping, total_norm_sq
 from dpkernels.engine.gradients import ParameterGradient, PendingGradients
+from dpkernels.engine.steps import Mechanism, StepReport
 from dpkernels.ops.noise.source import NoiseSource
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What happened to the samples of the last physical batch.
-
-    Attributes:
-        per_sample_norm: [B], float32 or float64: gradient norms before clipping.
-        clip_factor: [B]: what each sample's gradient was multiplied by; with per-layer clipping
-            [parameters, B].
-    """
-
-    per_sample_norm: torch.Tensor
-    clip_factor: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Mechanism:
-    """What the noise of a logical batch was drawn for."""
-
-    noise_multiplier: float
-    bound: float
-
-
-@dataclass(frozen=True)
-class StepCounter:
-    """Step hook that reports every step to the accountant; it pickles, unlike a closure.
-
-    Attributes:
-        accountant: an Opacus ``IAccountant``.
-        sample_rate: probability q with which a record enters one backward pass.
-    """
-
-    accountant: Any
-    sample_rate: float
-
-    def __call__(self, optimizer: DPOptimizer) -> None:
-        self.accountant.step(
-            noise_multiplier=optimizer.noise_multiplier,
-            sample_rate=self.sample_rate * optimizer.accumulated_iterations,
-        )
 
 
 class FusedDPOptimizer(DPOptimizer):
@@ -86,6 +45,8 @@ class FusedDPOptimizer(DPOptimizer):
         views_per_sample: rows per sample, averaged before clipping.
         materialize_grad_samples: also leave ``p.grad_sample``, [B, *p.shape].
     """
+
+    max_grad_norm: float
 
     def __init__(
         self,
@@ -123,7 +84,7 @@ class FusedDPOptimizer(DPOptimizer):
         self._noise = NoiseSource()
         self._iterations = 0
         self._consumed = False
-        self._mechanism: _Mechanism | None = None
+        self._mechanism: Mechanism | None = None
         self._private: dict[nn.Parameter, torch.Tensor] = {}
 
     @property
@@ -171,7 +132,7 @@ class FusedDPOptimizer(DPOptimizer):
                 "BatchMemoryManager"
             )
 
-    def _remember_mechanism(self) -> None:
+    def _remember_mechanism(self) -> Mechanism:
         """Note the noise multiplier and the largest bound of the logical batch under way."""
         bound = float(self.max_grad_norm)
         if self._mechanism is not None:
@@ -181,7 +142,8 @@ class FusedDPOptimizer(DPOptimizer):
                     "that drew the noise; change it after optimizer.step(), not while accumulating"
                 )
             bound = max(bound, self._mechanism.bound)
-        self._mechanism = _Mechanism(float(self.noise_multiplier), bound)
+        self._mechanism = Mechanism(float(self.noise_multiplier), bound)
+        return self._mechanism
 
     def _sample_scale(self, samples: int) -> float:
         """What a captured gradient is multiplied by to be the gradient of one sample's loss."""
@@ -189,14 +151,16 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _clip(self, gradients: PendingGradients) -> dict[nn.Parameter, torch.Tensor]:
         """By parameter, [B]: what captured gradients are multiplied by, clip factor times scale."""
-        scale = self._sample_scale(gradients.samples)
+        samples = gradients.samples
+        if samples is None:
+            raise ValueError("gradients: expected those of a backward pass under way, got none")
+        scale = self._sample_scale(samples)
         norm_sq = {p: g.norm_sq() * scale**2 for p, g in gradients.gradients.items()}
         if not norm_sq or gradients.empty:
             self.last_step = None
             return {}
         total = total_norm_sq(norm_sq.values())
-        if not bool(total.isfinite().all()):
-            self._refuse_not_finite(gradients, total)
+        gradients.refuse_not_finite(total)
         factors = self.clipping.factors(norm_sq, float(self.max_grad_norm))
         self.clipping.observe(factors)
         distinct = list({id(f): f for f in factors.values()}.values())
@@ -204,37 +168,22 @@ class FusedDPOptimizer(DPOptimizer):
         self.last_step = StepReport(total.sqrt(), clip_factor)
         if self.materialize_grad_samples:
             for parameter in self.params:
-                self._leave_grad_sample(parameter, gradients, scale)
+                gradient = gradients.gradients.get(parameter)
+                if gradient is None:
+                    grad_sample = parameter.new_zeros(samples, *parameter.shape)
+                else:
+                    grad_sample = gradient.materialize() * scale
+                self._leave_grad_sample(parameter, grad_sample)
         return {p: factor * scale for p, factor in factors.items()}
 
-    def _leave_grad_sample(
-        self, parameter: nn.Parameter, gradients: PendingGradients, scale: float
-    ) -> None:
+    def _leave_grad_sample(self, parameter: nn.Parameter, grad_sample: torch.Tensor) -> None:
         """Set ``parameter.grad_sample``; a list, as Opacus has it, where passes accumulate."""
-        gradient = gradients.gradients.get(parameter)
-        if gradient is None:
-            grad_sample = parameter.new_zeros(gradients.samples, *parameter.shape)
-        else:
-            grad_sample = gradient.materialize() * scale
         earlier = getattr(parameter, "grad_sample", None)
         if self._iterations and earlier is not None:
             earlier = earlier if isinstance(earlier, list) else [earlier]
-            parameter.grad_sample = [*earlier, grad_sample]
+            parameter.grad_sample = [*earlier, grad_sample]  # type: ignore[attr-defined]
         else:
-            parameter.grad_sample = grad_sample
-
-    def _refuse_not_finite(self, gradients: PendingGradients, norm_sq: torch.Tensor) -> None:
-        sample = int((~norm_sq.isfinite()).nonzero()[0])
-        layers = [
-            gradients.names.get(id(p), "?")
-            for p, g in gradients.gradients.items()
-            if not bool(g.norm_sq()[sample].isfinite())
-        ]
-        raise ValueError(
-            f"sample {sample} of this batch has a gradient that is not finite (parameters: "
-            f"{', '.join(layers[:4])}{', ...' if len(layers) > 4 else ''}). Look for NaN or "
-            "infinite values in its input or target, or a diverging loss; nothing was released"
-        )
+            parameter.grad_sample = grad_sample  # type: ignore[attr-defined]
 
     def _release(
         self,
@@ -243,10 +192,16 @@ class FusedDPOptimizer(DPOptimizer):
     ) -> None:
         """Write the clipped sum, with noise on the last physical batch, for every parameter."""
         last = not self._check_skip_next_step(pop_next=False)
-        self._remember_mechanism()
+        if last and self._iterations and any(p.grad is None for p in self.params):
+            raise ValueError(
+                "backward(): a parameter has no gradient, so no noise, from the backward pass "
+                "before: it was cleared or unfrozen while accumulating; call optimizer.zero_grad()"
+            )
+        mechanism = self._remember_mechanism()
+        noise_std = self._noise_std(mechanism) if last and not self._iterations else 0.0
         for parameter in self.params:
             factor = factors.get(parameter, _NO_SAMPLES)
-            self._release_one(parameter, found.get(parameter), factor, last)
+            self._release_one(parameter, found.get(parameter), factor, last, noise_std)
         if last:
             self._iterations += 1
 
@@ -256,9 +211,11 @@ class FusedDPOptimizer(DPOptimizer):
         gradient: ParameterGradient | None,
         factor: torch.Tensor,
         last: bool,
+        noise_std: float,
     ) -> None:
         again = last and self._iterations > 0
-        if again:
+        total: torch.Tensor | None
+        if again and parameter.grad is not None:
             total = parameter.grad.to(_sum_dtype(parameter)) * self._divisor(self._iterations)
         else:
             total = getattr(parameter, "summed_grad", None)
@@ -277,22 +234,22 @@ class FusedDPOptimizer(DPOptimizer):
             )
         if not last:
             self._finish(total, stored, factor, 0.0, 1.0, accumulate)
-            parameter.summed_grad = total
+            parameter.summed_grad = total  # type: ignore[attr-defined]
             return
-        noise_std = 0.0 if again else self._noise_std()
         scale = 1.0 / self._divisor(self._iterations + 1)
         if noise_std or again:
             self._finish(total, stored, factor, noise_std, scale, accumulate)
-            parameter.summed_grad = None
+            parameter.summed_grad = None  # type: ignore[attr-defined]
         else:
             self._finish(total, stored, factor, 0.0, 1.0, accumulate)
-            parameter.summed_grad, total = total, total * scale
+            parameter.summed_grad = total  # type: ignore[attr-defined]
+            total = total * scale
         parameter.grad = total.to(parameter.dtype)
         self._private[parameter] = parameter.grad
 
-    def _noise_std(self) -> float:
+    def _noise_std(self, mechanism: Mechanism) -> float:
         """Standard deviation of the noise on the sum of one logical batch."""
-        return float(self.clipping.gradient_noise(self.noise_multiplier) * self._mechanism.bound)
+        return float(self.clipping.gradient_noise(self.noise_multiplier) * mechanism.bound)
 
     def _finish(
         self,
@@ -355,12 +312,12 @@ class FusedDPOptimizer(DPOptimizer):
             return False
         if self._consumed:
             self._check_cleared()
-        if not self._iterations:
+        if not self._iterations or self._mechanism is None:
             raise ValueError(
                 "Per sample gradient is not initialized. Not updated in backward pass? "
                 "Call loss.backward() on the private model before optimizer.step()"
             )
-        self._check_private()
+        self._check_private(self._mechanism)
         if self.step_hook:
             self.step_hook(self)
         expected = float(self.expected_batch_size or 0) * self._iterations
@@ -369,13 +326,12 @@ class FusedDPOptimizer(DPOptimizer):
         self._consumed = True
         return True
 
-    def _check_private(self) -> None:
+    def _check_private(self, drawn: Mechanism) -> None:
         """Every gradient is the engine's, and the mechanism is the one that will be counted."""
-        if self._mechanism.noise_multiplier != float(self.noise_multiplier):
+        if drawn.noise_multiplier != float(self.noise_multiplier):
             raise ValueError(
                 f"noise_multiplier={self.noise_multiplier}: the noise was drawn in backward() with "
-                f"{self._mechanism.noise_multiplier}; step the noise scheduler after "
-                "optimizer.step()"
+                f"{drawn.noise_multiplier}; step the noise scheduler after optimizer.step()"
             )
         for group in self.param_groups:
             for p in group["params"]:

@@ -22,11 +22,17 @@ from torch.utils.data import DataLoader
 
 from dpkernels.accounting import get_noise_multiplier
 from dpkernels.accounting.opacus_adapter import register
-from dpkernels.engine.loader import poisson_loader, sample_rate_of, warn_of_other_samplers
+from dpkernels.engine.loader import (
+    dataset_size_of,
+    poisson_loader,
+    sample_rate_of,
+    warn_of_other_samplers,
+)
 from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule, incompatibilities
-from dpkernels.engine.optimizer import OPTIMIZERS, FusedDPOptimizer, StepCounter
+from dpkernels.engine.optimizer import OPTIMIZERS, FusedDPOptimizer
 from dpkernels.engine.planner import Plan
 from dpkernels.engine.probe import check_criterion
+from dpkernels.engine.steps import StepCounter
 from dpkernels.reconstruction import risk_report
 
 register()
@@ -197,7 +203,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
-            expected_batch_size=_whole(sample_rate * len(data_loader.dataset)),
+            expected_batch_size=_whole(sample_rate * dataset_size_of(data_loader)),
             loss_reduction=loss_reduction,
             generator=noise_generator,
             clipping=clipping,

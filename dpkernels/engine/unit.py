@@ -24,6 +24,7 @@ from dpkernels.engine.capture import (
     CapturedForward,
     ModelCapture,
     NotPerSample,
+    own_parameter,
     refuse_packed,
     swapped,
 )
@@ -116,13 +117,16 @@ class UnitForward(CapturedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
-        slots = self._slots() if capture.recording else []
+        sink = capture.open_sink
+        if sink is None:
+            return self.original(*args, **kwargs)
+        slots = self._slots()
         if not slots:
             return self.original(*args, **kwargs)
         call = self._take_apart(args, kwargs)
         for leaf, axis in zip(call.leaves, call.axes):
             if axis is not None:
-                capture.sink.saw(self.name, "activations", leaf.movedim(axis, 0), call.samples)
+                sink.saw(self.name, "activations", leaf.movedim(axis, 0), call.samples)
         parameters = {id(p): self._per_sample(p, call.samples) for _, _, p in slots}
         capture.marked = True
         outputs, others, spec = self._outputs(call, slots, parameters)
@@ -257,7 +261,7 @@ class UnitForward(CapturedForward):
     def _slots(self) -> list[Slot]:
         """Every place below the unit where a trained parameter sits."""
         return [
-            (module, name, module._parameters[name])
+            (module, name, own_parameter(module, name))
             for module in self.module.modules()
             for name in sorted(self.capture.wanted(module))
         ]
@@ -344,7 +348,7 @@ def _gradients(outputs: list[torch.Tensor], parameters: list[torch.Tensor]) -> l
             curved.append((weight.reshape(t.shape) * t + t.square() / 2).sum())
     if not curved:
         return [torch.zeros_like(p) for p in parameters]
-    found = torch.autograd.grad(sum(curved), parameters, allow_unused=True)
+    found = torch.autograd.grad(curved, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
 
 
@@ -370,5 +374,5 @@ def deterministic(module: nn.Module) -> Iterator[None]:
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     tolerance = 1e-9 if a.dtype == torch.float64 else 1e-3 if a.dtype == torch.float32 else 3e-2
-    scale = float(b.double().abs().max()) if b.numel() else 0.0
+    scale = float(b.detach().double().abs().max()) if b.numel() else 0.0
     return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * scale)

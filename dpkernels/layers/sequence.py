@@ -89,14 +89,17 @@ def sample_axes(
         ValueError: the arguments have no sample axis.
     """
     for kind, axis_of in _ARGUMENTS:
-        if isinstance(module, kind) and type(module).forward is _base_forward(module, kind):
+        if isinstance(module, kind) and type(module).forward is _base_forward(module):
             bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
             named = dict(list(bound.arguments.items())[1:])
             return named, partial(axis_of, module, axis)
     return None
 
 
-def _base_forward(module: nn.Module, kind: type[nn.Module]) -> Any:
-    """The forward that PyTorch itself defines for this kind of module."""
-    own = (c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
-    return next(own).forward
+def _base_forward(module: nn.Module) -> Any:
+    """The forward that PyTorch itself defines for the module's kind."""
+    return next(
+        c.forward
+        for c in type(module).__mro__
+        if issubclass(c, nn.Module) and c.__module__.startswith("torch.nn.modules")
+    )

@@ -13,7 +13,7 @@ from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from dpkernels import PrivacyEngine
 from tests.engine.truth import microbatching, relative_error
@@ -218,6 +218,18 @@ def test_second_backward_under_poisson_sampling_is_refused() -> None:
         nn.functional.cross_entropy(model(x), y).backward()
 
 
+def test_noise_cleared_while_accumulating_is_refused() -> None:
+    _, model, optimizer, _ = private(cnn(), images(16), poisson_sampling=False)
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(model(x), y).backward()
+    first, second = list(model.parameters())[:2]
+    kept = first.grad.clone()
+    second.grad = None
+    with pytest.raises(ValueError, match="no noise.*zero_grad"):
+        nn.functional.cross_entropy(model(x), y).backward()
+    assert torch.equal(first.grad, kept)
+
+
 def test_steps_without_cleared_or_private_gradients_are_refused() -> None:
     _, model, optimizer, _ = private(cnn(), images(16))
     x, y = images(4).tensors
@@ -257,6 +269,20 @@ def test_evaluation_and_no_grad_capture_nothing() -> None:
     model(x)
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
+
+
+def test_made_private_without_gradients_around() -> None:
+    dataset = images(8)
+    model = cnn()
+    expected = microbatching(
+        model, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), dataset.tensors, 1.0
+    )
+    with torch.no_grad():
+        _, model, _, _ = private(model, dataset, 8, 0.0)
+    x, y = dataset.tensors
+    nn.functional.cross_entropy(model(x), y).backward()
+    for name, p in model._module.named_parameters():
+        assert relative_error(p.grad, expected.gradients[name]) < 1e-5
 
 
 def test_bad_input_is_named() -> None:
@@ -327,6 +353,16 @@ def test_samplers_that_poisson_sampling_would_replace_are_refused() -> None:
             module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader,
             noise_multiplier=1.0, max_grad_norm=1.0,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("poisson_sampling", [True, False])
+def test_a_dataset_without_length_is_refused(poisson_sampling: bool) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.zeros(3, 8, 8), 0)] * 8)
+
+    with pytest.raises(ValueError, match="Stream has no length"):
+        private(cnn(), Stream(), poisson_sampling=poisson_sampling)
 
 
 def test_copies_and_pickles() -> None:
