@@ -21,7 +21,7 @@ from bench.harness import Plan
 _ROOT = Path(__file__).resolve().parents[1]
 _STATE = _ROOT / "build" / "bench"
 _PLANS = {
-    "cpu": Plan(seconds=30.0),
+    "cpu": Plan(seconds=10.0),
     "quick": Plan(seconds=4.0, least=3, most=20),
     "gpu": Plan(seconds=8.0, least=5, most=40),
 }

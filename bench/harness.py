@@ -45,6 +45,7 @@ def measure(
     Args:
         report: called with what is being done and the share of the case that is done.
     """
+    rivals = [rival for rival in rivals if rival.name not in case.leave_out]
     environment = Environment.here(device, plan.allocator)
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     workload = case.build(device)
