@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from bench import cases, rivals
@@ -10,6 +11,8 @@ from bench.results import Row
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _TITLES = {case.name: case.title for case in cases.CASES}
 _COLUMNS = [rival for rival in rivals.RIVALS if rival.private]
+#: ratios beyond are cut in the pictures, with their value written
+_AXIS_END = 5.0
 _NO_GPU = "GPU: not yet measured."
 
 
@@ -59,12 +62,18 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
                     color=f"C{index}",
                     label=rival.title,
                 )
+                for i, r in points:
+                    if getattr(r, value) > _AXIS_END:
+                        y = i + (index - len(shown) / 2 + 0.5) * height
+                        text = f"{getattr(r, value):.0f} "
+                        axis.text(_AXIS_END, y, text, fontsize=6, ha="right", va="center")
+            axis.set_xlim(0, _AXIS_END)
             axis.axvline(1.0, color="black", linewidth=1)
             axis.set_xlabel(f"{label}, ordinary step = 1")
         axes[0].set_yticks(range(len(names)), [_TITLES.get(n, n) for n in names], fontsize=8)
         axes[0].invert_yaxis()
         axes[1].legend(fontsize=8)
-        figure.suptitle(_caption(group), fontsize=8)
+        figure.suptitle(textwrap.fill(_caption(group), 150), fontsize=8)
         figure.tight_layout()
         first = group[0]
         device = first.device.lower().replace(" ", "-")
@@ -129,7 +138,7 @@ def _notes(group: list[Row]) -> str:
     }
     if not missing:
         return ""
-    return "\n\nA dash: the rival cannot run the case, or its gradient is wrong (see the rows)."
+    return "\n\nA dash: not measured, or the rival cannot run the case (the rows say why)."
 
 
 def _cell(row: Row | None) -> str:
