@@ -12,10 +12,10 @@ demo: .venv/.has-segmentation .venv/.native
 test: .venv/.has-segmentation .venv/.has-test .venv/.native
 	$(BIN)/python -m pytest --durations=10 -m "not slow"
 
-bench: .venv/.has-segmentation .venv/.has-test .venv/.native
+bench: .venv/.has-segmentation .venv/.has-test .venv/.rivals .venv/.native
 	$(BIN)/python -m bench
 
-bench-quick: .venv/.has-segmentation .venv/.has-test .venv/.native
+bench-quick: .venv/.has-segmentation .venv/.has-test .venv/.rivals .venv/.native
 	$(BIN)/python -m bench --quick
 
 bench-gpu: .venv/.has-segmentation .venv/.has-test .venv/.native
@@ -75,6 +75,11 @@ clean:
 
 .venv/.has-%: .venv/.base
 	$(PIP) --no-build-isolation --editable '.[$*]'
+	touch $@
+
+# BackPACK asks for torchvision, which it uses in its examples only.
+.venv/.rivals: .venv/.base
+	$(PIP) --no-deps backpack-for-pytorch==1.7.1 unfoldNd==0.2.3
 	touch $@
 
 .venv/.native: .venv/.base $(NATIVE)
