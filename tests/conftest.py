@@ -6,11 +6,16 @@ Fresh memory is poisoned in the tests of everything that computes gradients, nor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, and other packages' tests may import it first.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 _POISONED_ROOMS = ("ops", "layers", "engine")
 _TESTS = Path(__file__).resolve().parent

@@ -1,14 +1,12 @@
 """Where the Triton tests run: on CUDA tensors (marked ``gpu``) or under Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when it is first imported. Every module of Triton tests loads its
-kernels through :func:`load`, so it is set while tests are collected, before any test runs a
-compiler.
+Triton reads TRITON_INTERPRET when it is first imported; tests/conftest.py sets it where there is no
+CUDA device. Every module of Triton tests loads its kernels through :func:`load`.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 from types import ModuleType
 
 import pytest
@@ -17,9 +15,6 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def load(name: str) -> ModuleType:
