@@ -48,6 +48,12 @@ def dataset_size_of(data_loader: DataLoader) -> int:
     return len(dataset)
 
 
+def expected_batch_size_of(data_loader: DataLoader) -> float:
+    """q * N, as an int where it is one: 64 / 1000 * 1000 is 64, not 64.00000000000001."""
+    size = sample_rate_of(data_loader) * dataset_size_of(data_loader)
+    return round(size) if abs(size - round(size)) < 1e-9 * max(size, 1.0) else size
+
+
 def draws_every_record_alike(data_loader: DataLoader) -> bool:
     """Whether the loader shuffles or walks through its dataset, or is a Poisson loader already."""
     if isinstance(data_loader.batch_sampler, _POISSON):

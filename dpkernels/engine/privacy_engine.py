@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from dpkernels.accounting import get_noise_multiplier
 from dpkernels.accounting.opacus_adapter import register
 from dpkernels.engine.loader import (
-    dataset_size_of,
+    expected_batch_size_of,
     poisson_loader,
     sample_rate_of,
     warn_of_other_samplers,
@@ -203,7 +203,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
-            expected_batch_size=_whole(sample_rate * dataset_size_of(data_loader)),
+            expected_batch_size=expected_batch_size_of(data_loader),
             loss_reduction=loss_reduction,
             generator=noise_generator,
             clipping=clipping,
@@ -397,12 +397,6 @@ def _check_arguments(
     norms = max_grad_norm if isinstance(max_grad_norm, (list, tuple)) else [max_grad_norm]
     if not all(norm > 0.0 for norm in norms):
         raise ValueError(f"max_grad_norm={max_grad_norm}: expected a number > 0")
-    if isinstance(views_per_sample, bool) or views_per_sample != int(views_per_sample):
+    whole = not isinstance(views_per_sample, bool) and views_per_sample == int(views_per_sample)
+    if not whole or views_per_sample < 1:
         raise ValueError(f"views_per_sample={views_per_sample}: expected an integer >= 1")
-    if views_per_sample < 1:
-        raise ValueError(f"views_per_sample={views_per_sample}: expected an integer >= 1")
-
-
-def _whole(size: float) -> float:
-    """q * N as an int where it is one: 64 / 1000 * 1000 is 64, not 64.00000000000001."""
-    return round(size) if abs(size - round(size)) < 1e-9 * max(size, 1.0) else size
