@@ -3,65 +3,26 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 
 import pytest
 import torch
-from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    TensorDataset,
+)
 
 from dpkernels import PrivacyEngine
+from tests.engine.support import (
+    TextClassifier,
+    cnn,
+    images,
+    private,
+    sentences,
+)
 from tests.engine.truth import microbatching, relative_error
-
-
-class TextClassifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(50, 8, padding_idx=0)
-        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.encoder(self.embedding(ids)).mean(1))
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4),
-    )  # fmt: skip
-
-
-def images(count: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(count, 3, 8, 8, generator=generator)
-    return TensorDataset(x, (x.mean((1, 2, 3)) > 0).long())
-
-
-def sentences(count: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(0, 50, (count, 7), generator=generator)
-    return TensorDataset(ids, ids.sum(1) % 3)
-
-
-def private(
-    model: nn.Module,
-    dataset: TensorDataset,
-    batch_size: int = 8,
-    noise: float = 1.0,
-    **kwargs: object,
-):
-    engine = PrivacyEngine()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    loader = DataLoader(dataset, batch_size=batch_size)
-    arguments = {"noise_multiplier": noise, "max_grad_norm": 1.0, **kwargs}
-    made = engine.make_private(module=model, optimizer=optimizer, data_loader=loader, **arguments)
-    return engine, *made
 
 
 @pytest.mark.parametrize(("build", "dataset"), [(cnn, images(64)), (TextClassifier, sentences(64))])
@@ -91,21 +52,6 @@ def test_opacus_own_mode_behaves_as_opacus() -> None:
     assert all(len(p.grad_sample) == 4 for p in model.parameters())
     optimizer.step()
     assert len(engine.accountant) == 1
-
-
-def test_optimizer_and_module_are_what_opacus_users_expect() -> None:
-    from opacus.grad_sample import AbstractGradSampleModule
-
-    _, model, optimizer, loader = private(cnn(), images(16))
-    assert isinstance(optimizer, DPOptimizer)
-    assert isinstance(model, AbstractGradSampleModule)
-    assert optimizer.expected_batch_size == 8
-    assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (1.0, 1.0)
-    torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    standard = model.to_standard_module()
-    assert "forward" not in standard.__dict__
-    assert "forward" not in standard[0].__dict__
-    nn.functional.cross_entropy(standard(images(4).tensors[0]), images(4).tensors[1]).backward()
 
 
 @pytest.mark.parametrize("physical", [1, 3, 8])
@@ -210,53 +156,6 @@ def test_gradient_accumulation_without_poisson_sampling() -> None:
     assert engine.accountant.history == [(0.0, 2 * 0.5, 1)]
 
 
-def test_second_backward_under_poisson_sampling_is_refused() -> None:
-    _, model, optimizer, _ = private(cnn(), images(16))
-    x, y = images(4).tensors
-    nn.functional.cross_entropy(model(x), y).backward()
-    with pytest.raises(ValueError, match="not compatible with grad accumulation"):
-        nn.functional.cross_entropy(model(x), y).backward()
-
-
-def test_noise_cleared_while_accumulating_is_refused() -> None:
-    _, model, optimizer, _ = private(cnn(), images(16), poisson_sampling=False)
-    x, y = images(4).tensors
-    nn.functional.cross_entropy(model(x), y).backward()
-    first, second = list(model.parameters())[:2]
-    kept = first.grad.clone()
-    second.grad = None
-    with pytest.raises(ValueError, match="no noise.*zero_grad"):
-        nn.functional.cross_entropy(model(x), y).backward()
-    assert torch.equal(first.grad, kept)
-
-
-def test_steps_without_cleared_or_private_gradients_are_refused() -> None:
-    _, model, optimizer, _ = private(cnn(), images(16))
-    x, y = images(4).tensors
-    with pytest.raises(ValueError, match="Not updated in backward pass"):
-        optimizer.step()
-    nn.functional.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match="haven't been cleared"):
-        nn.functional.cross_entropy(model(x), y).backward()
-    optimizer.zero_grad()
-    nn.functional.cross_entropy(model(x), y).backward()
-    parameter = next(model.parameters())
-    parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(ValueError, match="was not made private"):
-        optimizer.step()
-
-
-def test_a_second_optimizer_step_does_not_reuse_a_gradient() -> None:
-    engine, model, optimizer, _ = private(cnn(), images(16))
-    x, y = images(4).tensors
-    nn.functional.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match="haven't been cleared"):
-        optimizer.step()
-    assert engine.accountant.history[0][2] == 1
-
-
 def test_evaluation_and_no_grad_capture_nothing() -> None:
     _, model, optimizer, _ = private(cnn(), images(16))
     x, y = images(4).tensors
@@ -285,52 +184,12 @@ def test_made_private_without_gradients_around() -> None:
         assert relative_error(p.grad, expected.gradients[name]) < 1e-5
 
 
-def test_bad_input_is_named() -> None:
-    model, dataset = cnn(), images(16)
-    with pytest.raises(UnsupportedModuleError, match="BatchNorm2d.*GroupNorm"):
-        private(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), dataset)
-    with pytest.raises(UnsupportedModuleError, match="track_running_stats=False"):
-        private(nn.InstanceNorm2d(3, track_running_stats=True, affine=True), dataset)
-    with pytest.raises(UnsupportedModuleError, match="training mode"):
-        private(cnn().eval(), dataset)
-    with pytest.raises(ValueError, match="noise_multiplier=-1"):
-        private(model, dataset, noise=-1.0)
-    with pytest.raises(ValueError, match="max_grad_norm=0"):
-        private(model, dataset, max_grad_norm=0.0)
-    with pytest.raises(ValueError, match="views_per_sample=0"):
-        private(model, dataset, views_per_sample=0)
-    with pytest.raises(ValueError, match="clipping='nonsense'"):
-        private(model, dataset, clipping="nonsense")
-    foreign = torch.optim.SGD(cnn().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="not in the module"):
-        PrivacyEngine().make_private(
-            module=model, optimizer=foreign, data_loader=DataLoader(dataset, batch_size=4),
-            noise_multiplier=1.0, max_grad_norm=1.0,
-        )  # fmt: skip
-    _, wrapped, optimizer, _ = private(model, dataset, views_per_sample=2)
-    with pytest.raises(ValueError, match="views_per_sample=2.*3 rows"):
-        wrapped(dataset.tensors[0][:3])
-
-
 def test_frozen_batch_norm_is_allowed() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
     model[1].requires_grad_(False).eval()
     _, wrapped, optimizer, _ = private(model, images(16))
     x, y = images(4).tensors
     nn.functional.cross_entropy(wrapped(x), y).backward()
-    optimizer.step()
-
-
-def test_nan_input_names_the_sample_and_releases_nothing() -> None:
-    _, model, optimizer, _ = private(cnn(), images(16))
-    x, y = images(4).tensors
-    model(x)
-    x = x.clone()
-    x[2, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="sample 2 .*not finite"):
-        nn.functional.cross_entropy(model(x), y).backward()
-    assert all(p.grad is None for p in model.parameters())
-    nn.functional.cross_entropy(model(images(4).tensors[0]), y).backward()
     optimizer.step()
 
 
@@ -342,74 +201,6 @@ def test_rate_steps_and_denominator_are_exact() -> None:
         assert optimizer.expected_batch_size == 1
     _, _, optimizer, loader = private(nn.Linear(4, 2), TensorDataset(torch.randn(100, 4)), 64)
     assert (len(loader), loader.sample_rate, optimizer.expected_batch_size) == (2, 0.64, 64)
-
-
-def test_samplers_that_poisson_sampling_would_replace_are_refused() -> None:
-    dataset = images(16)
-    loader = DataLoader(dataset, batch_size=4, sampler=WeightedRandomSampler([1.0] * 16, 16))
-    model = cnn()
-    with pytest.raises(ValueError, match="WeightedRandomSampler"):
-        PrivacyEngine().make_private(
-            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader,
-            noise_multiplier=1.0, max_grad_norm=1.0,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("poisson_sampling", [True, False])
-def test_a_dataset_without_length_is_refused(poisson_sampling: bool) -> None:
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter([(torch.zeros(3, 8, 8), 0)] * 8)
-
-    with pytest.raises(ValueError, match="Stream has no length"):
-        private(cnn(), Stream(), poisson_sampling=poisson_sampling)
-
-
-def test_copies_and_pickles() -> None:
-    torch.manual_seed(0)
-    engine, model, optimizer, _ = private(cnn(), images(16))
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in twin.parameters():
-            p.zero_()
-    x, y = images(4).tensors
-    with torch.no_grad():
-        assert float(model(x).abs().sum()) > 0, "the copy must not share the original's layers"
-        assert float(twin(x).abs().sum()) == 0
-    nn.functional.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    pickle.loads(pickle.dumps(optimizer)).zero_grad()
-    copy.deepcopy(optimizer).zero_grad()
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    restored = torch.load(buffer, weights_only=False)
-    assert torch.equal(restored(x), model(x))
-
-
-def test_step_hooks_of_the_optimizer_run() -> None:
-    _, model, optimizer, _ = private(cnn(), images(16))
-    calls = []
-    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
-    optimizer.make_private_noise_only()
-    optimizer.step()
-    assert calls == ["pre", "post"]
-
-
-def test_checkpoints_restore_the_history(tmp_path) -> None:
-    engine, model, optimizer, loader = private(cnn(), images(16))
-    for x, y in loader:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    path = tmp_path / "checkpoint.pt"
-    engine.save_checkpoint(path=path, module=model, optimizer=optimizer)
-    other, twin, twin_optimizer, _ = private(cnn(), images(16))
-    other.load_checkpoint(path=path, module=twin, optimizer=twin_optimizer)
-    assert other.accountant.history == engine.accountant.history
-    assert other.get_epsilon(1e-5) == engine.get_epsilon(1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
 
 
 def test_epsilon_is_the_target_after_the_planned_epochs() -> None:
@@ -471,16 +262,6 @@ def test_explain_names_every_parameter() -> None:
     assert "0.weight" in str(engine.explain())
 
 
-def test_without_wrapper_the_model_stays_the_users() -> None:
-    model = cnn()
-    _, hooks, optimizer, _ = private(model, images(16), wrap_model=False)
-    x, y = images(4).tensors
-    nn.functional.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    hooks.cleanup()
-    assert "forward" not in model.__dict__
-
-
 def test_automatic_clipping_scales_every_sample_to_the_bound() -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 2)
@@ -503,30 +284,3 @@ def test_epsilon_tolerance_reaches_opacus_accountants() -> None:
         epochs=3, max_grad_norm=1.0, epsilon_tolerance=0.5,
     )  # fmt: skip
     assert optimizer.noise_multiplier > 0
-
-
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_checkpoints_load_across_the_packages(ours_first: bool, tmp_path) -> None:
-    from opacus import PrivacyEngine as OpacusEngine
-
-    def made(kind: type) -> tuple:
-        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-        engine = kind(accountant="rdp")
-        model, optimizer, _ = engine.make_private(
-            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-            data_loader=DataLoader(images(16), batch_size=8), noise_multiplier=1.0,
-            max_grad_norm=1.0,
-        )  # fmt: skip
-        return engine, model, optimizer
-
-    kinds = (PrivacyEngine, OpacusEngine) if ours_first else (OpacusEngine, PrivacyEngine)
-    (engine, model, optimizer), (other, twin, twin_optimizer) = map(made, kinds)
-    x, y = images(4).tensors
-    nn.functional.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    path = tmp_path / "checkpoint.pt"
-    engine.save_checkpoint(path=path, module=model, optimizer=optimizer)
-    other.load_checkpoint(path=path, module=twin, optimizer=twin_optimizer)
-    assert other.accountant.history == engine.accountant.history
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
-    assert len(twin_optimizer.state_dict()["state"]) == len(list(twin.parameters()))

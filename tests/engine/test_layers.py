@@ -10,17 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tests.engine.support import ids, squared_loss, values
 from tests.engine.truth import assert_private
-
-
-def squared_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """A loss whose gradient depends on the output, mean over rows of axis 0."""
-    output = model(batch[0])
-    output = output[0] if isinstance(output, tuple) else output
-    weight = torch.linspace(0.5, 1.5, output[0].numel(), dtype=output.dtype).reshape(
-        output[0].shape
-    )
-    return (weight * (output - 0.3).square()).flatten(1).sum(1).mean()
 
 
 class Positions(nn.Module):
@@ -157,15 +148,6 @@ def conv(
 ) -> nn.Module:
     kind = ("ConvTranspose" if transposed else "Conv") + f"{dims}d"
     return getattr(nn, kind)(cin, cout, *args, **kwargs)
-
-
-def ids(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 11, shape, generator=torch.Generator().manual_seed(3))
-
-
-def values(*shape: int) -> torch.Tensor:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return x * torch.linspace(0.4, 2.0, shape[0]).double().reshape(-1, *[1] * (len(shape) - 1))
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {

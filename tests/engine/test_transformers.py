@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.test_layers import values
+from tests.engine.support import values
 from tests.engine.truth import assert_private, fused
 
 transformers = pytest.importorskip("transformers")

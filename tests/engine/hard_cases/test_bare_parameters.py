@@ -1,0 +1,49 @@
+"""Modules that own bare parameters beside layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.engine.support import (
+    Tokens,
+    made_private,
+    squared_loss,
+    values,
+)
+from tests.engine.truth import assert_private
+
+
+class Shared(nn.Module):
+    """A parameter whose use does not broadcast over samples: it stays a unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(5, 5))
+        self.pair = nn.ParameterList([torch.randn(5), torch.randn(5)])
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) @ self.mixing * self.pair[0] + self.pair[1]
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_bare_parameters_beside_layers(views: int) -> None:
+    torch.manual_seed(0)
+    assert_private(Tokens().double(), squared_loss, (values(4, 4, 6),), views=views)
+
+
+def test_layers_beside_bare_parameters_keep_their_rules() -> None:
+    torch.manual_seed(0)
+    engine, model, _, _ = made_private(Tokens().double(), values(4, 4, 6))
+    squared_loss(model, (values(4, 4, 6),)).backward()
+    strategies = {row["parameter"]: row["backend"] for row in engine.explain().rows}
+    assert strategies["patch.weight"] != "autograd"
+    assert strategies["token"] == "autograd"
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 4, 5), (5, 5, 5), (2, 2, 5)])
+def test_bare_parameters_that_do_not_broadcast(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    assert_private(Shared().double(), squared_loss, (values(*shape),))

@@ -1,0 +1,162 @@
+"""Layers that mix samples, or whose gradient is easily wrong: right, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from opacus.validators.errors import UnsupportedModuleError
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+from tests.engine.support import (
+    Call,
+    ids,
+    made_private,
+    squared_loss,
+    step,
+    values,
+)
+from tests.engine.truth import assert_private
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_padding_modes_stay_within_the_bound(mode: str) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode).double()
+    assert_private(conv, squared_loss, (values(3, 2, 5, 6),))
+    _, model, _, _ = made_private(conv, values(1, 2, 5, 6) * 100)
+    squared_loss(model, (values(1, 2, 5, 6) * 100,)).backward()
+    norm = torch.sqrt(sum(p.summed_grad.square().sum() for p in model.parameters()))
+    assert 0.99 < float(norm) <= 1.0
+
+
+class FunctionalEmbedding(nn.Module):
+    """A table of one's own, used with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(11, 6))
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return F.embedding(indices, self.table, padding_idx=3)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Embedding(11, 6, padding_idx=3),
+        lambda: nn.EmbeddingBag(11, 6, mode="sum", padding_idx=3),
+        FunctionalEmbedding,
+    ],
+    ids=["Embedding", "EmbeddingBag", "functional"],
+)
+def test_padding_positions_have_no_gradient(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    indices = torch.tensor([[1, 3, 3, 3], [2, 3, 4, 4], [3, 3, 3, 9]])
+    assert_private(build().double(), squared_loss, (indices,))
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+def test_embedding_bag(mode: str) -> None:
+    torch.manual_seed(0)
+    assert_private(nn.EmbeddingBag(11, 6, mode=mode).double(), squared_loss, (ids(4, 5),))
+
+
+def test_embedding_bag_with_offsets_is_refused() -> None:
+    model = Call(nn.EmbeddingBag(11, 6), lambda m, x: m(x.flatten(), torch.arange(0, x.numel(), 5)))
+    with pytest.raises(ValueError, match=r"'module' \(EmbeddingBag\).*pad the indices"):
+        made_private(model, ids(4, 5).float())[1](ids(4, 5))
+
+
+@pytest.mark.parametrize("indices", ["expanded", "strided", "batch-1"])
+def test_embedding_ids_of_every_layout(indices: str) -> None:
+    torch.manual_seed(0)
+
+    def positions(x: torch.Tensor) -> torch.Tensor:
+        length = torch.arange(x.shape[1])
+        return {
+            "expanded": length.expand(len(x), -1),
+            "strided": torch.stack([length, length], 1).expand(len(x), -1, 2)[..., 0],
+            "batch-1": length[None],
+        }[indices]
+
+    model = Call(nn.Embedding(7, 5), lambda m, x: m(positions(x)) * x)
+    assert_private(model.double(), squared_loss, (values(4, 7, 5),))
+
+
+def test_one_row_for_everybody_is_refused() -> None:
+    """All samples' gradients would be booked on the sample that owns the row."""
+    model = Call(nn.Embedding(5, 6), lambda m, x: x + m(torch.arange(5)[None])[0])
+    with pytest.raises(ValueError, match=r"'module'.*sample 0 move when sample 3 is replaced"):
+        made_private(model, values(4, 5, 6).float())[1](values(4, 5, 6).float())
+
+
+def test_rows_that_are_not_samples_are_refused() -> None:
+    class Prototypes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.register_buffer("prototypes", torch.randn(8, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.layer(self.prototypes).T
+
+    for rows, message in ((4, "'layer'.*move when sample"), (3, "8 rows for 3 samples")):
+        x = values(rows, 6).float()
+        with pytest.raises(ValueError, match=message):
+            made_private(Prototypes(), x)[1](x)
+
+
+def test_batch_norm_is_refused_also_when_thawed_later() -> None:
+    with pytest.raises(UnsupportedModuleError, match=r"'1' \(BatchNorm2d\).*GroupNorm"):
+        made_private(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), values(4, 1, 5, 5))
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    model[1].requires_grad_(False).eval()
+    x = values(4, 1, 5, 5).float()
+    _, wrapped, optimizer, _ = made_private(model, x)
+    step(wrapped, optimizer, x)
+    wrapped.train()
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm2d\).*in training mode now.*\.eval\(\)"):
+        wrapped(x)
+
+
+def test_instance_norm_with_running_statistics_is_refused() -> None:
+    norm = nn.InstanceNorm2d(2, affine=True, track_running_stats=True)
+    with pytest.raises(UnsupportedModuleError, match="InstanceNorm2d.*track_running_stats=False"):
+        made_private(norm, values(4, 2, 5, 5))
+
+
+@pytest.mark.parametrize("build", [
+    lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+    lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    lambda: nn.utils.weight_norm(nn.Linear(4, 4)),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_reparametrizations_that_cannot_be_right_are_refused(
+    build: Callable[[], nn.Module],
+) -> None:
+    with pytest.raises(UnsupportedModuleError, match=r"use torch.nn.utils.parametrizations"):
+        made_private(build(), values(4, 4))
+
+
+def test_pruned_weights_are_refused_at_the_first_backward() -> None:
+    model = nn.Sequential(prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5))
+    _, wrapped, _, _ = made_private(model, values(4, 4).float())
+    with pytest.raises(ValueError, match="'0.weight_orig'.*outside its module's forward"):
+        squared_loss(wrapped, (values(4, 4).float(),)).backward()
+
+
+def test_complex_parameters_are_refused() -> None:
+    class Phase(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * self.phase).abs()
+
+    with pytest.raises(UnsupportedModuleError, match="'phase' is complex.*view_as_real"):
+        made_private(Phase(), values(4, 4).float())
