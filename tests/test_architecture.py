@@ -21,10 +21,12 @@ MAY_IMPORT = {
     "layers": {"ops"},
     "reconstruction": {"accounting"},
     "engine": {"ops", "layers", "accounting", "reconstruction"},
-    "segmentation": {"engine", "accounting", "reconstruction"},
+    "training": {"engine", "accounting", "reconstruction"},
+    "segmentation": {"training", "engine", "accounting", "reconstruction"},
+    "classification": {"training", "engine", "accounting", "reconstruction"},
 }
 ONLY_IN = {
-    "monai": {"segmentation"},
+    "monai": {"training", "segmentation"},
     "nibabel": {"segmentation"},
     "triton": {"ops"},
 }

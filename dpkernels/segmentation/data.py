@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 
 from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.decathlon import DecathlonFolder, Scan
 from dpkernels.segmentation.volume import Volume, check_headers, load_volume
+from dpkernels.training.sampling import PatientViews
 
 _FOREGROUND_VOXELS = 4096
 _READERS = 4
@@ -168,7 +168,7 @@ def _raise_faults(found: Iterable[str | None]) -> None:
         raise ValueError(f"{len(faults)} scans are faulty:\n{listed}")
 
 
-class PatientDataset(Dataset):
+class PatientDataset(PatientViews):
     """One item per patient: K views, cropped and augmented, as adjacent rows.
 
     A view is drawn from any of the patient's scans. What is drawn depends only on the seed, the
@@ -180,7 +180,6 @@ class PatientDataset(Dataset):
     ) -> None:
         self.patients = list(patients)
         self.store = store
-        self.step = 0
         self._augment = augment
         self._seed = seed
         self._scans = store.folder.patients
@@ -213,11 +212,6 @@ class PatientDataset(Dataset):
             sample = self._augment({"image": image, "label": label})
             image, label = _plain(sample["image"]).float(), _plain(sample["label"])
         return image, label.to(torch.uint8)
-
-
-def flatten_views(batch: torch.Tensor) -> torch.Tensor:
-    """[B, K, ...] to [B * K, ...]: row = patient * K + view."""
-    return batch.flatten(0, 1)
 
 
 def split_patients(patients: Sequence[str], config: DataConfig, seed: int) -> dict[str, list[str]]:

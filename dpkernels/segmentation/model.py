@@ -1,35 +1,17 @@
-"""Network and `_target_` blocks: built by MONAI's ConfigParser, checked before training."""
+"""The network of a run, checked before training, and what its output looks like."""
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 from torch import nn
 
+from dpkernels.training.targets import instantiate
+
 _DEFAULT_DIVISOR = 16
-
-
-def instantiate(block: dict[str, Any], name: str) -> Any:
-    """Build the object that a `_target_` block describes.
-
-    Raises:
-        ValueError: the target cannot be imported or refuses its arguments.
-    """
-    try:
-        built = ConfigParser({name: dict(block)}).get_parsed_content(name)
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise ValueError(
-            f"{name}: cannot build {block.get('_target_')!r} from {block}: {cause}"
-        ) from error
-    if isinstance(built, dict):
-        raise ValueError(f"{name}: `_target_` {block.get('_target_')!r} names nothing importable")
-    return built
 
 
 def build_network(
@@ -61,24 +43,6 @@ def build_network(
     return network
 
 
-def build_optimizer(
-    block: dict[str, Any], parameters: Sequence[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """Build the optimizer over the trainable parameters.
-
-    Raises:
-        ValueError: the block cannot be built or is not an optimizer.
-    """
-    make = instantiate({**block, "_mode_": "callable"}, "training.optimizer")
-    try:
-        optimizer = make(list(parameters))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"training.optimizer: {block} is refused: {error}") from None
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"training.optimizer: {block['_target_']} is not a torch optimizer")
-    return optimizer
-
-
 def total_stride(block: dict[str, Any]) -> int:
     """The factor by which the network shrinks each axis; inputs are padded to multiples of it."""
     if "strides" in block:
@@ -92,47 +56,11 @@ def total_stride(block: dict[str, Any]) -> int:
     return {"SwinUNETR": 32}.get(name, _DEFAULT_DIVISOR)
 
 
-def select_trainable(network: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze every parameter whose name matches none of the glob patterns; no patterns: none.
-
-    Raises:
-        ValueError: a pattern matches no parameter.
-    """
-    names = [name for name, _ in network.named_parameters()]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(
-                f"training.train_layers: {pattern!r} matches no parameter; names are like "
-                f"{names[0]} ... {names[-1]}"
-            )
-    for name, parameter in network.named_parameters():
-        chosen = not patterns or any(fnmatch.fnmatch(name, p) for p in patterns)
-        parameter.requires_grad_(chosen)
-
-
 def head_outputs(output: Any) -> list[torch.Tensor]:
     """Deep-supervision heads, finest first: a list, a tuple, or DynUNet's stack [B, n, C, ...]."""
     if isinstance(output, (list, tuple)):
         return list(output)
     return list(output.unbind(1)) if output.dim() == 6 else [output]
-
-
-def resolve_device(name: str) -> torch.device:
-    """ "auto" is CUDA when there is one.
-
-    Raises:
-        ValueError: no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"training.device must be auto, cpu or cuda[:N]; {name!r} failed: {error}"
-        ) from None
-    return device
 
 
 def _check_group_norm(block: dict[str, Any], out_channels: int) -> None:

@@ -1,69 +1,22 @@
-"""Pictures of a run: the training curves, and held-out cases with truth and prediction."""
+"""Held-out cases with truth and prediction."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.evaluate import CaseResult
-from dpkernels.segmentation.privacy import PrivacyPlan
 from dpkernels.segmentation.volume import Volume
+from dpkernels.training.curves import COLOURS, save_figure
 
-_COLOURS = ("#2a9d8f", "#e76f51", "#e9c46a", "#8e7cc3", "#4f8fd0", "#d46a9f", "#7aa95c")
-_INK, _FAINT = "#22303c", "#c7d0d8"
 _PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
-
-
-def draw_progress(columns: dict[str, list[float]], plan: PrivacyPlan, path: Path) -> None:
-    """Loss, epsilon and clipped share over the steps, as a PNG.
-
-    Args:
-        columns: of metrics.csv.
-        plan: privacy of the run.
-        path: of the picture.
-    """
-    steps = np.asarray(columns["step"])
-    panels = [("loss", "Loss", _COLOURS[0])]
-    if plan.enabled:
-        panels += [
-            ("epsilon", f"Epsilon spent (delta {plan.delta:g})", _COLOURS[1]),
-            ("clipped_fraction", "Share of patients clipped", _COLOURS[3]),
-        ]
-    if np.isfinite(columns["validation_dice"]).any():
-        panels.append(("validation_dice", "Validation Dice", _COLOURS[4]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-    for axis, (column, title, colour) in zip(axes[0], panels, strict=True):
-        values = np.asarray(columns[column])
-        known = np.isfinite(values)
-        sparse = column in ("epsilon", "validation_dice")
-        axis.plot(
-            steps[known], values[known], color=colour, lw=1.8 if sparse else 0.7,
-            alpha=1.0 if sparse else 0.45, marker="o" if known.sum() < 20 else None, ms=3,
-        )  # fmt: skip
-        if not sparse and known.sum() > 4:
-            axis.plot(steps[known], _running_mean(values[known]), color=colour, lw=2)
-        axis.set_title(title, fontsize=10, color=_INK, loc="left")
-        axis.set_xlabel("step", fontsize=9, color=_INK)
-        axis.set_xlim(0, plan.steps)
-        top = 1.05 if column in ("clipped_fraction", "validation_dice") else None
-        axis.set_ylim(0, top)
-        axis.grid(color=_FAINT, lw=0.5, alpha=0.6)
-        axis.tick_params(labelsize=8, colors=_INK)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    _save(figure, path)
 
 
 def draw_overlay(
@@ -122,7 +75,7 @@ def draw_overlay(
         loc="lower center", ncol=len(names), frameon=False, labelcolor="white", fontsize=10,
     )  # fmt: skip
     figure.subplots_adjust(left=0.01, right=0.99, top=0.93, bottom=0.05, wspace=0.02, hspace=0.03)
-    _save(figure, path, tight=False)
+    save_figure(figure, path, tight=False)
 
 
 def _most_labelled_slice(label: np.ndarray, prediction: np.ndarray, normal: int) -> int:
@@ -132,7 +85,7 @@ def _most_labelled_slice(label: np.ndarray, prediction: np.ndarray, normal: int)
 
 
 def _colour(value: int) -> tuple[float, float, float]:
-    return to_rgb(_COLOURS[(value - 1) % len(_COLOURS)])
+    return to_rgb(COLOURS[(value - 1) % len(COLOURS)])
 
 
 def _tinted(picture: np.ndarray, section: np.ndarray, share: float = 0.4) -> np.ndarray:
@@ -148,16 +101,3 @@ def _outline(axis: Axes, section: np.ndarray) -> None:
             (section == value).T.astype(float), levels=[0.5], colors=[_colour(int(value))],
             linewidths=1.4,
         )  # fmt: skip
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    width = max(3, len(values) // 15) | 1
-    padded = np.pad(values, width // 2, mode="edge")
-    return np.convolve(padded, np.ones(width) / width, mode="valid")
-
-
-def _save(figure: Figure, path: Path, *, tight: bool = True) -> None:
-    if tight:
-        figure.tight_layout()
-    figure.savefig(path, dpi=110, facecolor=figure.get_facecolor())
-    plt.close(figure)

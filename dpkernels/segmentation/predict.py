@@ -10,8 +10,8 @@ from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.data import prepare
 from dpkernels.segmentation.decathlon import Scan, scan_name
 from dpkernels.segmentation.evaluate import Predictor
-from dpkernels.segmentation.progress import Display
 from dpkernels.segmentation.volume import check_headers, load_volume
+from dpkernels.training.progress import Display
 
 
 def predict_path(

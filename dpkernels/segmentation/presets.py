@@ -106,14 +106,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "msd-liver": _MSD_LIVER,
     "msd-liver-fast": _MSD_LIVER_FAST,
 }
-
-
-def preset(name: str) -> dict[str, Any]:
-    """The preset's nested dictionaries.
-
-    Raises:
-        ValueError: no preset of that name.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}; got {name!r}")
-    return PRESETS[name]

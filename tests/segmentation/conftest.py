@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpkernels.segmentation.config import SegmentationConfig, merge
+from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.phantom import write_phantom
+from dpkernels.training.settings import merge
 
 _TINY = {
     "data": {"shape": [16, 16, 16], "test_share": 0.25},

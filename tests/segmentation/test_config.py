@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpkernels.segmentation.config import SegmentationConfig, load_yaml, merge, parse_override
+from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.presets import PRESETS
+from dpkernels.training.settings import load_yaml, merge, parse_override
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -10,13 +10,13 @@ from dpkernels.segmentation.data import (
     CaseStore,
     PatientDataset,
     crop_view,
-    flatten_views,
     prepare,
     restore,
     split_patients,
 )
 from dpkernels.segmentation.decathlon import read_decathlon
 from dpkernels.segmentation.volume import Volume
+from dpkernels.training.sampling import flatten_views
 
 
 def volume(shape=(10, 12, 14), spacing=(2.0, 2.0, 2.0)) -> Volume:

@@ -7,11 +7,11 @@ from dpkernels.segmentation.loss import build_loss
 from dpkernels.segmentation.model import (
     build_network,
     head_outputs,
-    select_trainable,
     total_stride,
 )
 from dpkernels.segmentation.networks import CentredConv3d, CentredUNet
 from dpkernels.segmentation.presets import PRESETS
+from dpkernels.training.targets import select_trainable
 
 
 def test_centred_filters_do_not_see_a_constant():

@@ -7,18 +7,18 @@ import torch
 from scipy.stats import norm
 
 from dpkernels.accounting import get_epsilon
-from dpkernels.segmentation.data import CaseStore, PatientDataset, flatten_views
+from dpkernels.segmentation.data import CaseStore, PatientDataset
 from dpkernels.segmentation.decathlon import read_decathlon
 from dpkernels.segmentation.loss import build_loss
 from dpkernels.segmentation.model import build_network
-from dpkernels.segmentation.privacy import (
+from dpkernels.training.privacy import (
     PrivacyPlan,
     PrivateUpdate,
     check_patients_do_not_mix,
     plan_privacy,
 )
-from dpkernels.segmentation.report import _membership_success
-from dpkernels.segmentation.sampling import PoissonSampler
+from dpkernels.training.report import _membership_success
+from dpkernels.training.sampling import PoissonSampler, flatten_views
 
 CROPS = {"shape": None, "spacing": [17.0, 17.0, 17.0], "crop": [8, 8, 8], "views_per_patient": 4}
 

@@ -15,11 +15,12 @@ import yaml
 
 from dpkernels.accounting import get_epsilon
 from dpkernels.reconstruction import rero_bound
-from dpkernels.segmentation.config import SegmentationConfig, load_yaml, merge
-from dpkernels.segmentation.logs import read_metrics
-from dpkernels.segmentation.progress import SilentDisplay
-from dpkernels.segmentation.run_folder import StepLedger, load_checkpoint, steps_begun
+from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.trainer import SegmentationTrainer
+from dpkernels.training.logs import read_metrics
+from dpkernels.training.progress import SilentDisplay
+from dpkernels.training.run_folder import StepLedger, load_checkpoint, steps_begun
+from dpkernels.training.settings import load_yaml, merge
 
 
 class StopAfter(SilentDisplay):
@@ -106,7 +107,7 @@ def test_the_run_folder_holds_everything_that_is_promised(finished):
     assert metrics["weights"] == "ema"
     columns = read_metrics(finished / "metrics.csv")
     assert columns["step"] == [1, 2, 3]
-    assert [np.isfinite(v) for v in columns["validation_dice"]] == [False, True, False]
+    assert [np.isfinite(v) for v in columns["validation"]] == [False, True, False]
 
 
 def test_the_report_states_the_numbers_of_the_guarantee(finished):

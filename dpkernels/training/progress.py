@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dpkernels.segmentation.privacy import PrivacyPlan, StepStatistics
+from dpkernels.training.privacy import PrivacyPlan, StepStatistics
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SMOOTHING = 0.9

@@ -18,7 +18,7 @@ COLUMNS = (
     "patients",
     "learning_rate",
     "seconds",
-    "validation_dice",
+    "validation",
 )
 
 

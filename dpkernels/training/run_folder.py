@@ -60,7 +60,7 @@ class RunFolder:
         if not folder.config.is_file():
             raise ValueError(
                 f"{folder.root} is not a run folder: it has no config.yaml. Pass the folder that "
-                "`dpkernels segment train` printed"
+                "`train` printed"
             )
         return folder
 
@@ -148,7 +148,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"{path}: not a readable checkpoint: {error}") from None
     if not isinstance(state, dict) or "model" not in state:
-        raise ValueError(f"{path}: expected a checkpoint of `dpkernels segment train`")
+        raise ValueError(f"{path}: expected a checkpoint that `train` wrote")
     return state
 
 

@@ -1,16 +1,39 @@
-"""Poisson sampling of patients from the operating system's entropy."""
+"""Poisson sampling of patients from the operating system's entropy, and what is sampled from."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from dpkernels.segmentation.data import PatientDataset
+
+class PatientViews(Dataset, ABC):
+    """One item per patient (the privacy unit): K views of it as adjacent rows.
+
+    Attributes:
+        step: what an item shows may depend on it, and must depend on nothing else that changes, so
+            that a resumed run draws what the uninterrupted one would have.
+    """
+
+    step: int = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of patients."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [K, ...] and labels [K, ...] of one patient."""
+
+
+def flatten_views(batch: torch.Tensor) -> torch.Tensor:
+    """[B, K, ...] to [B * K, ...]: row = patient * K + view."""
+    return batch.flatten(0, 1)
 
 
 class PoissonSampler(UniformWithReplacementSampler):
@@ -42,9 +65,9 @@ class PoissonSampler(UniformWithReplacementSampler):
 
 
 def patient_batches(
-    dataset: PatientDataset, sample_rate: float, insecure_seed: int | None = None
+    dataset: PatientViews, sample_rate: float, insecure_seed: int | None = None
 ) -> DataLoader:
-    """Endless Poisson batches: image [B, K, M, *size], label [B, K, 1, *size]; B may be 0.
+    """Endless Poisson batches: image [B, K, ...], label [B, K, ...]; B may be 0.
 
     The loader carries `sample_rate`, from which the engine takes what it accounts.
     """
@@ -59,6 +82,6 @@ def patient_batches(
         return torch.stack(images), torch.stack(labels)
 
     sampler = PoissonSampler(len(dataset), sample_rate, insecure_seed)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+    loader: DataLoader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
     loader.sample_rate = sample_rate
     return loader

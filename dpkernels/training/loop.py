@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkernels.segmentation.config import TrainingConfig
-from dpkernels.segmentation.data import PatientDataset
-from dpkernels.segmentation.ema import WeightAverage
-from dpkernels.segmentation.logs import MetricsLog
-from dpkernels.segmentation.model import build_optimizer
-from dpkernels.segmentation.privacy import (
+from dpkernels.training.config import TrainingConfig
+from dpkernels.training.ema import WeightAverage
+from dpkernels.training.logs import MetricsLog
+from dpkernels.training.privacy import (
     LossOfRows,
     PlainUpdate,
     PrivacyPlan,
     PrivateUpdate,
     StepStatistics,
 )
-from dpkernels.segmentation.progress import Display
-from dpkernels.segmentation.run_folder import RunFolder, StepLedger
+from dpkernels.training.progress import Display
+from dpkernels.training.run_folder import RunFolder, StepLedger
+from dpkernels.training.sampling import PatientViews
+from dpkernels.training.targets import build_optimizer
 
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
@@ -49,7 +49,7 @@ class TrainingLoop:
         plan: PrivacyPlan,
         folder: RunFolder,
         network: nn.Module,
-        dataset: PatientDataset,
+        dataset: PatientViews,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -82,7 +82,7 @@ class TrainingLoop:
 
         Args:
             loss_of_rows: the loss of a block of rows, (model, image, label).
-            validate: the validation Dice, called every `validate_every` steps.
+            validate: the validation score, called every `validate_every` steps.
             display: where progress goes.
 
         Returns:
@@ -107,7 +107,7 @@ class TrainingLoop:
                     row["epsilon"] = bar.advance(row.pop("statistics"))
                     every = self._config.validate_every
                     if every and self._steps % every == 0:
-                        row["validation_dice"] = validate()
+                        row["validation"] = validate()
                     log.write(row)
                     if self._checkpoint_due(time.monotonic() - saved):
                         self._save()
@@ -132,7 +132,7 @@ class TrainingLoop:
         if statistics.loss is not None and not math.isfinite(statistics.loss):
             raise FloatingPointError(
                 f"the loss is {statistics.loss} at step {self._steps}; lower the learning rate, or "
-                "look for extreme intensities in the scans"
+                "look for extreme intensities in the images"
             )
         self.average.update(self._network)
         return {

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from dpkernels.accounting import trade_off
 from dpkernels.reconstruction import RiskReport, risk_report
-from dpkernels.segmentation.config import SegmentationConfig
-from dpkernels.segmentation.privacy import PrivacyPlan
+from dpkernels.training.config import RunConfig
+from dpkernels.training.privacy import PrivacyPlan
 
 _LEAST_ERROR = 1e-6
 _BISECTIONS = 14
@@ -46,13 +47,12 @@ class PrivacyReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for privacy_report.json."""
         return {
-            "unit": "patient",
-            "adjacency": "add or remove one patient with all their scans",
             **self.plan.to_dict(),
+            "adjacency": f"add or remove one {self.plan.unit} with everything recorded of it",
             "planned_steps": self.plan.steps,
             "steps": self.steps,
             "expected_batch_size": self.plan.expected_batch_size,
-            "sampler": f"Poisson over patients, {self._entropy()}",
+            "sampler": f"Poisson over {self.plan.unit}s, {self._entropy()}",
             "noise": self._entropy(),
             "denominator": "sample_rate * patients (fixed), never the drawn batch",
             "epsilon": self.epsilon,
@@ -94,24 +94,25 @@ class PrivacyReport:
             ]
         return [
             f"The weights of this model are ({self.epsilon:.4g}, {plan.delta:g})-differentially "
-            f"private. The unit is the patient: whether one patient, with all of their scans, was "
-            f"among the {plan.patients} training patients changes the probability of any outcome "
-            f"by at most a factor e^{self.epsilon:.3g}, up to an additive {plan.delta:g}.",
+            f"private. The unit is the {plan.unit}: whether one {plan.unit}, with everything "
+            f"recorded of it, was among the {plan.patients} training {plan.unit}s changes the "
+            f"probability of any outcome by at most a factor e^{self.epsilon:.3g}, up to an "
+            f"additive {plan.delta:g}.",
             "",
-            f"In words: if a fair coin decides whether one given patient takes part, someone who "
-            f"sees the weights and knows every other patient guesses the coin right with "
+            f"In words: if a fair coin decides whether one given {plan.unit} takes part, someone "
+            f"who sees the weights and knows every other {plan.unit} guesses the coin right with "
             f"probability at most {self.membership:.3g}. {_verdict(self.membership)}",
         ]
 
     def _table(self) -> list[str]:
         plan = self.plan
         rows: list[tuple[str, str]] = [
-            ("Privacy unit", "patient (all scans, crops and augmentations together)"),
-            ("Training patients N", str(plan.patients)),
-            ("Sample rate q", f"{plan.sample_rate:.6g} (Poisson, each patient by itself)"),
+            ("Privacy unit", f"{plan.unit} (all images, crops and augmentations together)"),
+            (f"Training {plan.unit}s N", str(plan.patients)),
+            ("Sample rate q", f"{plan.sample_rate:.6g} (Poisson, each {plan.unit} by itself)"),
             ("Divisor q N", f"{plan.expected_batch_size:.6g} (fixed)"),
             ("Steps T", f"{self.steps} of {plan.steps} planned"),
-            ("Views per patient and step", str(plan.views_per_patient)),
+            (f"Views per {plan.unit} and step", str(plan.views_per_patient)),
         ]
         if plan.enabled:
             clipped = "unknown" if self.clipped_fraction is None else f"{self.clipped_fraction:.1%}"
@@ -122,18 +123,19 @@ class PrivacyReport:
                 (f"Epsilon ({plan.accountant} accountant)", f"{self.epsilon:.6g}"),
                 ("Epsilon (Opacus RDP accountant)", _number(self.epsilon_rdp)),
                 ("Participation guessed right", f"at most {_number(self.membership)}"),
-                ("Patients clipped, mean share", clipped),
+                (f"Share of {plan.unit}s clipped, mean", clipped),
                 ("Noise and sampling from", self._entropy()),
             ]
         return ["| | |", "|---|---|", *[f"| {name} | {value} |" for name, value in rows]]
 
 
 def build_report(
-    config: SegmentationConfig,
+    config: RunConfig,
     plan: PrivacyPlan,
     steps: int,
     columns: dict[str, list[float]],
-    notes: list[str],
+    by_products: Sequence[str],
+    notes: Sequence[str],
     dimension: int,
 ) -> PrivacyReport:
     """Put the report together.
@@ -143,6 +145,7 @@ def build_report(
         plan: its privacy parameters.
         steps: steps counted so far.
         columns: of metrics.csv.
+        by_products: what this task shows outside the guarantee, beyond what every task does.
         notes: about the data.
         dimension: values in one view of a patient (voxels times modalities).
     """
@@ -155,7 +158,7 @@ def build_report(
         membership=_membership_success(plan, steps),
         clipped_fraction=fmean(clipped) if clipped else None,
         risk=_risk(plan, steps, dimension),
-        by_products=_by_products(config),
+        by_products=(*_by_products(config, plan.unit), *by_products),
         notes=tuple(notes),
     )
 
@@ -185,27 +188,20 @@ def _one_level_down(markdown: str) -> str:
     return "\n".join(f"#{line}" if line.startswith("#") else line for line in markdown.split("\n"))
 
 
-def _by_products(config: SegmentationConfig) -> tuple[str, ...]:
+def _by_products(config: RunConfig, unit: str) -> tuple[str, ...]:
     texts = [
         "Loss, gradient norms and clipped share per step (metrics.csv, progress.png, tensorboard/) "
-        "are computed from the training patients without noise: keep them inside.",
-        "Metrics and overlay pictures show held-out patients, who take no part in training and "
-        "whom this guarantee does not protect.",
-        "The number of training patients is treated as public.",
-        "Settings chosen by comparing several runs on these patients spend privacy that is not "
-        "counted here; the budgets of all runs on the same patients add up.",
+        f"are computed from the training {unit}s without noise: keep them inside.",
+        f"Metrics and pictures show held-out {unit}s, who take no part in training and whom this "
+        "guarantee does not protect.",
+        f"The number of training {unit}s is treated as public.",
+        f"Settings chosen by comparing several runs on these {unit}s spend privacy that is not "
+        f"counted here; the budgets of all runs on the same {unit}s add up.",
     ]
-    if config.data.validation_share:
-        texts.append("The validation curve shows validation patients; it steers nothing here.")
-    if config.data.intensity == "zscore":
-        texts.append(
-            "Intensities are normalised by each scan's own mean and deviation; no statistic "
-            "crosses patients."
-        )
     if config.training.init_from:
         texts.append(
             f"Training started from {config.training.init_from}: if those weights saw private "
-            "patients, their budget adds to this one."
+            f"{unit}s, their budget adds to this one."
         )
     return tuple(texts)
 

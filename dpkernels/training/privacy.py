@@ -14,14 +14,13 @@ from torch import nn
 
 from dpkernels import PrivacyEngine
 from dpkernels.accounting import get_epsilon, get_noise_multiplier
-from dpkernels.segmentation.config import SegmentationConfig
-from dpkernels.segmentation.data import PatientDataset, flatten_views
-from dpkernels.segmentation.sampling import patient_batches
+from dpkernels.training.config import RunConfig
+from dpkernels.training.sampling import PatientViews, flatten_views, patient_batches
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """Every number that the guarantee depends on. The unit is the patient.
+    """Every number that the guarantee depends on. The unit is the patient, or what `unit` names.
 
     Attributes:
         enabled: False: no guarantee; the other fields describe the sampling only.
@@ -34,6 +33,7 @@ class PrivacyPlan:
         delta: probability that the epsilon bound does not hold.
         accountant: name of the accountant that bounds epsilon.
         insecure_fixed_noise: seed of noise and sampling; None: the operating system's entropy.
+        unit: what one "patient" is in these data: a patient, a lesion, an image.
     """
 
     enabled: bool
@@ -46,6 +46,7 @@ class PrivacyPlan:
     delta: float
     accountant: str
     insecure_fixed_noise: int | None = None
+    unit: str = "patient"
 
     @property
     def expected_batch_size(self) -> float:
@@ -80,7 +81,7 @@ class PrivacyPlan:
         ]
 
 
-def plan_privacy(config: SegmentationConfig, patients: int) -> PrivacyPlan:
+def plan_privacy(config: RunConfig, patients: int, unit: str = "patient") -> PrivacyPlan:
     """Choose sample rate and noise for a number of training patients.
 
     The sample rate is batch_size / N.
@@ -91,12 +92,12 @@ def plan_privacy(config: SegmentationConfig, patients: int) -> PrivacyPlan:
     training, privacy = config.training, config.privacy
     if training.batch_size > patients:
         raise ValueError(
-            f"training.batch_size must be at most the {patients} training patients, got "
+            f"training.batch_size must be at most the {patients} training {unit}s, got "
             f"{training.batch_size}"
         )
     if privacy.enabled and privacy.delta >= 1 / patients:
         raise ValueError(
-            f"privacy.delta must be below 1 / {patients} training patients = {1 / patients:.2g}, "
+            f"privacy.delta must be below 1 / {patients} training {unit}s = {1 / patients:.2g}, "
             f"got {privacy.delta}"
         )
     sample_rate = training.batch_size / patients
@@ -116,15 +117,16 @@ def plan_privacy(config: SegmentationConfig, patients: int) -> PrivacyPlan:
         steps=training.steps,
         noise_multiplier=float(sigma) if privacy.enabled else 0.0,
         max_grad_norm=privacy.max_grad_norm,
-        views_per_patient=config.data.views_per_patient,
+        views_per_patient=config.views_per_patient,
         delta=privacy.delta,
         accountant=privacy.accountant,
         insecure_fixed_noise=privacy.insecure_fixed_noise,
+        unit=unit,
     )
 
 
 def check_patients_do_not_mix(
-    network: nn.Module, criterion: nn.Module, dataset: PatientDataset, device: torch.device
+    network: nn.Module, criterion: nn.Module, dataset: PatientViews, device: torch.device
 ) -> None:
     """Prove on two made-up rows that neither network nor loss lets one row see the other.
 
@@ -178,7 +180,7 @@ class PrivateUpdate:
         self,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
-        dataset: PatientDataset,
+        dataset: PatientViews,
         plan: PrivacyPlan,
         physical_batch_size: int,
     ) -> None:
@@ -258,7 +260,7 @@ class PlainUpdate:
         self,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
-        dataset: PatientDataset,
+        dataset: PatientViews,
         plan: PrivacyPlan,
         physical_batch_size: int,
     ) -> None:

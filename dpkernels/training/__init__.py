@@ -1,0 +1,1 @@
+"""What every trainer shares: configuration, privacy of a run, loop, run folder, report, display."""

@@ -1,0 +1,191 @@
+"""What the command lines of all trainers share. Light: torch and MONAI are loaded on use only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console
+
+    from dpkernels.training.config import RunConfig
+    from dpkernels.training.progress import ConsoleDisplay
+    from dpkernels.training.trainer import TrainingResult
+
+    Config = TypeVar("Config", bound=RunConfig)
+
+Run = Annotated[Path, typer.Argument(help="Run folder that `train` wrote.")]
+Epsilon = Annotated[float | None, typer.Option(help="Privacy budget; smaller is more private.")]
+Delta = Annotated[float | None, typer.Option(help="Must be well below 1 / training patients.")]
+NoiseMultiplier = Annotated[
+    float | None, typer.Option(help="Set the noise directly, instead of --epsilon.")
+]
+InsecureFixedNoise = Annotated[
+    int | None,
+    typer.Option(help="Seed for noise and sampling: for tests only, voids the guarantee."),
+]
+NonPrivate = Annotated[
+    bool, typer.Option("--non-private", help="Train without any guarantee, to compare.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="YAML laid over the preset (see any config.yaml).")
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="One setting, such as training.steps=200 or network.channels=[16,32,64]. "
+        "Repeatable; wins over --config.",
+    ),
+]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Initialisation, split and augmentation. Never noise or sampling."),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda[:N].")]
+Out = Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<preset>-<date>-<time>.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")
+]
+
+_NOTHING = object()
+
+
+def privacy_changes(
+    epsilon: float | None, delta: float | None, noise_multiplier: float | None, non_private: bool
+) -> dict[str, Any]:
+    """What --epsilon, --delta, --noise-multiplier and --non-private change in a configuration.
+
+    Raises:
+        ValueError: two that exclude each other.
+    """
+    given = [
+        name
+        for name, value in (
+            ("--epsilon", epsilon),
+            ("--noise-multiplier", noise_multiplier),
+            ("--non-private", non_private or None),
+        )
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+    changes: dict[str, Any] = {"privacy.delta": delta, "privacy.epsilon": epsilon}
+    if noise_multiplier is not None:
+        changes |= {"privacy.noise_multiplier": noise_multiplier, "privacy.epsilon": _NOTHING}
+    if epsilon is not None:
+        changes["privacy.noise_multiplier"] = _NOTHING
+    if non_private:
+        changes["privacy.enabled"] = False
+    return changes
+
+
+def configuration(
+    kind: type[Config],
+    *,
+    preset: str,
+    out: Path | None,
+    resume: bool,
+    config: Path | None,
+    changes: Mapping[str, Any],
+    overrides: list[str],
+) -> Config:
+    """Preset or stored run, then --config, then options, then --set.
+
+    Args:
+        kind: the dataclass of the task.
+        preset: name of the starting point of a new run.
+        out: run folder; needed to resume.
+        resume: start from the configuration of the run in `out`.
+        config: YAML file.
+        changes: dotted path to value; None: not given.
+        overrides: `section.name=value`.
+
+    Raises:
+        ValueError: a faulty setting, by name.
+    """
+    from dpkernels.training.run_folder import RunFolder
+    from dpkernels.training.settings import load_yaml, merge, nest, parse_override
+
+    if not resume:
+        values = kind.preset_values(preset)
+    elif out is None:
+        raise ValueError("--resume needs --out: the folder of the run to continue")
+    else:
+        values = load_yaml(RunFolder.open(out).config)
+    layers = [load_yaml(config)] if config is not None else []
+    for path, value in changes.items():
+        if value is not None:
+            layers.append(nest(path, None if value is _NOTHING else value))
+    for layer in (*layers, *map(parse_override, overrides)):
+        values = merge(values, layer)
+    return kind.from_dict(values)
+
+
+def console() -> Console:
+    """The terminal, or whatever stands in its place."""
+    from rich.console import Console
+
+    return Console()
+
+
+def display(console: Console) -> ConsoleDisplay:
+    """Bars on the terminal, lines elsewhere."""
+    from dpkernels.training.progress import ConsoleDisplay
+
+    return ConsoleDisplay(console)
+
+
+class PlainErrors:
+    """Faults of the user's input end in one line and exit code 2, without a traceback."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            self._console.print(
+                f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(2) from error
+        if isinstance(error, KeyboardInterrupt):
+            self._console.print("Stopped; continue with --resume --out RUN")
+            raise typer.Exit(130) from error
+
+
+def print_outcome(
+    console: Console, result: TrainingResult, unit: str, files: Mapping[str, str]
+) -> None:
+    """The budget spent, and where to look next.
+
+    Args:
+        console: where to.
+        result: of the run.
+        unit: what the guarantee protects.
+        files: what this task wrote besides what every task writes, with its meaning.
+    """
+    if result.epsilon is None:
+        console.print("[bold]No privacy guarantee[/] (--non-private).")
+    else:
+        console.print(f"[bold]epsilon {result.epsilon:.4g}[/] per {unit}, {result.steps} steps.")
+    everything = {
+        "privacy_report.md": "what is guaranteed, in plain language",
+        "progress.png": "loss, epsilon and clipped share over the steps",
+        **files,
+        "checkpoints/": "weights",
+    }
+    for name, meaning in everything.items():
+        console.print(
+            f"  {result.folder / name}  [dim]{meaning}[/]", highlight=False, soft_wrap=True
+        )

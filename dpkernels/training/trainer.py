@@ -1,0 +1,272 @@
+"""The course of a run, the same for every task: check, train, evaluate, report; and resume."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import nn
+from typing_extensions import Self
+
+from dpkernels.training.config import RunConfig
+from dpkernels.training.curves import draw_progress
+from dpkernels.training.logs import read_metrics
+from dpkernels.training.loop import TrainingLoop, rows_loss
+from dpkernels.training.privacy import PrivacyPlan, check_patients_do_not_mix, plan_privacy
+from dpkernels.training.progress import Display, SilentDisplay
+from dpkernels.training.report import PrivacyReport, build_report
+from dpkernels.training.run_folder import RunFolder, environment, load_checkpoint, steps_begun
+from dpkernels.training.sampling import PatientViews
+from dpkernels.training.settings import load_yaml
+from dpkernels.training.targets import resolve_device, select_trainable
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run came to.
+
+    Attributes:
+        folder: the run folder.
+        summary: per class (or for all images): name of a metric to its value.
+        utility: the one number that a run is judged by, on held-out patients: `metric`.
+        metric: its name.
+        epsilon: spent, at the configured delta; None without privacy.
+        steps: steps counted.
+    """
+
+    folder: Path
+    summary: dict[str, dict[str, float]]
+    utility: float
+    metric: str
+    epsilon: float | None
+    steps: int
+
+
+class Trainer(ABC, Generic[Config]):
+    """Train, resume, evaluate and report. A task says what its data, network and metric are.
+
+    Args:
+        config: what to run.
+        out: run folder; default runs/<preset>-<date>-<time>.
+        display: where progress goes; silent by default.
+
+    Guarantees:
+        With `privacy.enabled`, the weights after `fit` are differentially private for adding or
+        removing one patient with everything recorded of them, at the epsilon of
+        `privacy_report`. Losses, norms, pictures and metrics are by-products outside that
+        guarantee; the report lists them.
+    """
+
+    config_class: ClassVar[type[RunConfig]]
+    #: name of the metric that a run is judged by
+    metric: ClassVar[str]
+
+    def __init__(
+        self, config: Config, out: str | Path | None = None, display: Display | None = None
+    ) -> None:
+        self.config = config
+        self.folder = RunFolder(out or _default_run(config.preset))
+        self.display = display or SilentDisplay()
+        self.device = resolve_device(config.training.device)
+        self._split: dict[str, list[str]] = {}
+
+    @classmethod
+    def from_run(cls, out: str | Path, display: Display | None = None) -> Self:
+        """The trainer of an existing run, configured by its config.yaml.
+
+        Raises:
+            ValueError: `out` is not a run folder.
+        """
+        folder = RunFolder.open(out)
+        config = cls.config_class.from_dict(load_yaml(folder.config))
+        return cls(config, out, display)  # type: ignore[arg-type]
+
+    def fit(self, *, resume: bool = False) -> TrainingResult:
+        """Train, evaluate and write the run folder.
+
+        Args:
+            resume: continue the run in the folder; otherwise the folder must hold none.
+
+        Raises:
+            ValueError: a faulty configuration or data set (before training starts), a folder that
+                holds a run, or a resume with other privacy parameters or nothing left to do.
+            OSError: the run folder cannot be written; the last checkpoint stays whole.
+        """
+        open_folder = RunFolder.open if resume else RunFolder.create
+        self.folder = open_folder(self.folder.root)
+        self._open_data()
+        network = self._build_network(self.config.training.seed).to(self.device)
+        criterion = self._build_criterion()
+        self._load_initial_weights(network)
+        select_trainable(network, self.config.training.train_layers)
+        self._split = self._split_patients()
+        plan = plan_privacy(self.config, len(self._split["train"]), self._unit())
+        checkpoint = self._resumed(plan) if resume else None
+        self._read_data()
+        if not resume:
+            self.folder.write_yaml("config.yaml", self.config.to_dict())
+            self.folder.write_json("env.json", environment(self.device))
+            self.folder.write_json("split.json", self._split)
+            self.folder.write_json("plan.json", plan.to_dict())
+            self.folder.write_json("data.json", self._description())
+        steps = self._train(network, criterion, plan, checkpoint)
+        summary = self._evaluate()
+        report = self._write_report(plan, steps)
+        return TrainingResult(
+            self.folder.root, summary, self._utility(summary), self.metric, report.epsilon, steps
+        )
+
+    def privacy_report(self) -> PrivacyReport:
+        """The report of the run, for the steps counted so far; written to the run folder.
+
+        Raises:
+            ValueError: no step was taken yet.
+        """
+        plan = PrivacyPlan(**self.folder.read_json("plan.json"))
+        return self._write_report(plan, steps_begun(self.folder.ledger))
+
+    @abstractmethod
+    def _open_data(self) -> None:
+        """Find out what the data are; nothing large is read yet."""
+
+    @abstractmethod
+    def _read_data(self) -> None:
+        """Read and check everything, once the configuration is known to be right."""
+
+    @abstractmethod
+    def _unit(self) -> str:
+        """What the guarantee protects in these data: "patient", "lesion", "image"."""
+
+    @abstractmethod
+    def _split_patients(self) -> dict[str, list[str]]:
+        """Patients by part: train, validation, test."""
+
+    @abstractmethod
+    def _description(self) -> dict[str, Any]:
+        """What must be known of the data to predict and to report without them.
+
+        `view` is the shape of one view of a patient, `notes` are sentences for the report.
+        """
+
+    @abstractmethod
+    def _by_products(self) -> Sequence[str]:
+        """What this task shows outside the guarantee, beyond what every task does."""
+
+    @abstractmethod
+    def _build_network(self, seed: int) -> nn.Module:
+        """The network for the data, initialised from `seed`."""
+
+    @abstractmethod
+    def _build_criterion(self) -> nn.Module:
+        """The loss, a mean over rows."""
+
+    @abstractmethod
+    def _training_set(self) -> PatientViews:
+        """The views of the training patients."""
+
+    @abstractmethod
+    def _validate(self, network: nn.Module) -> float | None:
+        """The metric on the validation patients; None when there are none."""
+
+    @abstractmethod
+    def _evaluate(self) -> dict[str, dict[str, float]]:
+        """Evaluate the run's weights on held-out patients; writes metrics.json and pictures."""
+
+    @abstractmethod
+    def _utility(self, summary: dict[str, dict[str, float]]) -> float:
+        """The one number of a summary that a run is judged by."""
+
+    def _trained_network(self) -> nn.Module:
+        """The network with the run's averaged weights, or its last ones where none are."""
+        state = load_checkpoint(self._average_file()) if self._averaged() else None
+        network = self._build_network(seed=0)
+        network.load_state_dict((state or self.folder.load_checkpoint())["model"])
+        return network.to(self.device)
+
+    def _averaged(self) -> bool:
+        return self._average_file().exists()
+
+    def _average_file(self) -> Path:
+        return self.folder.checkpoints / "ema.pt"
+
+    def _load_initial_weights(self, network: nn.Module) -> None:
+        path = self.config.training.init_from
+        if not path:
+            return
+        state = load_checkpoint(path)
+        try:
+            network.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"training.init_from: {path} is of another network: {error}") from None
+
+    def _resumed(self, plan: PrivacyPlan) -> dict[str, Any] | None:
+        differences = plan.differences(self.folder.read_json("plan.json"))
+        if self.folder.read_json("split.json") != self._split:
+            differences.append("the split of the patients")
+        if differences:
+            raise ValueError(
+                "--resume: a privacy parameter of the run has changed, which its guarantee does "
+                "not cover. Start a new run. Changed: " + "; ".join(differences)
+            )
+        if self.folder.metrics_json.exists():
+            raise ValueError(
+                f"--resume: {self.folder.root} is finished, all {plan.steps} planned steps are "
+                "taken; more would exceed the budget. Start a new run (training.init_from can "
+                "start from its weights, but then the budgets add up)"
+            )
+        return self.folder.load_checkpoint() if self.folder.last.exists() else None
+
+    def _train(
+        self,
+        network: nn.Module,
+        criterion: nn.Module,
+        plan: PrivacyPlan,
+        checkpoint: dict[str, Any] | None,
+    ) -> int:
+        training = self.config.training
+        dataset = self._training_set()
+        if plan.enabled:
+            check_patients_do_not_mix(network.train(), criterion, dataset, self.device)
+        loop = TrainingLoop(training, plan, self.folder, network, dataset)
+        if checkpoint is not None:
+            loop.load_state_dict(checkpoint)
+
+        def validate() -> float | None:
+            with loop.average.applied_to(network):
+                return self._validate(network)
+
+        counted = loop.run(
+            rows_loss(criterion, self.device, training.precision), validate, self.display
+        )
+        columns = read_metrics(self.folder.metrics_csv)
+        draw_progress(columns, plan, self.metric, self.folder.root / "progress.png")
+        return counted
+
+    def _write_report(self, plan: PrivacyPlan, steps: int) -> PrivacyReport:
+        if not steps:
+            raise ValueError(f"{self.folder.root}: no step was taken yet, nothing to report")
+        data = self.folder.read_json("data.json")
+        report = build_report(
+            self.config,
+            plan,
+            steps,
+            read_metrics(self.folder.metrics_csv),
+            self._by_products(),
+            data["notes"],
+            math.prod(data["view"]),
+        )
+        self.folder.write_json("privacy_report.json", report.to_dict())
+        self.folder.write_text("privacy_report.md", report.to_markdown())
+        return report
+
+
+def _default_run(preset: str) -> Path:
+    """runs/<preset>-<date>-<time>."""
+    return Path("runs") / f"{preset or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
