@@ -61,7 +61,7 @@ def test_environment_forces(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_backend("auto"):
         assert clip_factor.backend(NORM_SQ, 1.0) == clip_factor.preferred("cpu")
     monkeypatch.setenv("DPKERNELS_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="backend='gpu'.*reference, cpu, triton, cuda"):
+    with pytest.raises(ValueError, match="backend='gpu'.*reference, library, cpu, triton, cuda"):
         clip_factor(NORM_SQ, 1.0)
 
 
@@ -84,6 +84,34 @@ def test_a_backend_refuses_the_other_device() -> None:
     reason = clip_factor.why_not("cpu", torch.empty(3, device="meta"), 1.0)
     assert "meta" in reason
     assert clip_factor.why_not("cpu", norm_sq=torch.empty(3, device="meta"), max_grad_norm=1.0)
+
+
+def test_candidates_are_what_runs_with_the_automatic_choice_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operands = torch.ones(2, 3, 4), torch.ones(2, 3, 5)
+    assert ops.linear_grad_sample.candidates(*operands) == ("cpu", "library")
+    with use_backend("reference"):
+        assert ops.linear_grad_sample.candidates(*operands) == ("reference",)
+    monkeypatch.setattr(registry, "_module", _without("cpu", registry._module))
+    assert ops.linear_grad_sample.candidates(*operands) == ("library",)
+    assert clip_factor.candidates(NORM_SQ, 1.0) == ("reference",)
+
+
+def test_the_library_keeps_norms_and_sums_of_tf32_products_together() -> None:
+    """On CUDA devices with TF32 it forms per-sample gradients only."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        single = torch.empty(2, 3, 8, 8, device="cuda"), torch.empty(2, 4, 6, 6, device="cuda")
+    double = tuple(operand.double() for operand in single)
+    geometry = ([4, 3, 3, 3], [1, 1], [0, 0], [1, 1], 1)
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        assert ops.conv_grad_sample.why_not("library", *single, *geometry) is None
+        assert "TF32" in ops.conv_norm_sq.why_not("library", *single, *geometry)
+        assert ops.conv_norm_sq.why_not("library", *double, *geometry) is None
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert ops.conv_norm_sq.why_not("library", *single, *geometry) is None
 
 
 def test_cuda_says_why_not() -> None:

@@ -51,6 +51,21 @@ def require_clip_factor(clip_factor: torch.Tensor, batch: int) -> None:
         raise ValueError(f"clip_factor: dtype {clip_factor.dtype}, expected float32 or float64")
 
 
+def why_not_exact(tf32: bool, *operands: torch.Tensor) -> str | None:
+    """Why library products on CUDA cannot form norms and clipped sums apart from each other.
+
+    TF32 rounds the operands, and a scaled operand otherwise than the plain one: the norm would not
+    be that of the values that are summed. Stored per-sample gradients do not have this problem.
+
+    Args:
+        tf32: whether the library may use TF32.
+        operands: what is multiplied.
+    """
+    if tf32 and operands[0].is_cuda and result_dtype(*operands) == torch.float32:
+        return "TF32 is allowed, so a sum of scaled operands is not that of the measured gradients"
+    return None
+
+
 def kept_samples(
     clip_factor: torch.Tensor, *operands: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

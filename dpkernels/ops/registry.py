@@ -3,9 +3,9 @@
 An op family is a package ``dpkernels.ops.<family>``. Its ``__init__`` holds the contracts: one
 function per op, decorated with :func:`contract`, whose body checks the arguments and returns an
 empty tensor of the result's shape and dtype (it is also the op's fake implementation for
-``torch.library``). The modules beside it (``reference``, ``cpu``, ``triton``, ``cuda``) hold the
-implementations under the same names and are imported only when they are first asked for. A module
-may define
+``torch.library``). The modules beside it (``reference``, ``library``, ``cpu``, ``triton``,
+``cuda``) hold the implementations under the same names and are imported only when they are first
+asked for; ``library`` is calls of PyTorch's own kernels, on any device. A module may define
 
 * ``unavailable() -> str | None``: why nothing in it can run on this machine (not built, no GPU);
 * ``why_not_<op>(*args, **kwargs) -> str | None``: why it cannot take these arguments.
@@ -28,8 +28,11 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-_AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = ("reference", "library", "cpu", "triton", "cuda")
+_AUTO_ORDER = {
+    "cpu": ("cpu", "library", "reference"),
+    "cuda": ("cuda", "triton", "library", "reference"),
+}
 _ONLY_ON = {"cpu": "cpu", "cuda": "cuda"}  # triton's interpreter takes CPU tensors too
 
 _forced: list[str] = []
@@ -156,12 +159,28 @@ class Op:
                 )
             return forced
         reasons = []
-        for backend in _AUTO_ORDER.get(_device_type(args, kwargs), ("reference",)):
+        for backend in _auto_order(args, kwargs):
             reason = self.why_not(backend, *args, **kwargs)
             if reason is None:
                 return backend
             reasons.append(f"{backend}: {reason}")
         raise BackendUnavailable(f"{self.name}: no backend can run it ({'; '.join(reasons)})")
+
+    def candidates(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """The backends worth timing on these arguments, the automatic choice first.
+
+        Every one that can run them, but the plain reference only where nothing else can; the
+        forced one alone where one is forced.
+
+        Raises:
+            BackendUnavailable: a forced backend cannot, or no backend can.
+        """
+        chosen = self.backend(*args, **kwargs)
+        if forced_backend() is not None or chosen == "reference":
+            return (chosen,)
+        order = _auto_order(args, kwargs)
+        others = order[order.index(chosen) + 1 : -1]
+        return (chosen, *(b for b in others if self.why_not(b, *args, **kwargs) is None))
 
     def _contract_check(self, *args: Any, **kwargs: Any) -> None:
         check = getattr(self._contract, "check", None)
@@ -185,6 +204,11 @@ def contract(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., torch.
 def all_ops() -> dict[str, Op]:
     """Every declared op by name (for ``python -m dpkernels info`` and the tests)."""
     return dict(_OPS)
+
+
+def _auto_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """The backends that automatic mode tries for these arguments; the reference is the last."""
+    return _AUTO_ORDER.get(_device_type(args, kwargs), ("reference",))
 
 
 def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -12,9 +12,10 @@ from dpkernels import ops
 from dpkernels.ops import native
 from dpkernels.ops.conv import cpu, gram, library, tiles
 from dpkernels.ops.conv.geometry import Geometry
-from tests.ops import shapes
-from tests.ops.compare import BACKENDS, DTYPES, assert_as_exact_as_torch, skip_unless_runs
+from tests.ops import compare, shapes
+from tests.ops.compare import DTYPES, assert_as_exact_as_torch, skip_unless_runs
 
+BACKENDS = (*compare.BACKENDS, "library")
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 FORMS = {
     "tiles": tiles.grad_sample,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dpkernels import ops
-from dpkernels.ops.linear import cpu
+from dpkernels.ops.linear import cpu, library
 from tests.ops import shapes
 from tests.ops.compare import BACKENDS, DTYPES, assert_as_exact_as_torch, skip_unless_runs
 
@@ -78,11 +78,11 @@ def test_any_memory_layout(name: str, layout: str) -> None:
     assert_as_exact_as_torch(ops.linear_norm_sq(activations, grad_output), *square_sums(grads))
 
 
-@pytest.mark.parametrize("form", [cpu.gram_norm_sq, cpu.recompute_norm_sq])
+@pytest.mark.parametrize("form", [library.gram_norm_sq, library.recompute_norm_sq])
 @pytest.mark.parametrize("name", shapes.LINEAR)
 def test_every_norm_strategy(name: str, form: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "SCRATCH_ELEMENTS", 3000)
-    monkeypatch.setattr(cpu, "GRAM_TILE", 5)
+    monkeypatch.setattr(library, "SCRATCH_ELEMENTS", 3000)
+    monkeypatch.setattr(library, "GRAM_TILE", 5)
     for dtype in (torch.float32, torch.float64):
         activations, grad_output = operands(name, dtype)
         grads = truths(activations, grad_output)

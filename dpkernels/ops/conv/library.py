@@ -2,16 +2,147 @@
 
 The library computes one batch's weight gradient per call. Sample b's own gradient is group b of a
 convolution whose batch is folded into its groups, or one call per sample, or, for a kernel of one
-tap, a plain batched matrix product.
+tap, a plain batched matrix product. All of it runs on any device and in float64 too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-from dpkernels.ops.conv import output_size
+from dpkernels.ops.checks import kept_samples, result_dtype, why_not_exact
+from dpkernels.ops.conv import gram, output_size
 from dpkernels.ops.conv.geometry import Geometry
+
+SCRATCH_ELEMENTS = 1 << 20
+FOLDED_WEIGHTS = 1 << 21
+"""Weights of all samples up to which the library folds the batch into groups well."""
+
+GradSample = Callable[[torch.Tensor, torch.Tensor, Geometry], torch.Tensor]
+Strategy = Callable[[torch.Tensor, torch.Tensor, Geometry], GradSample]
+
+
+def strategy(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry) -> GradSample:
+    """The function below that forms per-sample gradients fastest for these shapes."""
+    if set(geometry.kernel) == {1} and set(geometry.padding) == {0}:
+        return pointwise_grad_sample
+    if input.shape[0] * geometry.weights <= FOLDED_WEIGHTS:
+        return grouped_grad_sample
+    return looped_grad_sample
+
+
+def conv_grad_sample(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """See the contract."""
+    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
+    return grad_sample_by(strategy, input, grad_output, geometry)
+
+
+def conv_norm_sq(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """See the contract. Gram over channels or the gradient itself, whichever costs fewer FLOP."""
+    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
+    return norm_sq_by(strategy, input, grad_output, geometry)
+
+
+def conv_clipped_grad(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    clip_factor: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """See the contract. One weight gradient of the batch, the smaller operand scaled first."""
+    factor, operands = kept_samples(clip_factor, input, grad_output)
+    input, grad_output = _operands(*operands)
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return input.new_zeros(tuple(weight_shape))
+    factor = factor.to(input.dtype).view(-1, *[1] * (input.ndim - 1))
+    if grad_output.numel() <= input.numel():
+        grad_output = grad_output * factor
+    else:
+        input = input * factor
+    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
+    return batch_grad(input, grad_output, geometry)
+
+
+def why_not_conv_norm_sq(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> str | None:
+    """Why these operands' norms would not be those of what is summed."""
+    return why_not_exact(torch.backends.cudnn.allow_tf32, input, grad_output)
+
+
+def why_not_conv_clipped_grad(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    clip_factor: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> str | None:
+    """Why this sum would not be that of the gradients whose norms were taken."""
+    return why_not_exact(torch.backends.cudnn.allow_tf32, input, grad_output)
+
+
+def grad_sample_by(
+    choose: Strategy, input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
+) -> torch.Tensor:
+    """Per-sample gradients in the result's dtype by the function that `choose` names."""
+    input, grad_output = _operands(input, grad_output)
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return input.new_zeros((input.shape[0], *geometry.weight_shape))
+    return choose(input, grad_output, geometry)(input, grad_output, geometry)
+
+
+def norm_sq_by(
+    choose: Strategy, input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
+) -> torch.Tensor:
+    """Squared norms: the Gram over channels where it is cheaper, else gradients chunk by chunk."""
+    input, grad_output = _operands(input, grad_output)
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return input.new_zeros(input.shape[0])
+    if gram.is_cheaper(input.shape, grad_output.shape, geometry):
+        return gram.channel_gram_norm_sq(input, grad_output, geometry)
+    chunk = max(1, SCRATCH_ELEMENTS // max(1, geometry.weights))
+    form = choose(input[:chunk], grad_output[:chunk], geometry)
+    parts = (
+        form(seen, grad, geometry).flatten(1)
+        for seen, grad in zip(input.split(chunk), grad_output.split(chunk), strict=True)
+    )
+    return torch.cat([torch.linalg.vector_norm(part, dim=1).square_() for part in parts])
+
+
+def _operands(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    dtype = result_dtype(*tensors)
+    return tuple(tensor.detach().to(dtype) for tensor in tensors)
 
 
 def pointwise_grad_sample(

@@ -1,0 +1,110 @@
+"""Strategies built on library matrix products, on any device.
+
+`linear_norm_sq` chooses between the Gram form and forming the gradient by floating-point
+operations (docs/math.md section 2). Neither keeps more than a fixed scratch. Half-precision
+operands are widened first, except for per-sample gradients on CUDA devices, where the product
+itself takes them and answers in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dpkernels.ops.checks import kept_samples, result_dtype, why_not_exact
+
+SCRATCH_ELEMENTS = 1 << 21
+GRAM_TILE = 256
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _operands(activations: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    dtype = result_dtype(activations, grad_output)
+    return activations.to(dtype), grad_output.to(dtype)
+
+
+def why_not_linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> str | None:
+    """Why this norm would not be that of what is summed."""
+    return why_not_exact(torch.backends.cuda.matmul.allow_tf32, activations, grad_output)
+
+
+def why_not_linear_clipped_grad(
+    activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
+) -> str | None:
+    """Why this sum would not be that of the gradients whose norms were taken."""
+    return why_not_exact(torch.backends.cuda.matmul.allow_tf32, activations, grad_output)
+
+
+def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    if grad_output.is_cuda and activations.dtype == grad_output.dtype in HALF_DTYPES:
+        return torch.bmm(grad_output.transpose(1, 2), activations, out_dtype=torch.float32)
+    activations, grad_output = _operands(activations, grad_output)
+    if activations.shape[1] == 1:
+        return grad_output.transpose(1, 2) * activations
+    return torch.bmm(grad_output.transpose(1, 2), activations)
+
+
+def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """See the contract."""
+    activations, grad_output = _operands(activations, grad_output)
+    _, positions, features_in = activations.shape
+    features_out = grad_output.shape[2]
+    if positions == 1:
+        return activations.square().sum((1, 2)) * grad_output.square().sum((1, 2))
+    if positions * (features_in + features_out) < 2 * features_in * features_out:
+        return gram_norm_sq(activations, grad_output)
+    return recompute_norm_sq(activations, grad_output)
+
+
+def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """sum_{t,s} <A_t, A_s><G_t, G_s> over tiles with t <= s; off-diagonal tiles count twice.
+
+    Args:
+        activations: [B, T, I], float32 or float64.
+        grad_output: [B, T, O], the same dtype.
+
+    Returns:
+        [B]. Scratch: two tiles per sample of a chunk, never [B, T, T].
+    """
+    batch, positions, _ = activations.shape
+    norm_sq = activations.new_zeros(batch)
+    tile = max(1, min(positions, GRAM_TILE))
+    chunk = max(1, SCRATCH_ELEMENTS // max(1, 2 * tile * tile))
+    for first in range(0, batch, chunk):
+        rows = slice(first, first + chunk)
+        for start in range(0, positions, tile):
+            a_left, g_left = (x[rows, start : start + tile] for x in (activations, grad_output))
+            for other in range(start, positions, tile):
+                a_right, g_right = (
+                    x[rows, other : other + tile].transpose(1, 2)
+                    for x in (activations, grad_output)
+                )
+                gram = torch.bmm(a_left, a_right).mul_(torch.bmm(g_left, g_right))
+                norm_sq[rows].add_(gram.sum((1, 2)), alpha=1 if other == start else 2)
+    return norm_sq.clamp_(min=0)
+
+
+def recompute_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """Form each gradient, square, sum and discard it; `activations` and `grad_output` as above."""
+    batch, _, features_in = activations.shape
+    chunk = max(1, SCRATCH_ELEMENTS // max(1, features_in * grad_output.shape[2]))
+    norm_sq = activations.new_empty(batch)
+    for first in range(0, batch, chunk):
+        rows = slice(first, first + chunk)
+        grads = torch.bmm(grad_output[rows].transpose(1, 2), activations[rows]).flatten(1)
+        norm_sq[rows] = torch.linalg.vector_norm(grads, dim=1).square_()
+    return norm_sq
+
+
+def linear_clipped_grad(
+    activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
+) -> torch.Tensor:
+    """See the contract."""
+    factor, operands = kept_samples(clip_factor, activations, grad_output)
+    activations, grad_output = _operands(*operands)
+    factor = factor.to(grad_output.dtype)[:, None, None]
+    if grad_output.shape[2] <= activations.shape[2]:
+        grad_output = grad_output * factor
+    else:
+        activations = activations * factor
+    return grad_output.flatten(0, 1).T @ activations.flatten(0, 1)
