@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "layers": {"ops"},
     "reconstruction": {"accounting"},
     "engine": {"ops", "layers", "accounting", "reconstruction"},
+    "reconstruction.attacks": {"engine", "reconstruction"},
     "training": {"engine", "accounting", "reconstruction"},
     "segmentation": {"training", "engine", "accounting", "reconstruction"},
     "classification": {"training", "engine", "accounting", "reconstruction"},
@@ -47,6 +48,13 @@ def imports_of(tree: ast.AST, top_level_only: bool = False) -> Iterator[tuple[in
                 yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
+def room_of(name: str) -> str:
+    """The room of a module, by its dotted name below the package; "" where there is none."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((prefix for prefix in prefixes if prefix in MAY_IMPORT), "")
+
+
 def room_violations(room: str, source: str) -> list[str]:
     """What is wrong with the imports of a module of `room`."""
     found = []
@@ -56,8 +64,8 @@ def room_violations(room: str, source: str) -> list[str]:
             continue
         parts = name.split(".")
         if parts[0] == "dpkernels":
-            target = parts[1] if len(parts) > 1 else "the whole package"
-            target = ROOM_OF_NAME.get(target, target)
+            below = ".".join(parts[1:])
+            target = ROOM_OF_NAME.get(below) or room_of(below) or below or "the whole package"
             if target not in {room, "__version__"} | MAY_IMPORT[room]:
                 found.append(f"line {line}: {room} may not import {target}")
         elif parts[0] in ("tests", "bench"):
@@ -71,10 +79,16 @@ def room_violations(room: str, source: str) -> list[str]:
 def test_import_rule(room: str) -> None:
     found = {
         str(path.relative_to(ROOT)): violations
-        for path in sorted((PACKAGE / room).rglob("*.py"))
+        for path in modules_of(room)
         if (violations := room_violations(room, path.read_text()))
     }
     assert not found
+
+
+def modules_of(room: str) -> list[Path]:
+    """The files of a room, without those of a room inside it."""
+    files = {path: path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    return sorted(path for path, name in files.items() if room_of(".".join(name.parts)) == room)
 
 
 def test_every_package_is_a_known_room() -> None:
@@ -94,6 +108,10 @@ def test_every_package_is_a_known_room() -> None:
         ("engine", "import monai.losses"),
         ("accounting", "from dpkernels.reconstruction.bounds import rero_bound"),
         ("segmentation", "from tests.engine import truth"),
+        ("reconstruction", "from dpkernels import PrivacyEngine"),
+        ("reconstruction", "from dpkernels.reconstruction import attacks"),
+        ("reconstruction", "from dpkernels.reconstruction.attacks import imprint"),
+        ("engine", "def f():\n    from dpkernels.reconstruction import attacks"),
     ],
 )
 def test_the_rule_notices(room: str, source: str) -> None:
@@ -128,12 +146,13 @@ sys.meta_path.insert(0, Absent)
     ("absent", "statement"),
     [
         ({"torch", "opacus", "triton", "monai"}, "import dpkernels.accounting"),
+        ({"torch", "opacus", "triton", "monai"}, "import dpkernels.reconstruction.metrics"),
         ({"torch", "opacus", "triton", "monai"}, "from dpkernels.info import show; show()"),
         ({"triton", "monai"}, "import dpkernels.ops"),
     ],
 )
 def test_what_must_not_be_needed(absent: set[str], statement: str) -> None:
-    """Accounting and `info` work without torch; the ops work without triton."""
+    """Accounting, bounds and `info` work without torch; the ops work without triton."""
     script = WITHOUT.format(absent=absent, statement=statement)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 

@@ -1,0 +1,12 @@
+"""Attacks that reconstruct records from the very gradient that the engine releases.
+
+Each takes the records, poses as the server (or listens to it), runs real private steps through
+`dpkernels.PrivacyEngine`, and returns candidates read out of ``p.grad``. Nothing is simulated: what
+is attacked is what would have been sent (docs/math.md, section 6). Needs torch, unlike the bounds.
+"""
+
+from dpkernels.reconstruction.attacks.imprint import imprint, trap_weights
+from dpkernels.reconstruction.attacks.linear import linear_optimal
+from dpkernels.reconstruction.attacks.matching import gradient_matching
+
+__all__ = ["gradient_matching", "imprint", "linear_optimal", "trap_weights"]
