@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
+from opacus.optimizers import AdaClipDPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
 from opacus.optimizers.utils import params
 from torch import nn
@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from dpkernels import ops
 from dpkernels.engine.clipping import make_clipping, total_norm_sq
 from dpkernels.engine.gradients import ParameterGradient, PendingGradients
+from dpkernels.engine.scaling import ScaledLossOptimizer, warn_of_overflow
 from dpkernels.engine.steps import Mechanism, StepReport
 from dpkernels.ops.noise.source import NoiseSource
 
 
-class FusedDPOptimizer(DPOptimizer):
+class FusedDPOptimizer(ScaledLossOptimizer):
     """An Opacus ``DPOptimizer`` that clips, sums and adds noise at the end of ``backward()``.
 
     After ``loss.backward()`` on the last physical batch of a logical step, ``p.grad`` holds
@@ -94,7 +95,7 @@ class FusedDPOptimizer(DPOptimizer):
 
     def held_parameters(self) -> list[nn.Parameter]:
         """Every parameter of every group, also those that are frozen now."""
-        return [p for group in self.param_groups for p in group["params"]]
+        return [p for group in self.original_optimizer.param_groups for p in group["params"]]
 
     def privatize(self, gradients: PendingGradients) -> None:
         """Clip, sum, add noise, into ``p.grad``: called at the end of each backward pass.
@@ -147,7 +148,8 @@ class FusedDPOptimizer(DPOptimizer):
 
     def _sample_scale(self, samples: int) -> float:
         """What a captured gradient is multiplied by to be the gradient of one sample's loss."""
-        return float(samples) if self.loss_reduction == "mean" else 1.0 / self.views_per_sample
+        rows = float(samples) if self.loss_reduction == "mean" else 1.0 / self.views_per_sample
+        return rows / self.loss_scale()
 
     def _clip(self, gradients: PendingGradients) -> dict[nn.Parameter, torch.Tensor]:
         """By parameter, [B]: what captured gradients are multiplied by, clip factor times scale."""
@@ -160,7 +162,10 @@ class FusedDPOptimizer(DPOptimizer):
             self.last_step = None
             return {}
         total = total_norm_sq(norm_sq.values())
-        gradients.refuse_not_finite(total)
+        if self.drops_overflow():
+            warn_of_overflow(total)
+        else:
+            gradients.refuse_not_finite(total)
         factors = self.clipping.factors(norm_sq, float(self.max_grad_norm))
         self.clipping.observe(factors)
         distinct = list({id(f): f for f in factors.values()}.values())
@@ -349,23 +354,6 @@ class FusedDPOptimizer(DPOptimizer):
         if self.generator is not None:
             return tensor.add_(_generate_noise(std, tensor, generator=self.generator))
         return ops.gaussian_noise_(tensor, std, *self._noise.take(tensor.numel()))
-
-    @property
-    def grad_scale(self) -> float:
-        """Always 1: the setter refuses ``torch.amp.GradScaler``."""
-        return 1.0
-
-    @grad_scale.setter
-    def grad_scale(self, scale: torch.Tensor | None) -> None:
-        raise ValueError(
-            "GradScaler: the gradient was clipped and noised at the end of backward(), on the "
-            "scaled loss, so unscaling it afterwards would clip at another bound than "
-            "max_grad_norm. Use bfloat16 autocast, or fp16 autocast without a GradScaler "
-            "(GradScaler(enabled=False) keeps the loop as it is)"
-        )
-
-    #: makes ``GradScaler.step`` hand its scale over, where it is refused by name
-    _step_supports_amp_scaling = True
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_optimizer_") and "original_optimizer" in self.__dict__:

@@ -14,7 +14,7 @@ from opacus.accountants.utils import get_noise_multiplier as opacus_noise_multip
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
-from opacus.validators.errors import IllegalModuleConfigurationError, UnsupportedModuleError
+from opacus.validators.errors import UnsupportedModuleError
 from torch import nn, optim
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader
 
 from dpkernels.accounting import get_noise_multiplier
 from dpkernels.accounting.opacus_adapter import register
+from dpkernels.engine.checks import check_arguments, faults_of
 from dpkernels.engine.loader import (
     expected_batch_size_of,
     poisson_loader,
     sample_rate_of,
     warn_of_other_samplers,
 )
-from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule, incompatibilities
+from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule
 from dpkernels.engine.optimizer import OPTIMIZERS, FusedDPOptimizer
 from dpkernels.engine.planner import Plan
 from dpkernels.engine.probe import check_criterion
@@ -82,7 +83,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         data_loader: DataLoader | None = None,
     ) -> bool:
         """Whether the model has per-sample gradients under this engine."""
-        return not self._faults(module)
+        return not faults_of(module)
 
     def validate(
         self,
@@ -92,31 +93,9 @@ class PrivacyEngine(OpacusPrivacyEngine):
         data_loader: DataLoader | None = None,
     ) -> None:
         """Raise ``UnsupportedModuleError`` naming every module that mixes samples."""
-        faults = self._faults(module)
+        faults = faults_of(module)
         if faults:
             raise UnsupportedModuleError(faults)
-
-    @staticmethod
-    def _faults(module: nn.Module) -> list[Exception]:
-        faults: list[Exception] = []
-        if not module.training:
-            faults.append(
-                IllegalModuleConfigurationError(
-                    "Model needs to be in training mode: call model.train() first"
-                )
-            )
-        faults.extend(
-            IllegalModuleConfigurationError(reason) for reason in incompatibilities(module)
-        )
-        faults.extend(
-            IllegalModuleConfigurationError(
-                f"parameter {name!r} is complex: clipping and noise are defined for real numbers; "
-                "store real and imaginary parts (torch.view_as_real)"
-            )
-            for name, parameter in module.named_parameters()
-            if parameter.is_complex()
-        )
-        return faults
 
     def make_private(
         self,
@@ -138,6 +117,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         memory_budget: int | None = None,
         views_per_sample: int = 1,
         materialize_grad_samples: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Private counterparts of model, optimizer and data loader.
@@ -149,6 +129,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             views_per_sample: rows of the model's input that belong to one sample (adjacent);
                 their gradients are averaged before clipping.
             materialize_grad_samples: also leave ``p.grad_sample`` after ``backward()``.
+            grad_scaler: what scales the loss in fp16 training; its scale stays fixed.
 
         Returns:
             ``(module, optimizer, data_loader)`` in mode "fused".
@@ -158,7 +139,11 @@ class PrivacyEngine(OpacusPrivacyEngine):
             UnsupportedModuleError: a module mixes samples.
         """
         if grad_sample_mode != _FUSED:
-            ours = {"views_per_sample": views_per_sample != 1, "memory_budget": memory_budget}
+            ours = {
+                "views_per_sample": views_per_sample != 1,
+                "memory_budget": memory_budget,
+                "grad_scaler": grad_scaler is not None,
+            }
             for name, given in ours.items():
                 if given:
                     raise ValueError(f"{name}: only grad_sample_mode='fused' takes it")
@@ -179,7 +164,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 rand_on_empty=rand_on_empty,
                 **kwargs,
             )
-        _check_arguments(noise_multiplier, max_grad_norm, views_per_sample)
+        check_arguments(noise_multiplier, max_grad_norm, views_per_sample)
         self._refuse_unsupported(module, optimizer)
         private_module = self._prepare_fused(
             module,
@@ -211,6 +196,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             materialize_grad_samples=materialize_grad_samples,
             **kwargs,
         )
+        private_optimizer.attach_grad_scaler(grad_scaler)
         private_optimizer.attach_step_hook(StepCounter(self.accountant, sample_rate))
         private_module.connect(private_optimizer)
         self._module = private_module
@@ -387,16 +373,3 @@ class PrivacyEngine(OpacusPrivacyEngine):
                     f"holds a parameter of shape {tuple(p.shape)} that is not in the module. Build "
                     "the optimizer from module.parameters() of the very module that is made private"
                 )
-
-
-def _check_arguments(
-    noise_multiplier: float, max_grad_norm: float | list[float], views_per_sample: int
-) -> None:
-    if not noise_multiplier >= 0.0 or noise_multiplier == float("inf"):
-        raise ValueError(f"noise_multiplier={noise_multiplier}: expected a finite number >= 0")
-    norms = max_grad_norm if isinstance(max_grad_norm, (list, tuple)) else [max_grad_norm]
-    if not all(norm > 0.0 for norm in norms):
-        raise ValueError(f"max_grad_norm={max_grad_norm}: expected a number > 0")
-    whole = not isinstance(views_per_sample, bool) and views_per_sample == int(views_per_sample)
-    if not whole or views_per_sample < 1:
-        raise ValueError(f"views_per_sample={views_per_sample}: expected an integer >= 1")

@@ -86,19 +86,6 @@ def test_second_derivatives_are_refused() -> None:
         squared_loss(model, (x,)).backward(create_graph=True)
 
 
-def test_grad_scaler_is_refused() -> None:
-    x = values(4, 5).float()
-    _, model, optimizer, _ = made_private(nn.Linear(5, 3), x)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(squared_loss(model, (x,))).backward()
-    with pytest.raises(ValueError, match="GradScaler.*bfloat16 autocast"):
-        scaler.step(optimizer)
-    optimizer.zero_grad()
-    off = torch.amp.GradScaler("cpu", enabled=False)
-    off.scale(squared_loss(model, (x,))).backward()
-    off.step(optimizer)
-
-
 def test_nested_inputs_and_outputs() -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:
