@@ -206,6 +206,13 @@ class LayerCall:
         self.samples = samples
         self.wanted = wanted
 
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[None]:
+        """The layer with its trained tensors out of autograd."""
+        module = self.owner.module
+        with swapped((module, n, own_parameter(module, n).detach()) for n in self.wanted):
+            yield
+
     def backward(self, backprops: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> None:
         owner, sink = self.owner, self.owner.capture.sink
         if sink is None:
@@ -217,7 +224,12 @@ class LayerCall:
         sink.saw(owner.name, "backprops", backprops, self.samples)
         found = owner.rule.operands(owner.module, saved, backprops, self.samples, self.wanted)
         for name, operand in found:
-            sink.add(own_parameter(owner.module, name), operand, self.samples, owner.name)
+            for parameter, gradient in self.trace(name, operand):
+                sink.add(parameter, gradient, self.samples, owner.name)
+
+    def trace(self, name: str, operand: Operand) -> Iterable[tuple[nn.Parameter, Operand]]:
+        """The parameters behind one of the layer's tensors, and what each receives."""
+        yield own_parameter(self.owner.module, name), operand
 
 
 class _Mark(torch.autograd.Function):
@@ -309,7 +321,7 @@ class LayerForward(CapturedForward):
         sink = capture.open_sink
         if sink is None:
             return self.original(*args, **kwargs)
-        wanted = capture.wanted(self.module)
+        wanted = self.wanted()
         if not wanted:
             return self.original(*args, **kwargs)
         if args:
@@ -320,15 +332,23 @@ class LayerForward(CapturedForward):
             x, samples = self._rows(kwargs[key])
             kwargs = {**kwargs, key: x}
         sink.saw(self.name, "activations", x.movedim(self.axis, 0), samples)
-        with swapped((self.module, n, own_parameter(self.module, n).detach()) for n in wanted):
+        call = self.call(samples, wanted)
+        with call.detached():
             output, saved = self.rule.forward(
                 self.module, x, lambda: self.original(*args, **kwargs)
             )
         if output._is_view():
             output = torch.ops.aten._unsafe_view(output, output.shape)
-        call = LayerCall(self, samples, wanted)
         capture.marked = True
         return _Mark.apply(output, capture.anchor, call, *(t.detach() for t in saved))
+
+    def wanted(self) -> frozenset[str]:
+        """Names of the layer's tensors that are trained."""
+        return self.capture.wanted(self.module)
+
+    def call(self, samples: int, wanted: frozenset[str]) -> LayerCall:
+        """What one call of the layer must remember."""
+        return LayerCall(self, samples, wanted)
 
     def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The input with a row for every sample, and the number of samples."""

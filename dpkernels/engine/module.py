@@ -11,6 +11,7 @@ from torch import nn
 
 from dpkernels.engine.bare import BareForward
 from dpkernels.engine.capture import CapturedForward, LayerForward, ModelCapture
+from dpkernels.engine.derived import DerivedForward
 from dpkernels.engine.gradients import PendingGradients
 from dpkernels.engine.optimizer import FusedDPOptimizer
 from dpkernels.engine.planner import Planner
@@ -47,6 +48,10 @@ def _captured(
     axis = axis if stated is None else stated
     rule = find_rule(module)
     if _has_forward(module) and _owns_parameters(module):
+        if rule is not None and _computed(module):
+            yield DerivedForward(module, name, capture, axis, rule)
+            seen.update(id(below) for below in module.modules())
+            return
         if rule is not None:
             yield LayerForward(module, name, capture, axis, rule)
         elif any(_has_forward(child) for child in _below(module)) and not _computed(module):

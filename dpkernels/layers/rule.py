@@ -70,16 +70,17 @@ class Rule:
         """Whether this rule holds for the module as it stands.
 
         A subclass that overrides one of `methods` computes something else and is left to the
-        generic fallback; so is a module with a parameter that the rule does not know, or one whose
-        parameter is computed (parametrizations, the hook-based weight norm).
+        generic fallback; so is a module with a parameter that the rule does not know. Tensors that
+        parametrizations compute count as the parameters that they stand for.
         """
         base = next((b for b in self.handles if isinstance(module, b)), None)
         if base is None:
             return False
         cls = type(module)
         own = {name for name, p in module._parameters.items() if p is not None}
+        computed = set(getattr(module, "parametrizations", ()))
         return (
             all(getattr(cls, m) is getattr(base, m) for m in self.methods)
-            and own <= set(self.parameters)
-            and not any(True for _ in module.children())
+            and own | computed <= set(self.parameters)
+            and set(module._modules) <= {"parametrizations"}
         )

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
+
+from dpkernels.training.weights import Centred
 
 
 class CentredConv3d(nn.Conv3d):
-    """A 3D convolution whose filters have zero mean: w - mean(w) over input channels and kernel."""
+    """A 3D convolution whose filters have zero mean: w - mean(w) over input channels and kernel.
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolve [B, Cin, X, Y, Z] with the centred filters."""
-        centred = self.weight - self.weight.mean(dim=(1, 2, 3, 4), keepdim=True)
-        return F.conv3d(
-            input, centred, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+    Arguments as of `nn.Conv3d`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        register_parametrization(self, "weight", Centred())
 
 
 class CentredUNet(nn.Module):
