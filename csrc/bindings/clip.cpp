@@ -1,6 +1,34 @@
 #include "dpkernels/clip.h"
 
+#include <pybind11/stl.h>
+
 #include "bindings/bindings.h"
+
+namespace pybind11::detail {
+
+// (out, out_type, grad_sample, sample_type, clip_factor, batch, numel, block, accumulate)
+template <>
+struct type_caster<dpkernels::DPKERNELS_DEVICE::Finish> {
+    PYBIND11_TYPE_CASTER(dpkernels::DPKERNELS_DEVICE::Finish, const_name("finish"));
+
+    bool load(handle source, bool) {
+        if (!isinstance<tuple>(source)) return false;
+        const auto tensor = reinterpret_borrow<tuple>(source);
+        if (tensor.size() != 9) return false;
+        value.out = tensor[0].cast<dpkernels::Pointer>();
+        value.out_type = tensor[1].cast<dpkernels::DType>();
+        value.grad_sample = tensor[2].cast<dpkernels::Pointer>();
+        value.sample_type = tensor[3].cast<dpkernels::DType>();
+        value.clip_factor = tensor[4].cast<dpkernels::Pointer>();
+        value.batch = tensor[5].cast<std::int64_t>();
+        value.numel = tensor[6].cast<std::int64_t>();
+        value.block = tensor[7].cast<std::uint64_t>();
+        value.accumulate = tensor[8].cast<bool>();
+        return true;
+    }
+};
+
+}  // namespace pybind11::detail
 
 namespace dpkernels::DPKERNELS_DEVICE {
 
@@ -13,13 +41,9 @@ void register_clip(py::module_& m) {
         },
         ReleaseGil());
     m.def(
-        "finish_grad",
-        [](Pointer out, DType out_type, Pointer grad_sample, DType sample_type, Pointer factor,
-           std::int64_t batch, std::int64_t numel, double noise_std, double scale, Key key,
-           std::uint64_t block, bool accumulate, Launch launch) {
-            finish_grad(out, out_type, grad_sample, sample_type, factor, batch, numel, noise_std,
-                        scale, key, block, accumulate, launch);
-        },
+        "finish_grads",
+        [](const std::vector<Finish>& tensors, double noise_std, double scale, Key key,
+           Launch launch) { finish_grads(tensors, noise_std, scale, key, launch); },
         ReleaseGil());
 }
 

@@ -33,15 +33,25 @@ private:
     int before_ = 0;
 };
 
+// How many blocks of kThreads hold one thread for each of `items`.
+inline std::int64_t blocks_over(std::int64_t items) { return (items + kThreads - 1) / kThreads; }
+
+// Runs kernel(arguments...) with `blocks` blocks of kThreads.
+template <class... Parameters, class... Arguments>
+void launch_blocks(std::int64_t blocks, const Launch& launch, void (*kernel)(Parameters...),
+                   const Arguments&... arguments) {
+    if (blocks == 0) return;
+    const OnDevice guard(launch.device);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0,
+             static_cast<cudaStream_t>(launch.stream)>>>(arguments...);
+    check(cudaGetLastError(), "kernel launch");
+}
+
 // Runs kernel(arguments...) with one thread for each of `items`.
 template <class... Parameters, class... Arguments>
 void launch_over(std::int64_t items, const Launch& launch, void (*kernel)(Parameters...),
-                 Arguments... arguments) {
-    if (items == 0) return;
-    const OnDevice guard(launch.device);
-    const auto blocks = static_cast<unsigned>((items + kThreads - 1) / kThreads);
-    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(arguments...);
-    check(cudaGetLastError(), "kernel launch");
+                 const Arguments&... arguments) {
+    launch_blocks(blocks_over(items), launch, kernel, arguments...);
 }
 
 __device__ inline std::int64_t thread_index() {

@@ -55,8 +55,8 @@ void chacha20_blocks(std::uint32_t* words, std::int64_t blocks, Key key, std::ui
 // The end of a DP step without samples is exactly this.
 void gaussian_noise(void* tensor, DType type, std::int64_t numel, double noise_std, Key key,
                     std::uint64_t block, Launch launch) {
-    finish_grad(tensor, type, nullptr, type, nullptr, 0, numel, noise_std, 1.0, key, block, true,
-                launch);
+    const Finish finish = {tensor, type, nullptr, type, nullptr, 0, numel, block, true};
+    finish_grads({finish}, noise_std, 1.0, key, launch);
 }
 
 }  // namespace dpkernels::cuda

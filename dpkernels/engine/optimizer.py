@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -204,22 +205,30 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             )
         mechanism = self._remember_mechanism()
         noise_std = self._noise_std(mechanism) if last and not self._iterations else 0.0
-        for parameter in self.params:
-            factor = factors.get(parameter, _NO_SAMPLES)
-            self._release_one(parameter, found.get(parameter), factor, last, noise_std)
+        again = last and self._iterations > 0
+        finished = bool(noise_std) or again
+        scale = 1.0 / self._divisor(self._iterations + 1) if last else 1.0
+        sums = [self._sum(p, found.get(p), factors.get(p, _NOBODY), again) for p in self.params]
+        self._finish(sums, noise_std, scale if finished else 1.0)
+        for parameter, each in zip(self.params, sums, strict=True):
+            parameter.summed_grad = None if finished else each.total  # type: ignore[attr-defined]
+            if last:
+                gradient = each.total if finished else each.total * scale
+                parameter.grad = gradient.to(parameter.dtype)
+                self._private[parameter] = parameter.grad
         if last:
             self._iterations += 1
 
-    def _release_one(
+    def _sum(
         self,
         parameter: nn.Parameter,
         gradient: ParameterGradient | None,
         factor: torch.Tensor,
-        last: bool,
-        noise_std: float,
-    ) -> None:
-        again = last and self._iterations > 0
+        again: bool,
+    ) -> _Sum:
+        """What one parameter's sum is made of; `again` adds to the gradient of a pass before."""
         total: torch.Tensor | None
+        device = parameter.device
         if again and parameter.grad is not None:
             total = parameter.grad.to(_sum_dtype(parameter)) * self._divisor(self._iterations)
         else:
@@ -230,49 +239,37 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         if gradient is not None and gradient.stored is not None:
             stored = gradient.stored
         else:
-            stored = torch.empty((0, *parameter.shape), device=parameter.device)
-            factor = factor[:0]
+            stored, factor = torch.empty((0, *parameter.shape), device=device), factor[:0]
         accumulate = total is not None
         if total is None:
-            total = torch.empty(
-                parameter.shape, dtype=_sum_dtype(parameter), device=parameter.device
-            )
-        if not last:
-            self._finish(total, stored, factor, 0.0, 1.0, accumulate)
-            parameter.summed_grad = total  # type: ignore[attr-defined]
-            return
-        scale = 1.0 / self._divisor(self._iterations + 1)
-        if noise_std or again:
-            self._finish(total, stored, factor, noise_std, scale, accumulate)
-            parameter.summed_grad = None  # type: ignore[attr-defined]
-        else:
-            self._finish(total, stored, factor, 0.0, 1.0, accumulate)
-            parameter.summed_grad = total  # type: ignore[attr-defined]
-            total = total * scale
-        parameter.grad = total.to(parameter.dtype)
-        self._private[parameter] = parameter.grad
+            total = torch.empty(parameter.shape, dtype=_sum_dtype(parameter), device=device)
+        return _Sum(total, stored, factor.to(device), accumulate)
 
     def _noise_std(self, mechanism: Mechanism) -> float:
         """Standard deviation of the noise on the sum of one logical batch."""
         return float(self.clipping.gradient_noise(self.noise_multiplier) * mechanism.bound)
 
-    def _finish(
-        self,
-        total: torch.Tensor,
-        stored: torch.Tensor,
-        factor: torch.Tensor,
-        noise_std: float,
-        scale: float,
-        accumulate: bool,
-    ) -> None:
-        """total = scale * ((total if accumulate) + sum_b factor[b] stored[b] + noise)."""
-        factor = factor.to(total.device)
+    def _finish(self, sums: list[_Sum], noise_std: float, scale: float) -> None:
+        """total = scale * ((total if accumulate) + sum_b factor[b] stored[b] + noise), for each."""
         if self.generator is not None and noise_std:
-            ops.finish_grad_(total, stored, factor, 0.0, 1.0, *self._noise.take(0), accumulate)
-            self._draw(total, noise_std).mul_(scale)
+            self._finish(sums, 0.0, 1.0)
+            for each in sums:
+                self._draw(each.total, noise_std).mul_(scale)
             return
-        key, block = self._noise.take(total.numel() if noise_std else 0)
-        ops.finish_grad_(total, stored, factor, noise_std, scale, key, block, accumulate)
+        for device in dict.fromkeys(each.total.device for each in sums):
+            here = [each for each in sums if each.total.device == device]
+            totals = [each.total for each in here]
+            key, blocks = self._noise.take_each([t.numel() if noise_std else 0 for t in totals])
+            ops.finish_grads_(
+                totals,
+                [each.stored for each in here],
+                [each.factor for each in here],
+                noise_std,
+                scale,
+                key,
+                blocks,
+                [each.accumulate for each in here],
+            )
 
     def _divisor(self, iterations: int) -> float:
         """What the sum over `iterations` backward passes is divided by."""
@@ -377,7 +374,17 @@ class FusedAdaClipDPOptimizer(FusedDPOptimizer, AdaClipDPOptimizer):
 OPTIMIZERS: dict[str, type[FusedDPOptimizer]] = {"adaptive": FusedAdaClipDPOptimizer}
 
 #: the factors where nobody's gradient reached a parameter
-_NO_SAMPLES = torch.zeros(0)
+_NOBODY = torch.zeros(0)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """One parameter's sum: what `total` holds if `accumulate`, and samples times factors."""
+
+    total: torch.Tensor
+    stored: torch.Tensor
+    factor: torch.Tensor
+    accumulate: bool
 
 
 def _sum_dtype(parameter: nn.Parameter) -> torch.dtype:

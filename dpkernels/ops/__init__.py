@@ -15,7 +15,7 @@ from dpkernels.ops.affine import (
     normalization_last_grad_sample,
     normalization_statistics,
 )
-from dpkernels.ops.clip import clip_factor, finish_grad_, weighted_sum_
+from dpkernels.ops.clip import clip_factor, finish_grad_, finish_grads_, weighted_sum_
 from dpkernels.ops.conv import conv_clipped_grad, conv_grad_sample, conv_norm_sq
 from dpkernels.ops.embedding import (
     embedding_clipped_grad,
@@ -43,6 +43,7 @@ __all__ = [
     "embedding_grad_sample",
     "embedding_norm_sq",
     "finish_grad_",
+    "finish_grads_",
     "gaussian_noise_",
     "linear_clipped_grad",
     "linear_grad_sample",

@@ -9,7 +9,7 @@ import torch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def checked_by(check: Callable[..., None]) -> Callable[[Function], Function]:

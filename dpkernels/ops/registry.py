@@ -24,9 +24,12 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
+"""What an op returns: a tensor, or the list of tensors that it mutates."""
 
 BACKENDS = ("reference", "library", "cpu", "triton", "cuda")
 _AUTO_ORDER = {
@@ -77,10 +80,10 @@ def _module(family: str, backend: str) -> ModuleType | str:
     return getattr(module, "unavailable", lambda: None)() or module
 
 
-class Op:
+class Op(Generic[Result]):
     """A named op: checks by its contract, runs on the best backend that can."""
 
-    def __init__(self, contract: Callable[..., torch.Tensor], mutates: tuple[str, ...]):
+    def __init__(self, contract: Callable[..., Result], mutates: tuple[str, ...]):
         functools.update_wrapper(self, contract)
         self.name = contract.__name__
         self.family = contract.__module__
@@ -91,14 +94,14 @@ class Op:
         self._library_op.register_fake(self._typed(contract))
         _OPS[self.name] = self
 
-    def _typed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor | None]:
+    def _typed(self, function: Callable[..., Result]) -> Callable[..., Result | None]:
         """`function` under the contract's signature, from which torch infers the schema.
 
         A library op may not return what it mutates: one that mutates returns None.
         """
 
         @functools.wraps(self._contract)
-        def call(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        def call(*args: Any, **kwargs: Any) -> Result | None:
             result = function(*args, **kwargs)
             return None if self._mutates else result
 
@@ -107,7 +110,7 @@ class Op:
             call.__signature__ = signature.replace(return_annotation=None)  # type: ignore[attr-defined]
         return call
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
         if torch.compiler.is_compiling():
             result = self._library_op(*args, **kwargs)
             if not self._mutates:
@@ -135,11 +138,11 @@ class Op:
         order = _AUTO_ORDER.get(device_type, ("reference",))
         return next((backend for backend in order if self.why_not(backend) is None), None)
 
-    def _dispatch(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Result:
         function = self.implementation(*args, **kwargs)
         return function(*args, **kwargs)
 
-    def implementation(self, *args: Any, **kwargs: Any) -> Callable[..., torch.Tensor]:
+    def implementation(self, *args: Any, **kwargs: Any) -> Callable[..., Result]:
         """The function that runs for these arguments.
 
         Raises:
@@ -188,20 +191,20 @@ class Op:
             check(*args, **kwargs)
 
 
-_OPS: dict[str, Op] = {}
+_OPS: dict[str, Op[Any]] = {}
 
 
-def contract(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., torch.Tensor]], Op]:
+def contract(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Result]], Op[Result]]:
     """Declare an op: the decorated function is its signature, documentation and shape rule.
 
     A function attribute ``check`` (same arguments, returns nothing, raises ``ValueError``) is run
     before every dispatch. The op is registered with ``torch.library`` as ``dpkernels::<name>``.
-    An op that mutates names one argument, its first, and returns it.
+    An op that mutates names one argument, its first (a tensor or a list of them), and returns it.
     """
     return lambda function: Op(function, mutates)
 
 
-def all_ops() -> dict[str, Op]:
+def all_ops() -> dict[str, Op[Any]]:
     """Every declared op by name (for ``python -m dpkernels info`` and the tests)."""
     return dict(_OPS)
 
@@ -212,6 +215,6 @@ def _auto_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...
 
 
 def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-    first = next(tensors, None)
+    each = (a if isinstance(a, (list, tuple)) else (a,) for a in (*args, *kwargs.values()))
+    first = next((a for group in each for a in group if isinstance(a, torch.Tensor)), None)
     return "cpu" if first is None else first.device.type

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpkernels.ops import native
-from dpkernels.ops.clip import clip_factor, finish_grad_, weighted_sum_
+from dpkernels.ops.clip import clip_factor, finish_grad_, finish_grads_, weighted_sum_
 from dpkernels.ops.noise import blocks_needed, gaussian_noise_
 from dpkernels.ops.registry import use_backend
 
@@ -238,6 +238,101 @@ def test_threads_do_not_change_the_result(threads: None, key: torch.Tensor) -> N
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+# All tensors in one call.
+
+WIDE_NETWORK = [(shape, batch) for shape in SHAPES for batch in (0, 1, 5)] * 3
+"""More tensors than one CUDA launch has room for, some of them empty."""
+
+
+def many_operands(backend: str) -> tuple[list[torch.Tensor], ...]:
+    """Tensors of every shape, dtype and number of samples; some channels-last, some shared."""
+    parts = []
+    for at, (shape, batch) in enumerate(WIDE_NETWORK):
+        out, grad_sample, factor = operands(batch, shape, DTYPES[at % 4], DTYPES[at % 3], backend)
+        if len(shape) == 5 and at % 2:
+            out = out.contiguous(memory_format=torch.channels_last_3d)
+        if batch and at % 5 == 0:
+            factor[0] = 0.0
+            grad_sample[0] = math.nan
+        parts.append((out, grad_sample, factor))
+    return tuple(list(part) for part in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("noise_std", [0.0, 0.8])
+def test_all_tensors_at_once_get_the_bits_of_each_alone(
+    backend: str, noise_std: float, key: torch.Tensor
+) -> None:
+    outs, grad_samples, factors = many_operands(backend)
+    blocks = [1000 * at for at in range(len(outs))]
+    accumulate = [at % 3 != 0 for at in range(len(outs))]
+    alone = [out.clone() for out in outs]
+    with use_backend(backend):
+        for each in zip(alone, grad_samples, factors, blocks, accumulate, strict=True):
+            out, grad_sample, factor, block, add = each
+            finish_grad_(out, grad_sample, factor, noise_std, 0.125, key, block, add)
+        version = outs[1]._version
+        result = finish_grads_(
+            outs, grad_samples, factors, noise_std, 0.125, key, blocks, accumulate
+        )
+    assert all(one is other for one, other in zip(result, outs, strict=True))
+    assert outs[1]._version > version
+    assert all(torch.equal(out, one) for out, one in zip(outs, alone, strict=True))
+    assert all(out.isfinite().all() for out in outs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tensors_at_all(backend: str, key: torch.Tensor) -> None:
+    with use_backend("reference" if backend == "cuda" else backend):
+        assert finish_grads_([], [], [], 1.0, 1.0, key, [], []) == []
+
+
+@pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
+def test_threads_do_not_change_many_results(threads: None, key: torch.Tensor) -> None:
+    outs, grad_samples, factors = many_operands("cpu")
+    blocks, accumulate = [0] * len(outs), [True] * len(outs)
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        fresh = [out.clone() for out in outs]
+        with use_backend("cpu"):
+            finish_grads_(fresh, grad_samples, factors, 1.0, 0.5, key, blocks, accumulate)
+        results.append(fresh)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("grad_samples", [torch.zeros(4, 2, 3)]),
+        ("grad_sample", [torch.zeros(4, 2, 3), torch.zeros(4, 3, 2)]),
+        ("clip_factors", []),
+        ("clip_factor", [torch.ones(4), torch.ones(3)]),
+        ("blocks", [0]),
+        ("block", [0, -1]),
+        ("accumulate", [True]),
+        ("noise_std", -1.0),
+        ("scale", math.inf),
+        ("outs", [torch.zeros(2, 3), torch.zeros(2, 3, device="meta")]),
+    ],
+)
+def test_bad_arguments_of_all_at_once(name: str, value: object, key: torch.Tensor) -> None:
+    arguments: dict[str, object] = {
+        "outs": [torch.zeros(2, 3), torch.zeros(2, 3)],
+        "grad_samples": [torch.zeros(4, 2, 3), torch.zeros(4, 2, 3)],
+        "clip_factors": [torch.ones(4), torch.ones(4)],
+        "noise_std": 1.0,
+        "scale": 1.0,
+        "key": key,
+        "blocks": [0, 1],
+        "accumulate": [True, False],
+    }
+    plural = next(argument for argument in (name, f"{name}s") if argument in arguments)
+    with pytest.raises(ValueError, match=f"^{name}"):
+        finish_grads_(**{**arguments, plural: value})
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_round_trip(backend: str, dtype: torch.dtype) -> None:
@@ -326,13 +421,19 @@ def test_bad_clip_arguments(name: str, value: object) -> None:
         clip_factor(**arguments)
 
 
-@pytest.mark.parametrize("op", [clip_factor, weighted_sum_, finish_grad_])
+@pytest.mark.parametrize("op", [clip_factor, weighted_sum_, finish_grad_, finish_grads_])
 def test_torch_library_registration(op, key: torch.Tensor) -> None:
     out, grad_sample, factor = operands(3, (10,), torch.float32, torch.float32, "cpu")
     arguments = {
         "clip_factor": (factor, 1.0, 0.0),
         "weighted_sum_": (out, grad_sample, factor),
         "finish_grad_": (out, grad_sample, factor, 1.0, 0.5, key, 0, True),
+        "finish_grads_": (
+            [out, out.clone()],
+            [grad_sample, grad_sample[:0]],
+            [factor, factor[:0]],
+            *(1.0, 0.5, key, [0, 2], [True, False]),
+        ),
     }[op.name]
     torch.library.opcheck(op._library_op, arguments)
 

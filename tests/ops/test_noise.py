@@ -426,6 +426,16 @@ def test_bad_words(words: torch.Tensor) -> None:
         chacha20_blocks_(words, GOOD["key"], 0)
 
 
+def test_blocks_of_several_tensors_follow_each_other() -> None:
+    source = NoiseSource()
+    first_key, first = source.take(20)
+    key, blocks = source.take_each([9, 0, 8, 1])
+    assert torch.equal(key, first_key)
+    assert blocks == [first + 3, first + 5, first + 5, first + 6]
+    assert source.take(1)[1] == first + 7
+    assert source.take_each([])[1] == []
+
+
 def test_bad_take_and_dtype() -> None:
     with pytest.raises(ValueError, match="numel=-1"):
         NoiseSource().take(-1)

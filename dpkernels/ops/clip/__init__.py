@@ -8,6 +8,7 @@ is one pass over memory; the noise is that of ``dpkernels.ops.noise``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 
 import torch
 
@@ -15,7 +16,7 @@ from dpkernels.ops.checks import FLOAT_DTYPES, checked_by, require_clip_factor
 from dpkernels.ops.noise import check_noise
 from dpkernels.ops.registry import contract
 
-__all__ = ["clip_factor", "finish_grad_", "weighted_sum_"]
+__all__ = ["clip_factor", "finish_grad_", "finish_grads_", "weighted_sum_"]
 
 
 def _check_clip_factor(norm_sq: torch.Tensor, max_grad_norm: float, gamma: float = 0.0) -> None:
@@ -59,6 +60,34 @@ def _check_finish_grad_(
 ) -> None:
     _check_weighted_sum_(out, grad_sample, clip_factor)
     check_noise(noise_std, key, block)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale}: expected a finite number")
+
+
+def _check_finish_grads_(
+    outs: list[torch.Tensor],
+    grad_samples: list[torch.Tensor],
+    clip_factors: list[torch.Tensor],
+    noise_std: float,
+    scale: float,
+    key: torch.Tensor,
+    blocks: list[int],
+    accumulate: list[bool],
+) -> None:
+    lists: dict[str, Sized] = {
+        "grad_samples": grad_samples,
+        "clip_factors": clip_factors,
+        "blocks": blocks,
+        "accumulate": accumulate,
+    }
+    for name, values in lists.items():
+        if len(values) != len(outs):
+            raise ValueError(f"{name}: {len(values)} entries, expected one for each of {len(outs)}")
+    if len({out.device for out in outs}) > 1:
+        raise ValueError(f"outs are on {[str(out.device) for out in outs]}: expected one device")
+    for one in zip(outs, grad_samples, clip_factors, strict=True):
+        _check_weighted_sum_(*one)
+    check_noise(noise_std, key, min(blocks, default=0))
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: expected a finite number")
 
@@ -136,3 +165,35 @@ def finish_grad_(
         `out`.
     """
     return out
+
+
+@contract(mutates=("outs",))
+@checked_by(_check_finish_grads_)
+def finish_grads_(
+    outs: list[torch.Tensor],
+    grad_samples: list[torch.Tensor],
+    clip_factors: list[torch.Tensor],
+    noise_std: float,
+    scale: float,
+    key: torch.Tensor,
+    blocks: list[int],
+    accumulate: list[bool],
+) -> list[torch.Tensor]:
+    """:func:`finish_grad_` of all parameters of a model in one call, and on a GPU few launches.
+
+    Args:
+        outs: any shapes and dtypes, on one device, none a part of another; what they held is
+            ignored unless `accumulate`.
+        grad_samples: for each [B, *out.shape]; B may be 0 and need not be the same for all.
+        clip_factors: for each [B] float32/float64, often one and the same tensor.
+        noise_std: standard deviation of the noise before scaling; 0 draws nothing.
+        scale: factor on everything.
+        key: [4] int64 on the CPU.
+        blocks: for each the first block counter: noise and sums are the bits of
+            :func:`finish_grad_` with this block.
+        accumulate: for each whether to add to what it holds.
+
+    Returns:
+        `outs`.
+    """
+    return outs

@@ -1,6 +1,7 @@
-"""The end of a DP step on CUDA devices: eight elements, one ChaCha20 block, per thread."""
+"""The end of a DP step on CUDA devices: all tensors in one launch, one ChaCha20 block per
+thread."""
 
-from dpkernels.ops.clip.compiled import clip_factor, finish_grad_, weighted_sum_
+from dpkernels.ops.clip.compiled import clip_factor, finish_grad_, finish_grads_, weighted_sum_
 from dpkernels.ops.native import why_not_cuda as unavailable
 
-__all__ = ["clip_factor", "finish_grad_", "unavailable", "weighted_sum_"]
+__all__ = ["clip_factor", "finish_grad_", "finish_grads_", "unavailable", "weighted_sum_"]

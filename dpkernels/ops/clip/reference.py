@@ -43,6 +43,23 @@ def finish_grad_(
         return out.copy_(scale * total)
 
 
+def finish_grads_(
+    outs: list[torch.Tensor],
+    grad_samples: list[torch.Tensor],
+    clip_factors: list[torch.Tensor],
+    noise_std: float,
+    scale: float,
+    key: torch.Tensor,
+    blocks: list[int],
+    accumulate: list[bool],
+) -> list[torch.Tensor]:
+    for out, samples, factor, block, add in zip(
+        outs, grad_samples, clip_factors, blocks, accumulate, strict=True
+    ):
+        finish_grad_(out, samples, factor, noise_std, scale, key, block, add)
+    return outs
+
+
 def _clipped_sum(
     out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor
 ) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dpkernels.ops import triton_support as support
 from dpkernels.ops.noise.triton import SECRETS, key_arguments, noise_of
 from dpkernels.ops.triton_support import unavailable
 
-__all__ = ["clip_factor", "finish_grad_", "unavailable", "weighted_sum_"]
+__all__ = ["clip_factor", "finish_grad_", "finish_grads_", "unavailable", "weighted_sum_"]
 
 LANES = 128
 """ChaCha20 blocks, of eight elements each, per program."""
@@ -98,6 +98,20 @@ def why_not_finish_grad_(
     return support.why_not(out, grad_sample)
 
 
+def why_not_finish_grads_(
+    outs: list[torch.Tensor],
+    grad_samples: list[torch.Tensor],
+    clip_factors: list[torch.Tensor],
+    noise_std: float,
+    scale: float,
+    key: torch.Tensor,
+    blocks: list[int],
+    accumulate: list[bool],
+) -> str | None:
+    """Why one of these tensors is not for Triton."""
+    return support.why_not(*outs, *grad_samples)
+
+
 def clip_factor(norm_sq: torch.Tensor, max_grad_norm: float, gamma: float = 0.0) -> torch.Tensor:
     """See the contract."""
     squares = norm_sq.detach().contiguous()
@@ -156,3 +170,21 @@ def finish_grad_(
             ACCUMULATE=accumulate, NOISE=noise_std != 0, LANES=LANES,
         )  # fmt: skip
     return native.write_back(out, flat)
+
+
+def finish_grads_(
+    outs: list[torch.Tensor],
+    grad_samples: list[torch.Tensor],
+    clip_factors: list[torch.Tensor],
+    noise_std: float,
+    scale: float,
+    key: torch.Tensor,
+    blocks: list[int],
+    accumulate: list[bool],
+) -> list[torch.Tensor]:
+    """See the contract. One launch for each tensor."""
+    for out, samples, factor, block, add in zip(
+        outs, grad_samples, clip_factors, blocks, accumulate, strict=True
+    ):
+        finish_grad_(out, samples, factor, noise_std, scale, key, block, add)
+    return outs

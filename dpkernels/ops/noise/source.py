@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+from collections.abc import Sequence
 
 import torch
 
@@ -56,6 +58,19 @@ class NoiseSource:
             block = self._next_block
             self._next_block += blocks_needed(numel)
             return self._key, block
+
+    def take_each(self, numels: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """Reserve the blocks for several tensors at once.
+
+        Args:
+            numels: number of values of each tensor, >= 0.
+
+        Returns:
+            The key, [4] int64 on the CPU, and the first block counter of each tensor.
+        """
+        ends = list(itertools.accumulate(map(blocks_needed, numels), initial=0))
+        key, first = self.take(VALUES_PER_BLOCK * ends[-1])
+        return key, [first + end for end in ends[:-1]]
 
     def _renew(self) -> None:
         self._drawn_after_forks = _forks
