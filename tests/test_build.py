@@ -158,6 +158,13 @@ def test_an_impossible_mode_ends_with_one_line(source: Path) -> None:
 
 
 @pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
+def test_an_extension_left_behind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    with pytest.raises(RuntimeError, match="built from other sources"):
+        native.load.__wrapped__("cpu")
+
+
+@pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
 def test_info_names_the_instruction_set_and_every_op() -> None:
     from dpkernels.ops import all_ops
 

@@ -2,6 +2,7 @@
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of dpkernels.";
+    m.attr("interface") = dpkernels::kInterface;
     m.attr("instruction_set") = DPKERNELS_INSTRUCTION_SET;
     dpkernels::cpu::register_affine(m);
     dpkernels::cpu::register_clip(m);

@@ -50,7 +50,8 @@ void add_samples(Wide* sum,  // [length]
     }
     for (std::int64_t i = 0; i < length; ++i) {
         Wide total = sum[i];
-        for (int r = 0; r < count; ++r) total += factors[r] * static_cast<Wide>(widen(values[r][i]));
+        for (int r = 0; r < count; ++r)
+            total += factors[r] * static_cast<Wide>(widen(values[r][i]));
         sum[i] = total;
     }
 }

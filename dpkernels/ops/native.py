@@ -17,6 +17,9 @@ from types import ModuleType
 
 import torch
 
+INTERFACE = 2
+"""Of the functions below, as the extensions state it (csrc/include/dpkernels/types.h)."""
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -30,7 +33,11 @@ Launch = tuple[int, int, int]
 
 @functools.cache
 def load(name: str) -> ModuleType | str:
-    """The extension ``"cpu"`` or ``"cuda"``, or the reason why it cannot be loaded."""
+    """The extension ``"cpu"`` or ``"cuda"``, or the reason why it cannot be loaded.
+
+    Raises:
+        RuntimeError: it was built from other sources than these, an in-place build left behind.
+    """
     path = _cpu_library() if name == "cpu" else _PACKAGE / f"_cuda{_SUFFIX}"
     if isinstance(path, str):
         return path
@@ -48,6 +55,11 @@ def load(name: str) -> ModuleType | str:
         spec.loader.exec_module(module)
     except ImportError as error:
         return f"{path.name} could not be loaded: {error}"
+    if getattr(module, "interface", 1) != INTERFACE:
+        raise RuntimeError(
+            f"{path} was built from other sources than this package: build it again "
+            "(python setup.py build_ext --inplace)"
+        )
     return module
 
 

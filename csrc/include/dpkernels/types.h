@@ -13,6 +13,9 @@
 
 namespace dpkernels {
 
+// Counts changes of what Python passes to existing functions; dpkernels/ops/native.py knows it too.
+constexpr int kInterface = 2;
+
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 // 256-bit ChaCha20 key: words 4 to 11 of the state.
