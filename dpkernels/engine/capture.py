@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 from dpkernels.layers.fold import rows_per_sample
 from dpkernels.layers.operands import Operand
@@ -117,17 +118,15 @@ class ModelCapture:
         """Whether the backward pass under way is for the parameters.
 
         ``torch.autograd.grad(output, inputs)`` is for something else (saliency, an adversarial
-        example) and passes by. One that is differentiated again is refused.
+        example) and passes by. One that can be differentiated again is refused.
         """
-        node = self.anchor.grad_fn
-        if node is None or not torch._C._will_engine_execute_node(node):
-            return False
         if torch.is_grad_enabled():
             raise NotPerSample(
-                "backward(create_graph=True): the second derivative would reach the parameters "
-                "around capture, so its per-sample gradients are unknown; drop create_graph"
+                "create_graph=True: the second derivative would reach the parameters around "
+                "capture, so its per-sample gradients are unknown; drop create_graph"
             )
-        return True
+        node = self.anchor.grad_fn
+        return node is not None and torch._C._will_engine_execute_node(node)
 
     def wanted(self, module: nn.Module) -> frozenset[str]:
         """Names of the module's own parameters that are trained."""
@@ -365,6 +364,16 @@ class LayerForward(CapturedForward):
             shape[self.axis] = rows = batch
             x = x.expand(shape)
         return x, capture.samples_for(rows, self.name)
+
+
+def is_packed(value: Any) -> bool:
+    """Whether a nested value is a PackedSequence, whose tensors belong together."""
+    return isinstance(value, PackedSequence)
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """The leaves of nested arguments or outputs; a PackedSequence is one."""
+    return tree_leaves(tree, is_leaf=is_packed)
 
 
 def refuse_packed(module: nn.Module, name: str, values: Iterable[Any]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from dpkernels.engine.bare import BareForward
 from dpkernels.engine.capture import CapturedForward, LayerForward, ModelCapture
+from dpkernels.engine.composite import CompositeForward
 from dpkernels.engine.derived import DerivedForward
 from dpkernels.engine.gradients import PendingGradients
 from dpkernels.engine.optimizer import FusedDPOptimizer
@@ -18,7 +19,7 @@ from dpkernels.engine.planner import Planner
 from dpkernels.engine.probe import refuse_mixing
 from dpkernels.engine.root import RootForward
 from dpkernels.engine.unit import UnitForward
-from dpkernels.layers import find_rule, refusal
+from dpkernels.layers import find_composite_rule, find_rule, refusal
 from dpkernels.layers.sequence import stated_axis
 
 
@@ -46,7 +47,11 @@ def _captured(
     seen.add(id(module))
     stated = stated_axis(module)
     axis = axis if stated is None else stated
-    rule = find_rule(module)
+    rule, composite = find_rule(module), find_composite_rule(module)
+    if composite is not None:
+        yield CompositeForward(module, name, capture, composite)
+        seen.update(id(below) for below in module.modules())
+        return
     if _has_forward(module) and _owns_parameters(module):
         if rule is not None and _computed(module):
             yield DerivedForward(module, name, capture, axis, rule)

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture import ModelCapture, NotPerSample
+from dpkernels.engine.capture import ModelCapture, NotPerSample, is_packed, leaves_of
 from dpkernels.layers.fold import merge_rows
 from dpkernels.layers.operands import Operand
 
@@ -98,13 +99,15 @@ def find_mixing(
         seed = int(torch.randint(2**31, ()))
         first = _observe(capture, run, batch, seed)
         for target, source in replaced:
-            twin = tree_map(
-                lambda t, at=target, by=source: _replace(t, rows, views, capture.axis, at, by),
-                batch,
-            )
-            if all(_equal(a, b) for a, b in zip(tree_leaves(batch), tree_leaves(twin))):
+            twin = _twin(batch, rows, views, capture.axis, target, source)
+            if all(_equal(a, b) for a, b in zip(leaves_of(batch), leaves_of(twin))):
                 continue
-            fault = _compare(first, _observe(capture, run, twin, seed), target)
+            try:
+                second = _observe(capture, run, twin, seed)
+            except RuntimeError:
+                kept = _twin(batch, rows, views, capture.axis, target, source, keep_lengths=True)
+                second = _observe(capture, run, kept, seed)
+            fault = _compare(first, second, target)
             if fault is not None:
                 return fault
     return None
@@ -161,8 +164,34 @@ def _sentence(seen: _Seen, sample: int, replaced: int) -> str:
     )
 
 
+def _twin(
+    batch: Any,
+    rows: int,
+    views: int,
+    axis: int,
+    target: int,
+    source: int,
+    *,
+    keep_lengths: bool = False,
+) -> Any:
+    """The batch with sample `target` replaced by `source`.
+
+    With `keep_lengths`, one integer per sample stays: a model may want lengths sorted.
+    """
+
+    def one(leaf: Any) -> Any:
+        tensor = isinstance(leaf, torch.Tensor)
+        if keep_lengths and tensor and leaf.ndim == 1 and not leaf.is_floating_point():
+            return leaf
+        return _replace(leaf, rows, views, axis, target, source)
+
+    return tree_map(one, batch, is_leaf=is_packed)
+
+
 def _replace(leaf: Any, rows: int, views: int, axis: int, target: int, source: int) -> Any:
     """The tensor with the rows of sample `target` replaced by those of sample `source`."""
+    if isinstance(leaf, PackedSequence):
+        return _replace_packed(leaf, target, source)
     if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != rows:
         return leaf
     twin = leaf.detach().clone()
@@ -171,7 +200,23 @@ def _replace(leaf: Any, rows: int, views: int, axis: int, target: int, source: i
     return twin.requires_grad_(leaf.requires_grad)
 
 
+def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedSequence:
+    """The sequence with the steps of sample `target` replaced by those of `source`, over again
+    where it is shorter: all lengths stay."""
+    places = packed.unsorted_indices
+    to, of = (target, source) if places is None else (int(places[target]), int(places[source]))
+    steps = packed.data.detach().clone().split(packed.batch_sizes.tolist())
+    others = [step[of].clone() for step in steps if len(step) > of]
+    for t, step in enumerate(steps):
+        if len(step) > to:
+            step[to] = others[t % len(others)]
+    data = torch.cat(steps).requires_grad_(packed.data.requires_grad)
+    return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, places)
+
+
 def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, PackedSequence):
+        return torch.equal(a.data, b.data)
     return not isinstance(a, torch.Tensor) or torch.equal(a, b)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, refuse_packed
+from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, leaves_of
 
 
 class RootForward(CapturedForward):
@@ -47,7 +48,7 @@ class RootForward(CapturedForward):
             samples, capture.samples = capture.samples, None
         if capture.empty:
             output = tree_map(lambda t: self._no_rows(t, rows), output)
-        for leaf in tree_leaves(output):
+        for leaf in leaves_of(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(_Begin(capture, samples, capture.marked))
         return output
@@ -55,13 +56,15 @@ class RootForward(CapturedForward):
     def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
         """The tensors that a forward pass over `batch` returns."""
         args, kwargs = batch
-        leaves = tree_leaves(self.original(*args, **kwargs))
+        leaves = leaves_of(self.original(*args, **kwargs))
+        leaves = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in leaves]
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = self.capture.axis
-        refuse_packed(self.module, self.name, (*args, *kwargs.values()))
-        for leaf in tree_leaves((args, kwargs)):
+        for leaf in leaves_of((args, kwargs)):
+            if isinstance(leaf, PackedSequence):
+                return int(leaf.batch_sizes[0])
             if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
                 return leaf.shape[axis]
         raise NotPerSample(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from dpkernels.layers.composite import CompositeRule
 from dpkernels.layers.conv import ConvRule, ConvTransposeRule
 from dpkernels.layers.dense import EmbeddingRule, LinearRule
 from dpkernels.layers.norm import GroupNormRule, LayerNormRule, PReLURule
+from dpkernels.layers.recurrent import RecurrentRule
 from dpkernels.layers.refusals import (
     batch_norm_refusal,
     reparametrization_refusal,
@@ -23,11 +25,17 @@ RULES: tuple[Rule, ...] = (
     LayerNormRule(),
     PReLURule(),
 )
+COMPOSITE_RULES: tuple[CompositeRule, ...] = (RecurrentRule(),)
 
 
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule that holds for the module as it stands, or None (the generic fallback serves)."""
     return next((rule for rule in RULES if rule.applies(module)), None)
+
+
+def find_composite_rule(module: nn.Module) -> CompositeRule | None:
+    """The rule by which the module runs in parts, or None."""
+    return next((rule for rule in COMPOSITE_RULES if rule.applies(module)), None)
 
 
 def refusal(module: nn.Module) -> str | None:

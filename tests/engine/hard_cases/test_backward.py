@@ -78,12 +78,15 @@ def test_input_gradients_pass_by_and_release_nothing() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
+    """A gradient penalty reaches the weights around capture: by its first or second backward."""
     x = values(4, 5).float().requires_grad_()
     _, model, _, _ = made_private(
         nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)), x.detach()
     )
     with pytest.raises(ValueError, match="create_graph"):
         squared_loss(model, (x,)).backward(create_graph=True)
+    with pytest.raises(ValueError, match="create_graph"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
 def test_nested_inputs_and_outputs() -> None:
