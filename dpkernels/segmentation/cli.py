@@ -1,4 +1,4 @@
-"""`dpkernels segment ...`: train, evaluate, predict, report, phantom."""
+"""`dpkernels segment ...`: the commands of 3D segmentation (attack and study: `study.py`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpkernels.segmentation import study
 from dpkernels.training import options
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ epsilon 8 and leaves a run folder with metrics, pictures and a privacy report. T
 data with --data: a Medical Segmentation Decathlon folder (dataset.json, imagesTr, labelsTr)."""
 
 app = typer.Typer(help=_HELP, no_args_is_help=True)
+study.register(app)
 
 
 def register(parent: typer.Typer) -> None:

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import nn
 from typing_extensions import Self
 
@@ -47,6 +48,25 @@ class TrainingResult:
     metric: str
     epsilon: float | None
     steps: int
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """What an attack on a run needs to know of it.
+
+    Attributes:
+        images: [n, ...], float32: one view of each of the first training patients.
+        labels: [n, ...], theirs.
+        network: with the run's weights.
+        criterion: called as criterion(network(images), labels); a mean over rows.
+        unit: what one record is: "patient", "image".
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    network: nn.Module
+    criterion: nn.Module
+    unit: str
 
 
 class Trainer(ABC, Generic[Config]):
@@ -129,8 +149,61 @@ class Trainer(ABC, Generic[Config]):
         Raises:
             ValueError: no step was taken yet.
         """
-        plan = PrivacyPlan(**self.folder.read_json("plan.json"))
-        return self._write_report(plan, steps_begun(self.folder.ledger))
+        return self._write_report(self.plan(), steps_begun(self.folder.ledger))
+
+    def planned(self) -> PrivacyPlan:
+        """The privacy parameters that `fit` would train with; opens the data, trains nothing.
+
+        Raises:
+            ValueError: a faulty configuration or data set.
+        """
+        self._open_data()
+        self._split = self._split_patients()
+        return plan_privacy(self.config, len(self._split["train"]), self._unit())
+
+    def plan(self) -> PrivacyPlan:
+        """The privacy parameters of the run in the folder."""
+        return PrivacyPlan(**self.folder.read_json("plan.json"))
+
+    def finished(self) -> TrainingResult | None:
+        """What the run in the folder came to; None while it is not evaluated."""
+        if not self.folder.metrics_json.exists():
+            return None
+        stored = self.folder.read_json("metrics.json")["summary"]
+        summary = {
+            name: {key: math.nan if value is None else value for key, value in row.items()}
+            for name, row in stored.items()
+        }
+        report = self.privacy_report()
+        return TrainingResult(
+            self.folder.root,
+            summary,
+            self._utility(summary),
+            self.metric,
+            report.epsilon,
+            report.steps,
+        )
+
+    def exposed(self, patients: int) -> Exposed:
+        """What an attack on the finished run needs.
+
+        Args:
+            patients: number of training patients to expose, at most.
+
+        Raises:
+            ValueError: the run has no weights yet.
+        """
+        self._open_data()
+        self._split = self.folder.read_json("split.json")
+        views = self._training_set()
+        rows = [views[index] for index in range(min(patients, len(views)))]
+        return Exposed(
+            torch.stack([image[0] for image, _ in rows]).to(self.device),
+            torch.stack([label[0] for _, label in rows]).to(self.device),
+            self._trained_network(),
+            self._build_criterion(),
+            self._unit(),
+        )
 
     @abstractmethod
     def _open_data(self) -> None:

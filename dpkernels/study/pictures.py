@@ -1,0 +1,159 @@
+"""Reconstructions side by side, and the curves of privacy, utility and risk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from dpkernels.study.campaign import ADVERSARIES, AttackResult
+from dpkernels.study.results import Row, budget
+from dpkernels.training.curves import COLOURS, save_figure
+from dpkernels.training.run_folder import atomic
+from dpkernels.training.trainer import Exposed
+
+_MOST_PATIENTS = 4
+
+
+def section(image: np.ndarray) -> np.ndarray:
+    """What is shown of a record: [H, W] or, for three channels, [H, W, 3].
+
+    Args:
+        image: [C, H, W], or [C, X, Y, Z] of which the middle slice along Z is shown, up is +Y.
+    """
+    if image.ndim == 4:
+        return np.asarray(image[0, :, :, image.shape[-1] // 2].T[::-1])
+    return np.asarray(np.moveaxis(image, 0, -1) if len(image) == 3 else image[0])
+
+
+def save_sections(found: Mapping[str, AttackResult], exposed: Exposed, path: Path) -> None:
+    """Keep the record that the first attack rebuilt best, and what each attack made of it."""
+    best = next(iter(found.values())).best
+    kept: dict[str, Any] = {
+        "record": section(exposed.images[best].cpu().numpy()).astype(np.float16)
+    }
+    for name, attack in found.items():
+        kept[name] = section(attack.reconstructions[best]).astype(np.float16)
+        kept[f"{name}.ncc"] = np.asarray(attack.matches[best].ncc)
+    with atomic(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **kept)
+
+
+def load_sections(path: Path) -> dict[str, np.ndarray]:
+    """What `save_sections` kept."""
+    with np.load(path) as stored:
+        return {name: stored[name].astype(np.float32) for name in stored.files}
+
+
+def draw_grid(
+    rows: Sequence[Row],
+    shown: Mapping[float, Mapping[str, np.ndarray]],
+    titles: Mapping[str, str],
+    path: Path,
+) -> None:
+    """One column for each budget: a record, and what each attack made of it.
+
+    Args:
+        rows: of the study.
+        shown: by budget, what `load_sections` returned.
+        titles: by adversary, the one whose best is shown first.
+        path: of the picture.
+    """
+    budgets = [row.epsilon for row in rows if row.epsilon in shown]
+    lines = {"record": "record", **titles}
+    figure, axes = plt.subplots(
+        len(lines), len(budgets), figsize=(1.4 * len(budgets) + 0.3, 1.62 * len(lines) + 0.5),
+        squeeze=False,
+    )  # fmt: skip
+    for column, epsilon in enumerate(budgets):
+        kept = shown[epsilon]
+        for axis, (name, title) in zip(axes[:, column], lines.items(), strict=True):
+            _show(axis, kept[name], kept["record"])
+            if name in titles:
+                axis.set_xlabel(f"NCC {float(kept[f'{name}.ncc']):.3f}", fontsize=8)
+            if column == 0:
+                axis.set_ylabel(title, fontsize=8)
+        axes[0, column].set_title(budget(epsilon), fontsize=9)
+    first = next(iter(titles.values()))
+    figure.suptitle(f"The best reconstruction by {first} at each epsilon, and the others of it",
+                    fontsize=10)  # fmt: skip
+    save_figure(figure, path)
+
+
+def draw_patients(found: Mapping[str, AttackResult], exposed: Exposed, path: Path) -> None:
+    """The first patients of one run: the record, then each adversary's reconstruction."""
+    count = min(_MOST_PATIENTS, len(exposed.images))
+    figure, axes = plt.subplots(
+        1 + len(found), count, figsize=(1.9 * count, 2.1 * (1 + len(found))), squeeze=False
+    )
+    truths = exposed.images.cpu().numpy()
+    for column in range(count):
+        truth = section(truths[column])
+        _show(axes[0, column], truth, truth)
+        for axis, (name, attack) in zip(axes[1:, column], found.items(), strict=True):
+            _show(axis, section(attack.reconstructions[column]), truth)
+            axis.set_xlabel(f"NCC {attack.matches[column].ncc:.3f}", fontsize=8)
+            if column == 0:
+                axis.set_ylabel(ADVERSARIES[name].title, fontsize=9)
+    axes[0, 0].set_ylabel("record", fontsize=9)
+    save_figure(figure, path)
+
+
+def draw_curves(rows: Sequence[Row], metric: str, titles: Mapping[str, str], path: Path) -> None:
+    """Utility, bounds and attacks over the budgets.
+
+    Args:
+        rows: of the study.
+        metric: name of the utility.
+        titles: by adversary.
+        path: of the picture.
+    """
+    places = np.arange(len(rows))
+    figure, axis = plt.subplots(figsize=(8.4, 4.4))
+    utility = np.array([row.utility for row in rows])
+    spread = np.array([row.spread or 0.0 for row in rows])
+    axis.errorbar(
+        places, utility, spread, color=COLOURS[0], lw=2.4, marker="o", capsize=3, label=metric
+    )
+    for (name, title), colour in zip(titles.items(), COLOURS[1:] * 2):
+        correlation = [row.attacks[name].ncc for row in rows]
+        axis.plot(places, correlation, color=colour, marker="s", ms=4, label=f"NCC, {title}")
+    for values, style, label in (
+        ([row.risk.worst_case for row in rows], "--", "worst case, bound"),
+        ([row.risk.relaxed for row in rows], ":", "relaxed, bound"),
+    ):
+        axis.plot(places, values, style, color="0.45", label=label)
+    chance = max(attack.chance_ncc for row in rows for attack in row.attacks.values())
+    axis.axhline(chance, color="0.8", lw=1, zorder=0, label="NCC, chance")
+    axis.set_xticks(
+        places,
+        [
+            f"{budget(row.epsilon)}\n"
+            + ("no noise" if math.isinf(row.epsilon) else f"noise {row.noise_multiplier:.2g}")
+            for row in rows
+        ],
+        fontsize=8,
+    )
+    axis.set_xlabel("epsilon, and noise multiplier", fontsize=9)
+    axis.set_ylim(-0.05, 1.05)
+    axis.grid(axis="y", color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save_figure(figure, path)
+
+
+def _show(axis: Axes, picture: np.ndarray, truth: np.ndarray) -> None:
+    low, high = float(truth.min()), float(truth.max())
+    if picture.ndim == 3:
+        picture = (picture - low) / max(high - low, 1e-9)
+    axis.imshow(picture.clip(0, 1) if picture.ndim == 3 else picture, cmap="gray", vmin=low,
+                vmax=high, interpolation="nearest")  # fmt: skip
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)

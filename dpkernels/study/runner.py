@@ -1,0 +1,372 @@
+"""The study: every budget and seed trained, evaluated, bounded and attacked; killed, it goes on."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from dpkernels.study import page, pictures, results
+from dpkernels.study.campaign import (
+    ADVERSARIES,
+    DEFAULT_ADVERSARIES,
+    AttackResult,
+    attack_run,
+    guess_without_model,
+    participations,
+)
+from dpkernels.study.progress import StudyDisplay
+from dpkernels.study.verdict import Verdict, conclude
+from dpkernels.training.config import RunConfig
+from dpkernels.training.privacy import PrivacyPlan
+from dpkernels.training.run_folder import RunFolder, steps_begun
+from dpkernels.training.settings import merge
+from dpkernels.training.trainer import Exposed, Trainer
+
+_ATTACK_WEIGHT = 0.05
+_CHECKPOINTS = 20
+_CONVENTIONS = ("rdp", "tight")
+PAPER_BUDGETS = (1.0, 8.0, 1e3, 1e6, 1e9, 1e12, 1e15, math.inf)
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a study compares.
+
+    Attributes:
+        epsilons: nominal budgets; infinite: without privacy.
+        accountant: what a budget means: "rdp" (Opacus' accountant at its default orders, as in
+            most publications) or "tight" (what the noise guarantees).
+        seeds: runs for each budget, with other initialisations and splits.
+        patients: training patients to attack in each run.
+        adversaries: keys of `campaign.ADVERSARIES`.
+    """
+
+    epsilons: tuple[float, ...] = PAPER_BUDGETS
+    accountant: str = "rdp"
+    seeds: int = 1
+    patients: int = 8
+    adversaries: tuple[str, ...] = DEFAULT_ADVERSARIES
+
+    def __post_init__(self) -> None:
+        faults = {
+            "epsilons": (
+                bool(self.epsilons) and all(e > 0 for e in self.epsilons),
+                "positive numbers or inf, separated by commas",
+            ),
+            "accountant": (self.accountant in _CONVENTIONS, f"one of {', '.join(_CONVENTIONS)}"),
+            "seeds": (self.seeds >= 1, "at least 1"),
+            "patients": (self.patients >= 1, "at least 1"),
+            "adversaries": (
+                bool(self.adversaries) and all(name in ADVERSARIES for name in self.adversaries),
+                f"some of {', '.join(ADVERSARIES)}",
+            ),
+        }
+        for name, (right, expected) in faults.items():
+            if not right:
+                raise ValueError(f"{name} must be {expected}; got {getattr(self, name)!r}")
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budgets, each once, rising."""
+        return tuple(sorted(set(self.epsilons)))
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What a study came to.
+
+    Attributes:
+        folder: where everything lies; `report.html` first.
+        rows: by rising budget.
+        verdict: in words.
+        head, body: the table as it is written everywhere.
+    """
+
+    folder: Path
+    rows: list[results.Row]
+    verdict: Verdict
+    head: list[str]
+    body: list[list[str]]
+
+
+class Study:
+    """Train, evaluate and attack at each budget, for each seed.
+
+    Results lie in cells, one folder for each budget and seed, written whole or not at all; a
+    study that is run again takes up what is there, a half-trained run included.
+
+    Args:
+        trainer: class of the task.
+        config: of the runs; budget and seed are replaced.
+        settings: what to compare.
+        out: folder of the study.
+        console: where progress goes; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        trainer: type[Trainer],
+        config: RunConfig,
+        settings: StudySettings,
+        out: str | Path,
+        console: Console | None = None,
+    ) -> None:
+        self.settings = settings
+        self.root = Path(out)
+        self._trainer = trainer
+        self._config = config
+        self._console = console
+        self._plans: dict[float, PrivacyPlan] = {}
+
+    def plan(self) -> dict[float, PrivacyPlan]:
+        """The noise of every budget; opens the data, trains nothing.
+
+        Raises:
+            ValueError: a faulty configuration, or a budget that no noise can meet.
+        """
+        for epsilon in self.settings.budgets:
+            if epsilon not in self._plans:
+                private: dict[str, Any] = {"enabled": False}
+                if math.isfinite(epsilon):
+                    private = {
+                        "enabled": True,
+                        "epsilon": epsilon,
+                        "noise_multiplier": None,
+                        "accountant": self.settings.accountant,
+                    }
+                trainer = self._make(self._cells / "plan", {"privacy": private}, None)
+                self._plans[epsilon] = trainer.planned()
+        return self._plans
+
+    def run(self, only_report: bool = False) -> StudyReport:
+        """Do what is not done yet, then write table, pictures and page.
+
+        Args:
+            only_report: draw the report of the cells that are there, and do no others.
+
+        Raises:
+            ValueError: a faulty configuration, or a folder that holds another study.
+            OSError: the folder cannot be written.
+        """
+        self._cells.mkdir(parents=True, exist_ok=True)
+        self._check_same_study()
+        plans = self.plan()
+        cells = [(epsilon, seed) for seed in range(self.settings.seeds) for epsilon in plans]
+        if only_report:
+            cells = [cell for cell in cells if self._result(*cell).exists()]
+        else:
+            self._do(cells)
+        if not cells:
+            raise ValueError(f"{self.root}: no cell is done yet, nothing to report")
+        return self._report(cells)
+
+    def _do(self, cells: list[tuple[float, int]]) -> None:
+        steps = self._config.training.steps
+        attack = _ATTACK_WEIGHT * steps
+        each = steps + attack * len(self.settings.adversaries)
+        with StudyDisplay(self._console, each * len(cells)) as display:
+            for number, (epsilon, seed) in enumerate(cells, 1):
+                if self._result(epsilon, seed).exists():
+                    display.advance(each, skipped=True)
+                    continue
+                place = f"run {number} of {len(cells)}: epsilon {results.budget(epsilon)}"
+                display.title(f"{place}, training")
+                self._do_cell(
+                    epsilon,
+                    seed,
+                    display,
+                    lambda text, place=place: display.title(f"{place}, {text}"),  # type: ignore[misc]
+                    lambda: display.advance(attack),
+                )
+
+    def _do_cell(
+        self,
+        epsilon: float,
+        seed: int,
+        display: StudyDisplay,
+        title: Callable[[str], None],
+        attacked: Callable[[], None],
+    ) -> None:
+        began = time.monotonic()
+        folder = self._cell(epsilon, seed)
+        trainer = self._make(folder, self._changes(epsilon, seed), display)
+        result = trainer.finished()
+        if result is None:
+            result = trainer.fit(resume=steps_begun(trainer.folder.ledger) > 0)
+        else:
+            display.advance(self._config.training.steps, skipped=True)
+        title("attack")
+        plan, exposed = trainer.plan(), trainer.exposed(self.settings.patients)
+        found = attack_run(exposed, plan, self.settings.adversaries, attacked)
+        pictures.save_sections(found, exposed, folder / "sections.npz")
+        observations = participations(plan) if plan.noise_multiplier else 1
+        risk = results.risk_of(plan, exposed.images[0].numel(), observations)
+        RunFolder(folder).write_json(
+            "study.json",
+            {
+                "epsilon": epsilon,
+                "seed": seed,
+                "noise_multiplier": plan.noise_multiplier,
+                "epsilon_tight": plan.epsilon(accountant="tight"),
+                "utility": result.utility,
+                "metric": result.metric,
+                "summary": result.summary,
+                "plan": plan.to_dict(),
+                "data_norms": _norms(exposed),
+                "dimension": exposed.images[0].numel(),
+                "risk": asdict(risk),
+                "prior_ncc": guess_without_model(exposed),
+                "attacks": {name: attack.to_dict() for name, attack in found.items()},
+                "seconds": round(time.monotonic() - began, 1),
+                "cpus": os.cpu_count(),
+            },
+        )
+
+    def _report(self, cells: list[tuple[float, int]]) -> StudyReport:
+        stored = [RunFolder(self._cell(*cell)).read_json("study.json") for cell in cells]
+        rows = results.rows_of(stored)
+        titles = {name: ADVERSARIES[name].title for name in self.settings.adversaries}
+        metric, plan = stored[0]["metric"], PrivacyPlan(**stored[0]["plan"])
+        verdict = conclude(rows, metric, titles, plan.unit)
+        head, body = results.columns(metric, titles), results.table(rows, list(titles))
+        folder = RunFolder(self.root)
+        folder.write_text("table.csv", results.to_csv(head, body))
+        folder.write_text("table.md", results.to_markdown(head, body))
+        folder.write_json(
+            "study.json",
+            {
+                "settings": asdict(self.settings),
+                "rows": [asdict(row) for row in rows],
+                "verdict": asdict(verdict),
+            },
+        )
+        shown = {
+            epsilon: pictures.load_sections(self._cell(epsilon, 0) / "sections.npz")
+            for epsilon, seed in cells
+            if seed == 0
+        }
+        pictures.draw_grid(rows, shown, titles, self.root / "grid.png")
+        pictures.draw_curves(rows, metric, titles, self.root / "curves.png")
+        folder.write_text(
+            "report.html",
+            page.render(
+                head,
+                body,
+                verdict.sentences,
+                page.facts(stored, self.settings.accountant, self.settings.seeds),
+                {name: ADVERSARIES[name] for name in titles},
+                {
+                    "Best reconstruction at each budget": self.root / "grid.png",
+                    "Privacy, utility and risk": self.root / "curves.png",
+                },
+            ),
+        )
+        return StudyReport(self.root, rows, verdict, head, body)
+
+    def _check_same_study(self) -> None:
+        """Cells of other data, another network or other attacks must not be mixed."""
+        same = {
+            "config": merge(self._config.to_dict(), {"privacy": {"epsilon": None}}),
+            "accountant": self.settings.accountant,
+            "patients": self.settings.patients,
+            "adversaries": list(self.settings.adversaries),
+        }
+        folder = RunFolder(self.root)
+        if not (self.root / "settings.json").exists():
+            folder.write_json("settings.json", same)
+        differing = _differences(folder.read_json("settings.json"), same)
+        if differing:
+            raise ValueError(
+                f"--out: {self.root} holds a study with other settings; choose another folder. "
+                f"Different: {', '.join(differing)}"
+            )
+
+    def _changes(self, epsilon: float, seed: int) -> dict[str, Any]:
+        plan = self.plan()[epsilon]
+        privacy: dict[str, Any] = {"enabled": plan.enabled}
+        if plan.enabled:
+            privacy |= {
+                "epsilon": None,
+                "noise_multiplier": plan.noise_multiplier,
+                "accountant": "tight",
+            }
+        every = self._config.training.checkpoint_every
+        every = every or max(1, self._config.training.steps // _CHECKPOINTS)
+        seed += self._config.training.seed
+        return {"privacy": privacy, "training": {"seed": seed, "checkpoint_every": every}}
+
+    def _make(self, out: Path, changes: dict[str, Any], display: Any) -> Trainer:
+        values = merge(self._config.to_dict(), changes)
+        return self._trainer(type(self._config).from_dict(values), out, display)
+
+    @property
+    def _cells(self) -> Path:
+        return self.root / "cells"
+
+    def _cell(self, epsilon: float, seed: int) -> Path:
+        return self._cells / f"epsilon-{results.budget(epsilon)}-seed{seed}"
+
+    def _result(self, epsilon: float, seed: int) -> Path:
+        return self._cell(epsilon, seed) / "study.json"
+
+
+def _differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        return [
+            found
+            for key in {**stored, **wanted}
+            for found in _differences(stored.get(key), wanted.get(key), f"{path}{key}.")
+        ]
+    return [] if stored == wanted else [f"{path[:-1]} was {stored!r}, is {wanted!r}"]
+
+
+def _norms(exposed: Exposed) -> list[float]:
+    flat = exposed.images.flatten(1).float()
+    return [round(float(norm), 3) for norm in np.atleast_1d(flat.norm(dim=1).cpu().numpy())]
+
+
+def attack_folder(
+    trainer: Trainer, adversaries: tuple[str, ...], patients: int, console: Console | None
+) -> dict[str, AttackResult]:
+    """Attack one finished run: writes attack/attack.json and attack/reconstructions.png.
+
+    Args:
+        trainer: of the run, from `Trainer.from_run`.
+        adversaries: keys of `campaign.ADVERSARIES`.
+        patients: training patients to attack.
+        console: where progress goes; None: nowhere.
+
+    Raises:
+        ValueError: no such adversary, or the run has no weights yet.
+    """
+    plan = trainer.plan()
+    with StudyDisplay(console, len(adversaries)) as display:
+        display.title("Attacking")
+        exposed = trainer.exposed(patients)
+        found = attack_run(exposed, plan, adversaries, lambda: display.advance(1))
+    out = trainer.folder.root / "attack"
+    out.mkdir(exist_ok=True)
+    observations = participations(plan) if plan.noise_multiplier else 1
+    RunFolder(out).write_json(
+        "attack.json",
+        {
+            "noise_multiplier": plan.noise_multiplier,
+            "max_grad_norm": plan.max_grad_norm,
+            "participations": participations(plan),
+            "dimension": exposed.images[0].numel(),
+            "data_norms": _norms(exposed),
+            "risk": asdict(results.risk_of(plan, exposed.images[0].numel(), observations)),
+            "prior_ncc": guess_without_model(exposed),
+            "attacks": {name: attack.to_dict() for name, attack in found.items()},
+        },
+    )
+    pictures.draw_patients(found, exposed, out / "reconstructions.png")
+    return found
