@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dpkernels.layers.operands import Cost, Operand
+from dpkernels.layers.operands import Cost, Operand, PieceOperand
 
 #: floating-point operations that a device does in the time of moving one byte (its ridge point)
 _RIDGE = {"cpu": 10.0, "cuda": 160.0}
@@ -125,5 +125,6 @@ class Plan:
 
 def _signature(operand: Operand) -> str:
     """Shapes of one sample's tensors: the choice does not depend on the drawn batch size."""
+    operand = operand.piece if isinstance(operand, PieceOperand) else operand
     shapes = [tuple(v.shape[1:]) for v in vars(operand).values() if isinstance(v, torch.Tensor)]
     return " ".join("x".join(map(str, shape)) or "1" for shape in shapes)

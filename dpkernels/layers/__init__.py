@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from dpkernels.layers.attention import AttentionRule
 from dpkernels.layers.composite import CompositeRule
 from dpkernels.layers.conv import ConvRule, ConvTransposeRule
 from dpkernels.layers.dense import EmbeddingRule, LinearRule
@@ -25,7 +26,7 @@ RULES: tuple[Rule, ...] = (
     LayerNormRule(),
     PReLURule(),
 )
-COMPOSITE_RULES: tuple[CompositeRule, ...] = (RecurrentRule(),)
+COMPOSITE_RULES: tuple[CompositeRule, ...] = (RecurrentRule(), AttentionRule())
 
 
 def find_rule(module: nn.Module) -> Rule | None:

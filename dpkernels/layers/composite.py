@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from dpkernels import ops
 from dpkernels.layers.fold import merge_rows
-from dpkernels.layers.operands import LinearOperand, Operand, StoredOperand
+from dpkernels.layers.operands import LinearOperand, Operand, PieceOperand, StoredOperand
 
 #: a parameter and what it has received
 Found = Iterable[tuple[nn.Parameter, Operand]]
@@ -82,10 +83,11 @@ class _Mark(torch.autograd.Function):
         output: torch.Tensor,
         recorder: Recorder,
         operands: Callable[[torch.Tensor, Sequence[torch.Tensor]], Found],
+        axis: int,
         anchor: torch.Tensor,
         *saved: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.recorder, ctx.operands = recorder, operands
+        ctx.recorder, ctx.operands, ctx.axis = recorder, operands, axis
         ctx.save_for_backward(*saved)
         ctx.mark_dirty(output)
         ctx.set_materialize_grads(False)
@@ -94,7 +96,7 @@ class _Mark(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, backprops: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if backprops is not None:
-            rows = backprops.detach()
+            rows = backprops.detach().movedim(ctx.axis, 0)
             ctx.recorder.receive(rows, ctx.operands(rows, ctx.saved_tensors))
         return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
 
@@ -104,39 +106,72 @@ def mark(
     output: torch.Tensor,
     operands: Callable[[torch.Tensor, Sequence[torch.Tensor]], Found],
     *saved: torch.Tensor,
+    axis: int = 0,
 ) -> torch.Tensor:
-    """The output, [rows, ...], whose backprops go to ``operands(backprops, saved)``."""
+    """The output, whose backprops go to ``operands(backprops, saved)`` with rows first.
+
+    Args:
+        recorder: of this call.
+        output: of a part; `axis` is its sample axis.
+        operands: makes operands of backprops, sample axis first, and of `saved`.
+        *saved: what must be remembered, as it stands.
+        axis: the sample axis of `output`.
+    """
     if output._is_view():
         output = torch.ops.aten._unsafe_view(output, output.shape)
-    return _Mark.apply(output, recorder, operands, recorder.anchor, *(t.detach() for t in saved))
+    return _Mark.apply(
+        output, recorder, operands, axis, recorder.anchor, *(t.detach() for t in saved)
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or `count` of its rows: packed projections are several weights in one."""
+
+    parameter: nn.Parameter
+    start: int = 0
+    count: int | None = None
+
+    def value(self) -> torch.Tensor:
+        """Out of autograd."""
+        whole = self.parameter.detach()
+        return whole if self.count is None else whole.narrow(0, self.start, self.count)
+
+    def found(self, operand: Operand) -> tuple[nn.Parameter, Operand]:
+        """The parameter, and what it receives."""
+        if self.count not in (None, len(self.parameter)):
+            operand = PieceOperand(operand, self.start, len(self.parameter))
+        return self.parameter, operand
 
 
 def linear(
-    recorder: Recorder, x: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None
+    recorder: Recorder, x: torch.Tensor, weight: Part, bias: Part | None, axis: int
 ) -> torch.Tensor:
-    """``F.linear`` on [rows, *, I], its parameters captured."""
-    output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
-    if not recorder.wants(weight) and not recorder.wants(bias):
-        return output
+    """``F.linear``, its parameters captured; `axis` of `x` is the sample axis."""
+    output = F.linear(x, weight.value(), None if bias is None else bias.value())
 
     def operands(backprops: torch.Tensor, saved: Sequence[torch.Tensor]) -> Found:
-        yield from linear_operands(recorder, saved[0], backprops, weight, bias)
+        activations = saved[0].movedim(axis, 0)
+        yield from linear_operands(recorder, activations, backprops, weight, bias)
 
-    return mark(recorder, output, operands, x)
+    if recorder.wants(weight.parameter) or (bias and recorder.wants(bias.parameter)):
+        return mark(recorder, output, operands, x, axis=axis)
+    return output
 
 
 def linear_operands(
     recorder: Recorder,
     activations: torch.Tensor,
     backprops: torch.Tensor,
-    weight: nn.Parameter | None,
-    bias: nn.Parameter | None,
+    weight: Part | None,
+    bias: Part | None,
 ) -> Found:
     """Operands of one projection: activations [rows, *, I], backprops [rows, *, O]."""
     grad = backprops.reshape(len(backprops), -1, backprops.shape[-1])
     grad = merge_rows(grad, recorder.samples)
-    if weight is not None and recorder.wants(weight):
+    if weight is not None and recorder.wants(weight.parameter):
         x = activations.reshape(len(activations), -1, activations.shape[-1])
-        yield weight, LinearOperand(merge_rows(x, recorder.samples).to(grad.dtype), grad)
-    if bias is not None and recorder.wants(bias):
-        yield bias, StoredOperand(ops.bias_last_grad_sample(grad))
+        x = merge_rows(x, recorder.samples).to(grad.dtype)
+        yield weight.found(LinearOperand(x, grad))
+    if bias is not None and recorder.wants(bias.parameter):
+        yield bias.found(StoredOperand(ops.bias_last_grad_sample(grad)))

@@ -206,3 +206,36 @@ class StoredOperand:
     def costs(self) -> dict[str, Cost]:
         stored = _nbytes(self.value)
         return {"store": Cost(stored / 2, 1.0 * stored, stored)}
+
+
+@dataclass(frozen=True)
+class PieceOperand:
+    """Rows `start` and on of a parameter with `total` rows: one of several packed weights.
+
+    The rest of this contribution is zero; contributions of other pieces are added as usual.
+    """
+
+    piece: Operand
+    start: int
+    total: int
+
+    def norm_sq(self) -> torch.Tensor:
+        return self.piece.norm_sq()
+
+    def grad_sample(self) -> torch.Tensor:
+        piece = self.piece.grad_sample()
+        whole = piece.new_zeros(len(piece), self.total, *piece.shape[2:])
+        whole.narrow(1, self.start, piece.shape[1]).copy_(piece)
+        return whole
+
+    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
+        piece = self.piece.clipped_grad(clip_factor)
+        whole = piece.new_zeros(self.total, *piece.shape[1:])
+        whole.narrow(0, self.start, len(piece)).copy_(piece)
+        return whole
+
+    def backend(self, strategy: str) -> str:
+        return self.piece.backend(strategy)
+
+    def costs(self) -> dict[str, Cost]:
+        return self.piece.costs()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from dpkernels.layers.composite import CompositeRule, Found, Recorder, linear_operands
+from dpkernels.layers.composite import CompositeRule, Found, Part, Recorder, linear_operands
 from dpkernels.layers.recurrence import Cell, GRUCell, LSTMCell, RNNCell, Steps, Weights
 
 _CELLS: dict[str, Cell] = {
@@ -31,17 +31,17 @@ _CELLS: dict[str, Cell] = {
 class _Direction:
     """The parameters of one layer in one direction; None where the layer has none."""
 
-    weight_ih: nn.Parameter
-    weight_hh: nn.Parameter
-    bias_ih: nn.Parameter | None
-    bias_hh: nn.Parameter | None
-    weight_hr: nn.Parameter | None
+    weight_ih: Part
+    weight_hh: Part
+    bias_ih: Part | None
+    bias_hh: Part | None
+    weight_hr: Part | None
 
     def weights(self, one_bias: bool, dtype: torch.dtype) -> Weights:
         """What the recurrence computes with, out of autograd."""
 
-        def value(parameter: nn.Parameter | None) -> torch.Tensor | None:
-            return None if parameter is None else parameter.detach().to(dtype)
+        def value(part: Part | None) -> torch.Tensor | None:
+            return None if part is None else part.value().to(dtype)
 
         bias, bias_hh = value(self.bias_ih), value(self.bias_hh)
         if one_bias and bias is not None:
@@ -230,7 +230,8 @@ class RecurrentRule(CompositeRule):
         recorder: Recorder,
     ) -> tuple[torch.Tensor, ...]:
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        own = _Direction(*(getattr(module, f"{kind}_{name}", None) for kind in kinds))
+        parameters = (getattr(module, f"{kind}_{name}", None) for kind in kinds)
+        own = _Direction(*(None if p is None else Part(p) for p in parameters))
         cell = _CELLS[module.mode]
         by_row = layout.by_row
 
