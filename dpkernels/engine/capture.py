@@ -84,6 +84,9 @@ class ModelCapture:
         self.marked = False
         self._depth = 0
         self._guards: dict[int, Any] = {}
+        #: under FSDP2, by module (its id) and name: the sharded parameter that the optimizer holds
+        self.sharded: dict[tuple[int, str], nn.Parameter] = {}
+        self._gathered: dict[nn.Parameter, nn.Parameter] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCapture:
         """A copied model runs as an ordinary one: it has no optimizer to be private with."""
@@ -134,16 +137,23 @@ class ModelCapture:
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad:
                 continue
-            if id(parameter) in self.trained:
+            held = self.sharded.get((id(module), name), parameter)
+            if id(held) in self.trained:
+                if held is not parameter:
+                    self._gathered[parameter] = held
                 self._guard(parameter)
                 names.append(name)
         return frozenset(names)
+
+    def held_as(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer holds of a parameter as its module has it: under FSDP2, its shard."""
+        return self._gathered.get(parameter, parameter)
 
     def _guard(self, parameter: nn.Parameter) -> None:
         """Refuse a gradient that reaches the parameter by a way around capture."""
         if id(parameter) in self._guards or not parameter.is_leaf:
             return
-        name = self.names.get(id(parameter), "?")
+        name = self.names.get(id(self.held_as(parameter)), "?")
 
         def refuse(grad: torch.Tensor) -> None:
             raise NotPerSample(

@@ -90,6 +90,7 @@ class PendingGradients:
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         """One parameter's contribution from one call of one layer."""
+        parameter = self._capture.held_as(parameter)
         gradient = self.gradients.get(parameter)
         if gradient is None:
             gradient = self.gradients[parameter] = ParameterGradient()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from typing import Any
 
+import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import (
     DistributedUniformWithReplacementSampler,
@@ -20,6 +22,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from dpkernels.engine.distributed import Processes
+
 _POISSON = (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler)
 
 
@@ -27,14 +31,17 @@ def sample_rate_of(data_loader: DataLoader) -> float:
     """The rate q at which one record enters a batch.
 
     A Poisson loader states it. Otherwise it is ``batch_size / len(dataset)``, at most 1: not
-    ``1 / len(data_loader)``, which differs where the batch size does not divide the dataset.
+    ``1 / len(data_loader)``, which differs where the batch size does not divide the dataset. The
+    batch of a ``DistributedSampler`` is one of ``num_replicas`` that make a step.
     """
     if hasattr(data_loader, "sample_rate"):
         return float(data_loader.sample_rate)
     size = getattr(data_loader.batch_sampler, "batch_size", None)
     if size is None:
         return 1.0 / len(data_loader)
-    return min(1.0, size / dataset_size_of(data_loader))
+    sampler = getattr(data_loader.batch_sampler, "sampler", None)
+    replicas = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1
+    return min(1.0, size * replicas / dataset_size_of(data_loader))
 
 
 def dataset_size_of(data_loader: DataLoader) -> int:
@@ -48,9 +55,12 @@ def dataset_size_of(data_loader: DataLoader) -> int:
     return len(dataset)
 
 
-def expected_batch_size_of(data_loader: DataLoader) -> float:
-    """q * N, as an int where it is one: 64 / 1000 * 1000 is 64, not 64.00000000000001."""
-    size = sample_rate_of(data_loader) * dataset_size_of(data_loader)
+def expected_batch_size_of(data_loader: DataLoader, world_size: int = 1) -> float:
+    """q * N, as an int where it is one: 64 / 1000 * 1000 is 64, not 64.00000000000001.
+
+    In several processes, that of one of them, as in Opacus.
+    """
+    size = sample_rate_of(data_loader) * dataset_size_of(data_loader) / world_size
     return round(size) if abs(size - round(size)) < 1e-9 * max(size, 1.0) else size
 
 
@@ -98,12 +108,92 @@ def _sampler_name(data_loader: DataLoader) -> str:
     return type(batch_sampler).__name__
 
 
-def poisson_loader(data_loader: DataLoader, **kwargs: Any) -> DPDataLoader:
+class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
+    """Poisson sampling of one process's share of the records, as many steps as the others'.
+
+    Records are dealt out alike on every process, by ``shuffle_seed`` and epoch. Unlike Opacus', it
+    yields empty batches too, so that no process waits for one that has gone on, and draws from
+    another stream on every process, also where all are seeded alike: with the same draws a record
+    would always come with its twins of the other processes, and sampling would hide neither.
+
+    Args:
+        total_size: number of records of all processes.
+        sample_rate: probability q with which each enters a batch.
+        steps: number of batches.
+        processes: the processes.
+        generator: seeds the draws; None for PyTorch's global generator.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_size: int,
+        sample_rate: float,
+        steps: int,
+        processes: Processes,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(
+            total_size=total_size, sample_rate=sample_rate, steps=steps, generator=generator
+        )
+        self.rank, self.num_replicas = processes.rank, processes.world_size
+        self.num_samples = len(range(self.rank, total_size, self.num_replicas))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        dealt = torch.Generator().manual_seed(self.shuffle_seed + self.epoch)
+        records = torch.randperm(self.total_size, generator=dealt)
+        own = records[self.rank :: self.num_replicas]
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        digest = hashlib.sha256(f"{seed} {self.rank}".encode()).digest()
+        draws = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        for _ in range(self.num_batches):
+            yield own[torch.rand(len(own), generator=draws) < self.sample_rate].tolist()
+
+
+def poisson_loader(
+    data_loader: DataLoader, processes: Processes | None = None, **kwargs: Any
+) -> DPDataLoader:
     """A Poisson-sampling twin of `data_loader`: same rate q, as many steps as it had batches."""
     refuse_other_samplers(data_loader)
     steps = len(data_loader)
     rate = sample_rate_of(data_loader)
     twin = DPDataLoader.from_data_loader(data_loader, **kwargs)
-    twin.sample_rate = twin.batch_sampler.sample_rate = rate
-    twin.batch_sampler.steps = steps
+    if processes is None or processes.world_size == 1:
+        twin.sample_rate = twin.batch_sampler.sample_rate = rate
+        twin.batch_sampler.steps = steps
+        return twin
+    twin.sample_rate = rate
+    twin.distributed = True
+    #: a DataLoader refuses another sampler than the one that it was built with
+    vars(twin)["batch_sampler"] = DistributedPoissonSampler(
+        total_size=dataset_size_of(data_loader),
+        sample_rate=rate,
+        steps=steps,
+        processes=processes,
+        generator=twin.generator,
+    )
     return twin
+
+
+def check_shared(data_loader: DataLoader, processes: Processes, poisson_sampling: bool) -> None:
+    """Check that no record can enter a step in two processes, and that all make as many steps."""
+    if processes.world_size == 1:
+        return
+    processes.require_same(
+        dataset_size=dataset_size_of(data_loader),
+        sample_rate=sample_rate_of(data_loader),
+        steps=len(data_loader),
+    )
+    sampler = getattr(data_loader.batch_sampler, "sampler", None)
+    if poisson_sampling or isinstance(data_loader.batch_sampler, DistributedPoissonSampler):
+        return
+    if not isinstance(sampler, DistributedSampler) or (sampler.rank, sampler.num_replicas) != (
+        processes.rank,
+        processes.world_size,
+    ):
+        raise ValueError(
+            "data_loader: with poisson_sampling=False every process would draw from all records, "
+            "so one could enter a step several times; give it a torch.utils.data."
+            f"DistributedSampler(dataset, num_replicas={processes.world_size}, "
+            f"rank={processes.rank})"
+        )

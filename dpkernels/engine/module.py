@@ -8,17 +8,20 @@ from typing import Any
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from dpkernels.engine.bare import BareForward
 from dpkernels.engine.capture import CapturedForward, LayerForward, ModelCapture
 from dpkernels.engine.composite import CompositeForward
 from dpkernels.engine.derived import DerivedForward
+from dpkernels.engine.distributed import inner_model
 from dpkernels.engine.gradients import PendingGradients
 from dpkernels.engine.optimizer import FusedDPOptimizer
 from dpkernels.engine.planner import Planner
 from dpkernels.engine.probe import refuse_mixing
 from dpkernels.engine.root import RootForward
 from dpkernels.engine.unit import UnitForward
+from dpkernels.engine.wrappers import Lockstep, sharded_parameters, wrapper_forwards
 from dpkernels.layers import find_composite_rule, find_rule, refusal
 from dpkernels.layers.sequence import stated_axis
 
@@ -48,11 +51,19 @@ def _captured(
     stated = stated_axis(module)
     axis = axis if stated is None else stated
     rule, composite = find_rule(module), find_composite_rule(module)
+    owns = _has_forward(module) and _owns_parameters(module)
+    if (composite is not None or (owns and rule is None)) and _gathers_below(module):
+        raise ValueError(
+            f"module {name or '(root)'!r} ({type(module).__name__}) owns parameters and has "
+            "modules below it with a fully_shard of their own, so its samples cannot be run "
+            "apart; move the parameters into a module of their own, or apply fully_shard to the "
+            "root only"
+        )
     if composite is not None:
         yield CompositeForward(module, name, capture, composite)
         seen.update(id(below) for below in module.modules())
         return
-    if _has_forward(module) and _owns_parameters(module):
+    if owns:
         if rule is not None and _computed(module):
             yield DerivedForward(module, name, capture, axis, rule)
             seen.update(id(below) for below in module.modules())
@@ -78,6 +89,11 @@ def _below(module: nn.Module) -> Iterator[nn.Module]:
     """What is below a module that is not an attention or a recurrent layer of PyTorch's."""
     if stated_axis(module) is None:
         yield from (below for below in module.modules() if below is not module)
+
+
+def _gathers_below(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers parameters at the forward of a module below."""
+    return any(isinstance(m, FSDPModule) for m in module.modules() if m is not module)
 
 
 def _computed(module: nn.Module) -> bool:
@@ -112,10 +128,13 @@ class _FusedCapture:
 
     def _start(self, model: nn.Module, views_per_sample: int, memory_budget: int | None) -> None:
         self.planner = Planner(memory_budget)
+        inner = inner_model(model)
         self.capture = ModelCapture(
-            model, batch_first=self.batch_first, views_per_sample=views_per_sample
+            inner, batch_first=self.batch_first, views_per_sample=views_per_sample
         )
-        self._installed = install(model, self.capture)
+        self.capture.sharded = sharded_parameters(inner)
+        self._installed = [*wrapper_forwards(model, self.capture), *install(inner, self.capture)]
+        self._lockstep: Lockstep | None = None
         self._allow_accumulation = True
         self._optimizer: FusedDPOptimizer | None = None
 
@@ -126,7 +145,15 @@ class _FusedCapture:
         capture = self.capture
         capture.held = optimizer.held_parameters
         capture.sink = PendingGradients(self.planner, capture, optimizer.privatize)
-        capture.probe = refuse_mixing
+        if self._lockstep is not None:
+            self._lockstep.remove()
+            self._lockstep = None
+        if capture.sharded:
+            self._lockstep = Lockstep(
+                capture.root, capture, optimizer.processes, optimizer.is_last_physical_batch
+            )
+        else:
+            capture.probe = refuse_mixing
         capture.refresh()
 
     def forbid_grad_accumulation(self) -> None:
@@ -147,11 +174,13 @@ class _FusedCapture:
         for forward in reversed(self._installed):
             forward.remove()
         self._installed = []
+        if self._lockstep is not None:
+            self._lockstep.remove()
         self.capture.release()
         self.capture.sink = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": None}
+        return {**self.__dict__, "_optimizer": None, "_lockstep": None}
 
 
 class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from opacus.optimizers import AdaClipDPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
 from opacus.optimizers.utils import params
 from torch import nn
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from dpkernels import ops
 from dpkernels.engine.clipping import make_clipping, total_norm_sq
+from dpkernels.engine.distributed import Processes
 from dpkernels.engine.gradients import ParameterGradient, PendingGradients
 from dpkernels.engine.scaling import ScaledLossOptimizer, warn_of_overflow
 from dpkernels.engine.steps import Mechanism, StepReport
@@ -46,6 +46,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             ``"adaptive"`` (its settings as further keyword arguments).
         views_per_sample: rows per sample, averaged before clipping.
         materialize_grad_samples: also leave ``p.grad_sample``, [B, *p.shape].
+        processes: the processes that train together; `expected_batch_size` is then that of one.
     """
 
     max_grad_norm: float
@@ -63,6 +64,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         clipping: str = "flat",
         views_per_sample: int = 1,
         materialize_grad_samples: bool = False,
+        processes: Processes | None = None,
         **kwargs: Any,
     ):
         strategy = make_clipping(
@@ -83,6 +85,8 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         self.last_step: StepReport | None = None
         self.grad_accumulation_allowed = True
         self.clipping = strategy
+        self.processes = Processes() if processes is None else processes
+        self.processes.check_generator(generator)
         self._noise = NoiseSource()
         self._iterations = 0
         self._consumed = False
@@ -93,6 +97,10 @@ class FusedDPOptimizer(ScaledLossOptimizer):
     def accumulated_iterations(self) -> int:
         """Number of backward passes in the gradient that ``step()`` will use."""
         return max(self._iterations, 1)
+
+    def is_last_physical_batch(self) -> bool:
+        """Whether the backward pass to come ends a logical batch."""
+        return not self._check_skip_next_step(pop_next=False)
 
     def held_parameters(self) -> list[nn.Parameter]:
         """Every parameter of every group, also those that are frozen now."""
@@ -114,6 +122,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         For training loops that skip the forward pass when Poisson sampling draws nobody; follow it
         with ``step()``, which counts.
         """
+        self.processes.check_noise_only()
         self._check_cleared()
         self.last_step = None
         self._release({}, {})
@@ -147,6 +156,17 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         self._mechanism = Mechanism(float(self.noise_multiplier), bound)
         return self._mechanism
 
+    def _agree(self, mechanism: Mechanism) -> Mechanism:
+        """The mechanism of all processes: one noise multiplier, the largest of their bounds."""
+        self.processes.require_same(
+            noise_multiplier=mechanism.noise_multiplier,
+            accumulated_iterations=self._iterations,
+            expected_batch_size=float(self.expected_batch_size or 0),
+        )
+        (bound,) = self.processes.largest([mechanism.bound])
+        self._mechanism = Mechanism(mechanism.noise_multiplier, bound)
+        return self._mechanism
+
     def _sample_scale(self, samples: int) -> float:
         """What a captured gradient is multiplied by to be the gradient of one sample's loss."""
         rows = float(samples) if self.loss_reduction == "mean" else 1.0 / self.views_per_sample
@@ -176,7 +196,11 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             for parameter in self.params:
                 gradient = gradients.gradients.get(parameter)
                 if gradient is None:
-                    grad_sample = parameter.new_zeros(samples, *parameter.shape)
+                    grad_sample = torch.zeros(
+                        (samples, *parameter.shape),
+                        dtype=parameter.dtype,
+                        device=parameter.device,
+                    )
                 else:
                     grad_sample = gradient.materialize() * scale
                 self._leave_grad_sample(parameter, grad_sample)
@@ -197,27 +221,32 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         factors: dict[nn.Parameter, torch.Tensor],
     ) -> None:
         """Write the clipped sum, with noise on the last physical batch, for every parameter."""
-        last = not self._check_skip_next_step(pop_next=False)
+        last = self.is_last_physical_batch()
         if last and self._iterations and any(p.grad is None for p in self.params):
             raise ValueError(
                 "backward(): a parameter has no gradient, so no noise, from the backward pass "
                 "before: it was cleared or unfrozen while accumulating; call optimizer.zero_grad()"
             )
         mechanism = self._remember_mechanism()
+        if last:
+            mechanism = self._agree(mechanism)
         noise_std = self._noise_std(mechanism) if last and not self._iterations else 0.0
         again = last and self._iterations > 0
         finished = bool(noise_std) or again
         scale = 1.0 / self._divisor(self._iterations + 1) if last else 1.0
         sums = [self._sum(p, found.get(p), factors.get(p, _NOBODY), again) for p in self.params]
-        self._finish(sums, noise_std, scale if finished else 1.0)
+        self._finish(sums, self.processes.own_noise(noise_std), scale if finished else 1.0)
         for parameter, each in zip(self.params, sums, strict=True):
             parameter.summed_grad = None if finished else each.total  # type: ignore[attr-defined]
-            if last:
-                gradient = each.total if finished else each.total * scale
-                parameter.grad = gradient.to(parameter.dtype)
-                self._private[parameter] = parameter.grad
-        if last:
-            self._iterations += 1
+        if not last:
+            return
+        self._iterations += 1
+        totals = [each.total if finished else each.total * scale for each in sums]
+        shard_noise_std = self.processes.shard_noise(noise_std) * scale
+        for parameter, total in self.processes.reduce(dict(zip(self.params, totals))).items():
+            self._draw(total, shard_noise_std)
+            parameter.grad = self.processes.gradient(parameter, total)
+            self._private[parameter] = parameter.grad
 
     def _sum(
         self,
@@ -229,8 +258,10 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         """What one parameter's sum is made of; `again` adds to the gradient of a pass before."""
         total: torch.Tensor | None
         device = parameter.device
-        if again and parameter.grad is not None:
-            total = parameter.grad.to(_sum_dtype(parameter)) * self._divisor(self._iterations)
+        if again:
+            total = self.processes.earlier(parameter)
+            if total is not None:
+                total = total.to(_sum_dtype(parameter)) * self._divisor(self._iterations)
         else:
             total = getattr(parameter, "summed_grad", None)
         if gradient is not None and gradient.factored is not None:
@@ -273,9 +304,11 @@ class FusedDPOptimizer(ScaledLossOptimizer):
 
     def _divisor(self, iterations: int) -> float:
         """What the sum over `iterations` backward passes is divided by."""
-        return (
-            float(self.expected_batch_size * iterations) if self.loss_reduction == "mean" else 1.0
-        )
+        return self._expected_samples(iterations) if self.loss_reduction == "mean" else 1.0
+
+    def _expected_samples(self, iterations: int) -> float:
+        """The expected number of samples of all processes in `iterations` backward passes."""
+        return float(self.expected_batch_size or 0) * iterations * self.processes.world_size
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear gradients; sums of physical batches survive until their logical batch ends."""
@@ -322,8 +355,8 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         self._check_private(self._mechanism)
         if self.step_hook:
             self.step_hook(self)
-        expected = float(self.expected_batch_size or 0) * self._iterations
-        self.max_grad_norm = self.clipping.next_bound(self.max_grad_norm, expected, self._draw)
+        expected = self._expected_samples(self._iterations)
+        self.max_grad_norm = self.clipping.next_bound(self.max_grad_norm, expected, self._draw_once)
         self._is_last_step_skipped = False
         self._consumed = True
         return True
@@ -343,6 +376,10 @@ class FusedDPOptimizer(ScaledLossOptimizer):
                         "was not made private by the engine; leave p.grad as backward() wrote it "
                         "(in-place changes are allowed), and call zero_grad() before backward()"
                     )
+
+    def _draw_once(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
+        """The sum of `tensor` over processes, with noise that the first of them draws."""
+        return self.processes.total(self._draw(tensor, std if self.processes.rank == 0 else 0.0))
 
     def _draw(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
         """Add noise of standard deviation `std` in place."""
@@ -365,13 +402,6 @@ class FusedDPOptimizer(ScaledLossOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-
-class FusedAdaClipDPOptimizer(FusedDPOptimizer, AdaClipDPOptimizer):
-    """With ``clipping="adaptive"``: what ``isinstance`` checks written for Opacus expect."""
-
-
-#: the optimizer's class by clipping, where it is not the plain one
-OPTIMIZERS: dict[str, type[FusedDPOptimizer]] = {"adaptive": FusedAdaClipDPOptimizer}
 
 #: the factors where nobody's gradient reached a parameter
 _NOBODY = torch.zeros(0)

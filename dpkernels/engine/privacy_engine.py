@@ -11,26 +11,25 @@ import torch
 from opacus import PrivacyEngine as OpacusPrivacyEngine
 from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier as opacus_noise_multiplier
-from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn, optim
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dpkernels.accounting import get_noise_multiplier
 from dpkernels.accounting.opacus_adapter import register
 from dpkernels.engine.checks import check_arguments, faults_of
+from dpkernels.engine.distributed import Processes, processes_of
 from dpkernels.engine.loader import (
+    check_shared,
     expected_batch_size_of,
     poisson_loader,
     sample_rate_of,
     warn_of_other_samplers,
 )
 from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule
-from dpkernels.engine.optimizer import OPTIMIZERS, FusedDPOptimizer
+from dpkernels.engine.optimizer_kinds import optimizer_class
 from dpkernels.engine.planner import Plan
 from dpkernels.engine.probe import check_criterion
 from dpkernels.engine.steps import StepCounter
@@ -39,12 +38,6 @@ from dpkernels.reconstruction import risk_report
 register()
 
 _FUSED = "fused"
-_WRAPPERS = (
-    DifferentiallyPrivateDistributedDataParallel,
-    DistributedDataParallel,
-    nn.DataParallel,
-    FSDPModule,
-)
 
 
 class PrivacyEngine(OpacusPrivacyEngine):
@@ -166,6 +159,11 @@ class PrivacyEngine(OpacusPrivacyEngine):
             )
         check_arguments(noise_multiplier, max_grad_norm, views_per_sample)
         self._refuse_unsupported(module, optimizer)
+        processes = processes_of(
+            module._module if isinstance(module, AbstractGradSampleModule) else module
+        )
+        check_shared(data_loader, processes, poisson_sampling)
+        processes.adopt(module)
         private_module = self._prepare_fused(
             module,
             batch_first=batch_first,
@@ -180,20 +178,21 @@ class PrivacyEngine(OpacusPrivacyEngine):
         private_loader = self._prepare_data_loader(
             data_loader,
             poisson_sampling=poisson_sampling,
-            distributed=False,
+            processes=processes,
             batch_first=batch_first,
             rand_on_empty=rand_on_empty,
         )
-        private_optimizer = OPTIMIZERS.get(clipping, FusedDPOptimizer)(
+        private_optimizer = optimizer_class(clipping, processes)(
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
-            expected_batch_size=expected_batch_size_of(data_loader),
+            expected_batch_size=expected_batch_size_of(data_loader, processes.world_size),
             loss_reduction=loss_reduction,
             generator=noise_generator,
             clipping=clipping,
             views_per_sample=views_per_sample,
             materialize_grad_samples=materialize_grad_samples,
+            processes=processes,
             **kwargs,
         )
         private_optimizer.attach_grad_scaler(grad_scaler)
@@ -310,7 +309,13 @@ class PrivacyEngine(OpacusPrivacyEngine):
             hooks.cleanup()
 
     def _prepare_data_loader(
-        self, data_loader: DataLoader, *, poisson_sampling: bool, distributed: bool, **kwargs: Any
+        self,
+        data_loader: DataLoader,
+        *,
+        poisson_sampling: bool,
+        distributed: bool = False,
+        processes: Processes | None = None,
+        **kwargs: Any,
     ) -> DataLoader:
         prepared = super()._prepare_data_loader(
             data_loader, poisson_sampling=False, distributed=distributed, **kwargs
@@ -319,7 +324,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             warn_of_other_samplers(data_loader)
             return prepared
         return poisson_loader(
-            data_loader, generator=self.secure_rng, distributed=distributed, **kwargs
+            data_loader, processes, generator=self.secure_rng, distributed=distributed, **kwargs
         )
 
     def _prepare_fused(
@@ -359,12 +364,6 @@ class PrivacyEngine(OpacusPrivacyEngine):
     def _refuse_unsupported(self, module: nn.Module, optimizer: optim.Optimizer) -> None:
         if self.secure_mode:
             raise ValueError("secure_mode=True: grad_sample_mode='fused' does not have it yet")
-        if isinstance(module, _WRAPPERS):
-            raise ValueError(
-                f"module: {type(module).__name__} is not trained by grad_sample_mode='fused', "
-                "which runs in one process on one device for now; use grad_sample_mode='hooks', or "
-                "pass the model itself"
-            )
         known = set(module.parameters())
         for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
             if p not in known:

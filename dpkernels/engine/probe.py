@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture import ModelCapture, NotPerSample, is_packed, leaves_of
+from dpkernels.engine.capture import ModelCapture, NotPerSample, is_packed
 from dpkernels.layers.fold import merge_rows
 from dpkernels.layers.operands import Operand
 
@@ -100,8 +100,6 @@ def find_mixing(
         first = _observe(capture, run, batch, seed)
         for target, source in replaced:
             twin = _twin(batch, rows, views, capture.axis, target, source)
-            if all(_equal(a, b) for a, b in zip(leaves_of(batch), leaves_of(twin))):
-                continue
             try:
                 second = _observe(capture, run, twin, seed)
             except RuntimeError:
@@ -142,7 +140,10 @@ def _compare(first: list[_Seen], second: list[_Seen], replaced: int) -> str | No
     for a, b in zip(first, second):
         moved = (a.fingerprint - b.fingerprint).abs()
         moved[replaced] = 0.0
-        scale = a.fingerprint.abs().amax(0) + torch.finfo(torch.float32).tiny
+        sum_scale, norm_sq_scale = a.fingerprint.abs().amax(0)
+        # a sum may cancel (behind a LayerNorm it is 0 but for rounding): its terms do not
+        sum_scale = torch.maximum(sum_scale, norm_sq_scale.sqrt())
+        scale = torch.stack([sum_scale, norm_sq_scale]) + torch.finfo(torch.float32).tiny
         samples = (moved > a.tolerance * scale).any(1).nonzero()
         if len(samples):
             return _sentence(a, int(samples[0]), replaced)
@@ -212,12 +213,6 @@ def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedS
             step[to] = others[t % len(others)]
     data = torch.cat(steps).requires_grad_(packed.data.requires_grad)
     return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, places)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, PackedSequence):
-        return torch.equal(a.data, b.data)
-    return not isinstance(a, torch.Tensor) or torch.equal(a, b)
 
 
 @contextlib.contextmanager

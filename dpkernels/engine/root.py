@@ -83,7 +83,7 @@ class RootForward(CapturedForward):
     def _no_rows(self, leaf: Any, rows: int) -> Any:
         axis = self.capture.axis
         if isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
-            return leaf.narrow(axis, 0, 0)
+            return leaf.narrow(axis, 0, 0).clone()
         return leaf
 
 

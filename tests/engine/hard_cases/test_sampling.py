@@ -85,6 +85,6 @@ def test_samplers_that_draw_alike_are_taken() -> None:
             )  # fmt: skip
 
 
-def test_several_processes_or_devices_are_refused() -> None:
-    with pytest.raises(ValueError, match="DataParallel.*grad_sample_mode='hooks'"):
+def test_replicas_in_threads_are_refused() -> None:
+    with pytest.raises(ValueError, match="DataParallel.*DistributedDataParallel"):
         made_private(nn.DataParallel(nn.Linear(3, 2)), values(4, 3).float())
