@@ -13,10 +13,11 @@ test: .venv/.has-segmentation .venv/.has-test .venv/.native
 	$(BIN)/python -m pytest --durations=10 -m "not slow"
 
 bench: .venv/.has-segmentation .venv/.has-test .venv/.rivals .venv/.native
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench all
 
 bench-quick: .venv/.has-segmentation .venv/.has-test .venv/.rivals .venv/.native
 	$(BIN)/python -m bench --quick
+	$(BIN)/python -m pytest bench --benchmark-storage=bench/results/benchmarks --benchmark-compare
 
 bench-gpu: .venv/.has-segmentation .venv/.has-test .venv/.native
 	PATH="$(CURDIR)/$(BIN):$$PATH" bench/gpu.sh build/bench-gpu

@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import subprocess
+import sys
+import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import cases, harness, memory, profiling, report, results, rivals
-from bench.harness import Plan
+from bench import (
+    accounting_bench,
+    cases,
+    dice,
+    digest,
+    memory,
+    noise_bench,
+    ops_bench,
+    profiling,
+    regret,
+    report,
+    results,
+    rivals,
+    roofline,
+    scaling,
+    steps,
+    work,
+)
 
 _ROOT = Path(__file__).resolve().parents[1]
-_STATE = _ROOT / "build" / "bench"
-_PLANS = {
-    "cpu": Plan(seconds=10.0),
-    "quick": Plan(seconds=4.0, least=3, most=20),
-    "gpu": Plan(seconds=8.0, least=5, most=40),
-}
+#: seconds after which `all` stops what is running: `make bench` promises half an hour
+_WHOLE = 1740.0
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console(width=max(150, shutil.get_terminal_size().columns))
+console = work.console
+
+_Budget = Annotated[
+    float | None, typer.Option(help="Seconds after which nothing more is begun; repeat to go on.")
+]
+_Fresh = Annotated[bool, typer.Option(help="Do not go on with an interrupted run.")]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A command of ``python -m bench all`` and about how long it takes on a quiet core."""
+
+    command: tuple[str, ...]
+    seconds: float
+    what: str
+
+
+_PARTS = (
+    _Part(("ops",), 110, "per-sample gradient ops against the library's batch gradient"),
+    _Part(("roofline",), 30, "each op against what the core can do"),
+    _Part(("noise",), 70, "throughput, moments, distribution and tails of the noise"),
+    _Part(("accounting",), 80, "time and tightness of the accountants"),
+    _Part(("regret",), 140, "the planner's choice against the best measured one"),
+    _Part(("time-to-dice",), 220, "whole training runs, ours against Opacus"),
+    _Part(("scaling", "--coarse"), 220, "time and memory against one quantity at a time"),
+    _Part(("steps",), 870, "whole steps of every case and rival"),
+)
 
 
 @app.callback(invoke_without_command=True)
-def run(
+def default(
     context: typer.Context,
     quick: Annotated[bool, typer.Option(help="Small cases, under three minutes.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -38,20 +75,22 @@ def run(
     case: Annotated[list[str] | None, typer.Option(help="Only this case (repeatable).")] = None,
     rival: Annotated[list[str] | None, typer.Option(help="Only this rival (repeatable).")] = None,
     seconds: Annotated[float | None, typer.Option(help="Timed seconds per case.")] = None,
-    fresh: Annotated[bool, typer.Option(help="Do not go on with an interrupted run.")] = False,
+    budget: _Budget = None,
+    fresh: _Fresh = False,
+    everyone: Annotated[
+        bool, typer.Option(help="Also the rivals that a case leaves out because they are slow.")
+    ] = False,
     keep_memory: Annotated[
         bool, typer.Option(help="Keep freed memory in the process, as jemalloc does.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="CSV to update.")] = None,
 ) -> None:
-    """Measure every case and rival; rows are written case by case, so that a run can go on."""
+    """Whole steps: measure every case and rival. The same as the command `steps`."""
     if context.invoked_subcommand:
         return
     torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    warnings.simplefilter("ignore")
     suite = "quick" if quick else {"cuda": "gpu"}.get(device, "cpu")
-    plan = _PLANS[suite]
+    plan = replace(steps.PLANS[suite], everyone=everyone)
     if seconds is not None:
         plan = replace(plan, seconds=seconds)
     if keep_memory and memory.keep_freed():
@@ -63,35 +102,135 @@ def run(
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
     path = output or results.RESULTS / ("quick.csv" if quick else "steps.csv")
-    before = {row.key: row for row in results.read(path)}
-    settings = {"rivals": [r.name for r in chosen], "plan": asdict(plan), "output": str(path)}
-    state = _State(
-        _STATE / f"{suite}-{device}-{threads}-{plan.allocator}.json", settings, fresh or bool(case)
+    outcome = steps.run(
+        wanted, chosen, target, plan, path, fresh=fresh or bool(case), budget=budget
     )
-    failed = _measure(wanted, chosen, target, plan, path, state)
-    here = results.Environment.here(target, plan.allocator)
-    names = {case.name for case in wanted}
-    rows = [row for row in results.read(path) if row.case in names and row.measured_on(here)]
-    _show(rows, before)
     if output is None and not quick:
-        _write_reports(path)
-    if failed:
+        _write_reports()
+    _exit(outcome)
+
+
+@app.command("steps")
+def run_steps(budget: _Budget = None, fresh: _Fresh = False) -> None:
+    """Whole steps of every CPU case and rival, one thread."""
+    torch.set_num_threads(1)
+    wanted, chosen = cases.find([], "cpu"), rivals.find([])
+    plan = steps.PLANS["cpu"]
+    device = torch.device("cpu")
+    _exit(steps.run(wanted, chosen, device, plan, steps.PATH, fresh=fresh, budget=budget))
+
+
+@app.command("scaling")
+def run_scaling(
+    curve: Annotated[list[str] | None, typer.Option(help="Only this curve (repeatable).")] = None,
+    coarse: Annotated[bool, typer.Option(help="Every second point.")] = False,
+    budget: _Budget = None,
+    fresh: _Fresh = False,
+) -> None:
+    """Time and memory against batch, volume side, length, width, depth, parameters."""
+    try:
+        outcome = scaling.run(tuple(curve or ()), coarse, budget, fresh)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _exit(outcome)
+
+
+@app.command("regret")
+def run_regret(budget: _Budget = None, fresh: _Fresh = False) -> None:
+    """The planner's choice against the best measured candidate, shape by shape."""
+    outcome = regret.run(budget, fresh)
+    _print(digest.regret(regret.PATH))
+    _exit(outcome)
+
+
+@app.command("ops")
+def run_ops(budget: _Budget = None, fresh: _Fresh = False) -> None:
+    """Per-sample gradient ops against the library's gradient of the batch."""
+    _exit(ops_bench.run(budget, fresh))
+
+
+@app.command("roofline")
+def run_roofline(budget: _Budget = None, fresh: _Fresh = False) -> None:
+    """Each op against the memory bandwidth and the matrix rate of this core."""
+    outcome = roofline.run(budget, fresh)
+    _print(digest.roofline(roofline.PATH))
+    _exit(outcome)
+
+
+@app.command("noise")
+def run_noise(
+    draws: Annotated[int, typer.Option(min=1000, help="Normals.")] = noise_bench.DRAWS,
+    budget: _Budget = None,
+    fresh: _Fresh = False,
+) -> None:
+    """Throughput, moments, distribution and tails of the Gaussian noise."""
+    outcome = noise_bench.run(budget, fresh, draws)
+    _print(digest.noise(noise_bench.PATH))
+    _exit(outcome)
+
+
+@app.command("accounting")
+def run_accounting(
+    limit: Annotated[float, typer.Option(help="Seconds per question.")] = accounting_bench.LIMIT_S,
+    budget: _Budget = None,
+    fresh: _Fresh = False,
+) -> None:
+    """Time, memory and tightness of our accountant, Opacus' three and Google's."""
+    outcome = accounting_bench.run(budget, fresh, limit)
+    _print(digest.accounting(accounting_bench.PATH))
+    _exit(outcome)
+
+
+@app.command("time-to-dice")
+def run_dice(
+    repetitions: Annotated[int, typer.Option(min=1)] = 5,
+    budget: _Budget = None,
+    fresh: _Fresh = False,
+) -> None:
+    """Whole training runs to a Dice of 0.70 at epsilon 8, ours against Opacus."""
+    outcome = dice.run(repetitions, budget, fresh)
+    _print(digest.dice(dice.PATH))
+    _exit(outcome)
+
+
+@app.command("all")
+def run_all(
+    seconds: Annotated[float, typer.Option(help="Stop after these.")] = _WHOLE,
+    fresh: _Fresh = False,
+) -> None:
+    """Every part in turn, under half an hour; the same command goes on where it stopped."""
+    done = work.Memory(work.STATE / "all.json", {"parts": [p.command for p in _PARTS]}, fresh)
+    plan = Table("part", "about", "what", "", title=f"at most {seconds:.0f} s")
+    for part in _PARTS:
+        state = "done" if part.command[0] in done.done else ""
+        plan.add_row(part.command[0], f"{part.seconds:.0f} s", part.what, state)
+    console.print(plan)
+    began, left = time.monotonic(), []
+    for part in _PARTS:
+        name, remaining = part.command[0], seconds - (time.monotonic() - began)
+        if name in done.done:
+            continue
+        console.rule(f"{name}: {part.what}")
+        if remaining > 0 and _finished(part, remaining, fresh):
+            done.add(name)
+        else:
+            left.append(name)
+    _write_reports()
+    if left:
+        console.print(f"not finished: {', '.join(left)}; the same command goes on with them")
         raise typer.Exit(1)
-    state.finish()
+    done.finish()
 
 
 @app.command("report")
 def make_report(
-    source: Annotated[Path, typer.Option(help="CSV with the rows.")] = results.RESULTS
-    / "steps.csv",
+    source: Annotated[Path, typer.Option(help="CSV with the rows of steps.")] = steps.PATH,
     short: Annotated[bool, typer.Option(help="Only print a table.")] = False,
 ) -> None:
-    """Make the README's table and the pictures again from the rows."""
-    rows = results.read(source)
+    """Make the README's tables, those of the notes and the pictures again from the rows."""
     if short:
-        _show(rows, {})
+        steps.show(results.read(source), {})
         return
-    print(report.markdown(rows))
     _write_reports(source)
 
 
@@ -122,89 +261,28 @@ def profile(
     console.print(table)
 
 
-class _State:
-    """Which cases an interrupted run has finished; a run with other settings starts anew."""
-
-    def __init__(self, path: Path, settings: dict[str, object], fresh: bool):
-        self._path, self._settings = path, settings
-        self.done: list[str] = []
-        if path.exists() and not fresh:
-            earlier = json.loads(path.read_text())
-            if earlier["settings"] == settings:
-                self.done = earlier["done"]
-
-    def add(self, case: str) -> None:
-        """Remember that a case's rows are written."""
-        self.done.append(case)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps({"settings": self._settings, "done": self.done}))
-
-    def finish(self) -> None:
-        """Nothing is left to go on with."""
-        self._path.unlink(missing_ok=True)
+def _finished(part: _Part, limit: float, fresh: bool) -> bool:
+    """Whether the part, in a process of its own, came to its end within `limit` seconds."""
+    command = [sys.executable, "-m", "bench", *part.command, *(["--fresh"] if fresh else [])]
+    try:
+        return subprocess.run(command, cwd=_ROOT, timeout=limit).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
-def _measure(
-    wanted: list[cases.Case],
-    chosen: list[rivals.Rival],
-    device: torch.device,
-    plan: Plan,
-    path: Path,
-    state: _State,
-) -> bool:
-    """Write the rows of every case that an interrupted run has not finished; True if one failed."""
-    failed = False
-    columns = (
-        TextColumn("{task.description}", justify="left"),
-        BarColumn(),
-        TextColumn("{task.completed:.1f}/{task.total} cases"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
-        task = progress.add_task("", total=len(wanted))
-        for index, case in enumerate(wanted):
-            if case.name in state.done:
-                continue
-
-            def say(what: str, share: float, index: int = index, name: str = case.name) -> None:
-                progress.update(task, description=f"{name}: {what}", completed=index + share)
-
-            try:
-                found = harness.measure(case, chosen, device, plan, say)
-            except RuntimeError as error:
-                failed = True
-                progress.console.print(f"{case.name}: {error}", highlight=False, markup=False)
-                continue
-            results.replace(path, found)
-            state.add(case.name)
-        progress.update(task, description="done", completed=len(wanted))
-    return failed
+def _write_reports(source: Path = steps.PATH) -> None:
+    for written in report.write_all(_ROOT, results.read(source)):
+        console.print(f"wrote {written}", highlight=False)
 
 
-def _show(rows: list[results.Row], before: dict[tuple[str, ...], results.Row]) -> None:
-    table = Table(*report.heads(), title="time / memory over the ordinary step")
-    for line in report.lines(rows):
-        table.add_row(*line)
-    console.print(table)
-    for row in rows:
-        if row.status != "ok":
-            console.print(f"{row.case}, {row.rival}: {row.status}", highlight=False, markup=False)
-        earlier = before.get(row.key)
-        if row.rival == "ours" and earlier and earlier.best_ratio and row.best_ratio:
-            console.print(
-                f"{row.case}: {row.best_ratio:.2f}, was {earlier.best_ratio:.2f} "
-                f"at {earlier.commit}",
-                highlight=False,
-            )
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
 
 
-def _write_reports(path: Path) -> None:
-    rows = results.read(path)
-    for picture in report.plot(rows, path.parent):
-        console.print(f"wrote {picture}", highlight=False)
-    if not report.write(_ROOT / "README.md", rows):
-        console.print(f"README.md has no {report.BEGIN} ... {report.END}: table not written")
+def _exit(outcome: work.Outcome) -> None:
+    if not outcome.complete:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class Case:
         make_model: builds the network.
         make_batch: (generator) -> (input, target), the batch first.
         precision: ``float32``, or ``bfloat16`` by autocast with float32 weights.
-        leave_out: rivals that a smaller case has shown to be far slower, to save minutes.
+        leave_out: rivals that a smaller case has shown to be far slower, to save minutes; they
+            are measured too where the plan says everyone.
     """
 
     name: str
@@ -120,6 +121,17 @@ def _tokens(vocabulary: int, length: int, batch: int, generator: torch.Generator
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
+def _labelled_tokens(vocabulary: int, length: int, batch: int, generator: torch.Generator) -> Batch:
+    ids = torch.randint(vocabulary, (batch, length), generator=generator)
+    return ids, torch.randint(2, (batch,), generator=generator)
+
+
+def features(width: int, batch: int, generator: torch.Generator) -> Batch:
+    """One vector per sample, [B, width], and ten classes."""
+    inputs = torch.randn(batch, width, generator=generator)
+    return inputs, torch.randint(10, (batch,), generator=generator)
+
+
 def few_fields(rows: int, fields: int, batch: int, generator: torch.Generator) -> Batch:
     """One row of the table per field and sample: ids [B, fields], two classes."""
     ids = torch.randint(rows // fields, (batch, fields), generator=generator)
@@ -127,7 +139,8 @@ def few_fields(rows: int, fields: int, batch: int, generator: torch.Generator) -
     return ids + offsets, torch.randint(2, (batch,), generator=generator)
 
 
-def _unet(side: int, batch: int, *suites: str, precision: str = "float32", base: int = 24) -> Case:
+def unet(side: int, batch: int, *suites: str, precision: str = "float32", base: int = 24) -> Case:
+    """A 3D U-Net on volumes of `side` voxels a side."""
     return Case(
         f"unet3d-{side}-b{batch}" + ("" if base == 24 else f"-c{base}"),
         f"3D U-Net {'0.76 M' if base == 24 else f'base {base}'}, {side}³, B={batch}",
@@ -138,9 +151,10 @@ def _unet(side: int, batch: int, *suites: str, precision: str = "float32", base:
     )
 
 
-def _encoder(
+def encoder(
     length: int, width: int, depth: int, batch: int, *suites: str, precision: str = "float32"
 ) -> Case:
+    """A transformer encoder of `depth` blocks on `length` positions."""
     return Case(
         f"encoder-t{length}-d{width}-b{batch}",
         f"transformer encoder, T={length}, d={width}, B={batch}",
@@ -151,10 +165,13 @@ def _encoder(
     )
 
 
+_FAR_SLOWER_ON_VOLUMES = ("hooks", "ghost", "functorch")
+_FAR_SLOWER_ON_IMAGES = ("ghost", "functorch")
+
 CASES = (
-    _unet(48, 2, "cpu"),
-    _unet(48, 4, "cpu"),
-    replace(_unet(64, 2, "cpu"), leave_out=("hooks", "ghost")),
+    unet(48, 2, "cpu"),
+    replace(unet(48, 4, "cpu"), leave_out=_FAR_SLOWER_ON_VOLUMES),
+    replace(unet(64, 2, "cpu"), leave_out=_FAR_SLOWER_ON_VOLUMES),
     Case(
         "monai-unet-64-b4",
         "MONAI UNet (strided), 64³, B=4",
@@ -162,9 +179,23 @@ CASES = (
         models.monai_unet,
         partial(_volumes, 64, 4),
     ),
-    _encoder(128, 256, 2, 8, "cpu"),
-    _encoder(256, 256, 2, 8, "cpu"),
-    _encoder(512, 256, 2, 8, "cpu"),
+    Case(
+        "monai-segresnet-48-b2",
+        "MONAI SegResNet, 48³, B=2",
+        ("cpu",),
+        models.monai_segresnet,
+        partial(_volumes, 48, 2),
+    ),
+    Case(
+        "monai-dynunet-48-b2",
+        "MONAI DynUNet, 48³, B=2",
+        ("cpu",),
+        models.monai_dynunet,
+        partial(_volumes, 48, 2),
+    ),
+    encoder(128, 256, 2, 8, "cpu"),
+    encoder(256, 256, 2, 8, "cpu"),
+    encoder(512, 256, 2, 8, "cpu"),
     Case(
         "decoder-t128-d256-b8",
         "language model, T=128, d=256, vocabulary 2000, B=8",
@@ -192,6 +223,22 @@ CASES = (
         ("cpu",),
         partial(models.ResNet, (2, 2, 2, 2)),
         partial(_images, 32, 64, 10),
+        leave_out=_FAR_SLOWER_ON_IMAGES,
+    ),
+    Case(
+        "resnet50-32-b8",
+        "ResNet-50 (GroupNorm), 32², B=8",
+        ("cpu",),
+        partial(models.ResNet, (3, 4, 6, 3), bottleneck=True),
+        partial(_images, 32, 8, 10),
+        leave_out=_FAR_SLOWER_ON_IMAGES,
+    ),
+    Case(
+        "lstm-t64-d128-b32",
+        "embedding + LSTM + classifier, T=64, d=128, B=32",
+        ("cpu",),
+        partial(models.SequenceClassifier, 2000, 64, 128),
+        partial(_labelled_tokens, 2000, 64, 32),
     ),
     Case(
         "recommender-b512",
@@ -200,8 +247,8 @@ CASES = (
         partial(models.Recommender, 16_000, 16, 32, (512, 256)),
         partial(few_fields, 16_000, 16, 512),
     ),
-    _unet(32, 2, "quick"),
-    _encoder(64, 128, 2, 8, "quick"),
+    unet(32, 2, "quick"),
+    encoder(64, 128, 2, 8, "quick"),
     Case(
         "resnet-small-32-b16",
         "ResNet-like (16 to 64 channels, GroupNorm), 32², B=16",
@@ -216,13 +263,13 @@ CASES = (
         partial(models.Recommender, 4_000, 16, 16, (256, 128)),
         partial(few_fields, 4_000, 16, 256),
     ),
-    _unet(96, 2, "gpu", precision="bfloat16"),
-    _unet(96, 4, "gpu", precision="bfloat16"),
-    _unet(128, 2, "gpu", precision="bfloat16"),
-    _encoder(512, 1024, 4, 16, "gpu", precision="bfloat16"),
-    _encoder(1024, 1024, 4, 8, "gpu", precision="bfloat16"),
-    _encoder(2048, 1024, 4, 4, "gpu", precision="bfloat16"),
-    _encoder(4096, 1024, 4, 2, "gpu", precision="bfloat16"),
+    unet(96, 2, "gpu", precision="bfloat16"),
+    unet(96, 4, "gpu", precision="bfloat16"),
+    unet(128, 2, "gpu", precision="bfloat16"),
+    encoder(512, 1024, 4, 16, "gpu", precision="bfloat16"),
+    encoder(1024, 1024, 4, 8, "gpu", precision="bfloat16"),
+    encoder(2048, 1024, 4, 4, "gpu", precision="bfloat16"),
+    encoder(4096, 1024, 4, 2, "gpu", precision="bfloat16"),
     Case(
         "resnet18-224-b32",
         "ResNet-18 (GroupNorm), 224², B=32",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,25 +32,48 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 def on_cpu(case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int) -> float | None:
     """Growth of the resident set at its peak during the first steps, MB; None without /proc.
 
-    The process is forked from a server that has imported everything and computed nothing.
+    The process is forked from a server that has imported everything and computed nothing; `case`
+    goes to it by pickling.
     """
     if not _STATUS.exists():
         return None
+    return in_fresh_process(_measure, (case, rival.name, privacy, threads), _TIMEOUT_S)
+
+
+def in_fresh_process(
+    function: Callable[..., None], arguments: tuple[Any, ...], limit: float
+) -> Any:
+    """What `function` sends, called with a connection and `arguments`; None after `limit` seconds.
+
+    None, too, where the process dies.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.memory"])
+    context.set_forkserver_preload(["bench.memory", "bench.accounting_bench"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_measure, args=(sender, case.name, rival.name, privacy, threads)
-    )
+    process = context.Process(target=function, args=(sender, *arguments))
     process.start()
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(_TIMEOUT_S) else None
+        return receiver.recv() if receiver.poll(limit) else None
     except EOFError:
         return None
     finally:
         process.kill()
         process.join()
+
+
+class Growth:
+    """Growth of this process' resident set since now; nothing without /proc."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        if _STATUS.exists():
+            _STATUS.with_name("clear_refs").write_text("5")
+            self._before = _resident("VmRSS")
+
+    def peak_mb(self) -> float | None:
+        """At its peak, MB."""
+        return (_resident("VmHWM") - self._before) / _MEGA if _STATUS.exists() else None
 
 
 def on_gpu(step: Callable[[], None], device: torch.device) -> float:
@@ -67,6 +91,11 @@ def keep_freed() -> bool:
     return _set_allocator({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
 
 
+def return_freed() -> bool:
+    """Let this process give back every larger block that it frees; see :data:`_RETURNED_FROM`."""
+    return _set_allocator({_M_MMAP_THRESHOLD: _RETURNED_FROM})
+
+
 def _set_allocator(settings: dict[int, int]) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -75,23 +104,22 @@ def _set_allocator(settings: dict[int, int]) -> bool:
     return all(accepted)
 
 
-def _measure(sender, case: str, rival: str, privacy: Privacy, threads: int) -> None:
-    _set_allocator({_M_MMAP_THRESHOLD: _RETURNED_FROM})
+def _measure(sender, case: cases.Case, rival: str, privacy: Privacy, threads: int) -> None:
+    return_freed()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     device = torch.device("cpu")
     chosen = next(r for r in rivals.RIVALS if r.name == rival)
-    workload = cases.find([case], "")[0].build(device)
-    _touch_libraries(workload.case, chosen, privacy)
-    _STATUS.with_name("clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    workload = case.build(device)
+    _touch_libraries(case, chosen, privacy)
+    growth = Growth()
     train = chosen.prepare(workload, privacy)
     began = time.monotonic()
     for _ in range(_STEPS):
         train()
         if time.monotonic() - began > _SECONDS:
             break
-    sender.send((_resident("VmHWM") - before) / _MEGA)
+    sender.send(growth.peak_mb())
 
 
 def _touch_libraries(case: cases.Case, rival: rivals.Rival, privacy: Privacy) -> None:

@@ -225,7 +225,37 @@ class Recommender(nn.Module):
         return self.mlp(self.table(ids).flatten(1))
 
 
-def monai_unet() -> nn.Module:
+class SequenceClassifier(nn.Module):
+    """Token embedding, LSTM, and a classifier on the state after the last token."""
+
+    def __init__(self, vocabulary: int, embedded: int, width: int, classes: int = 2):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, embedded)
+        self.lstm = nn.LSTM(embedded, width, batch_first=True)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] int64 -> [B, classes]."""
+        states, _ = self.lstm(self.tokens(ids))
+        return self.head(states[:, -1])
+
+
+class Perceptron(nn.Module):
+    """Linear layers and ReLU: as many parameters as wanted for the least of everything else."""
+
+    def __init__(self, inputs: int, width: int, depth: int, classes: int = 10):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index in range(depth):
+            layers += [nn.Linear(width if index else inputs, width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, inputs] -> [B, classes]."""
+        return self.layers(x)
+
+
+def monai_unet(channels: Sequence[int] = (16, 32, 64, 128)) -> nn.Module:
     """MONAI's UNet as its users have it: strided, residual units, InstanceNorm, PReLU."""
     from monai.networks.nets import UNet
 
@@ -233,7 +263,36 @@ def monai_unet() -> nn.Module:
         spatial_dims=3,
         in_channels=1,
         out_channels=2,
-        channels=(16, 32, 64, 128),
-        strides=(2, 2, 2),
+        channels=channels,
+        strides=(2,) * (len(channels) - 1),
         num_res_units=2,
+    )
+
+
+#: backward hooks, on which Opacus and BackPACK rely, forbid changing a layer's output in place
+_NOT_IN_PLACE = ("RELU", {"inplace": False})
+
+
+def monai_segresnet() -> nn.Module:
+    """MONAI's SegResNet at its defaults: residual blocks, GroupNorm, trilinear upsampling."""
+    from monai.networks.nets import SegResNet
+
+    return SegResNet(
+        spatial_dims=3, in_channels=1, out_channels=2, init_filters=8, act=_NOT_IN_PLACE
+    )
+
+
+def monai_dynunet() -> nn.Module:
+    """MONAI's DynUNet, the network of nnU-Net: InstanceNorm with affine terms, transposed k2."""
+    from monai.networks.nets import DynUNet
+
+    return DynUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=2,
+        kernel_size=(3, 3, 3, 3),
+        strides=(1, 2, 2, 2),
+        upsample_kernel_size=(2, 2, 2),
+        filters=(16, 32, 64, 128),
+        act_name=("leakyrelu", {"negative_slope": 0.01, "inplace": False}),
     )

@@ -1,6 +1,4 @@
-"""Times of the CPU ops, one thread: per-sample gradients against the batch's weight gradient.
-
-    python bench/ops_bench.py [--out bench/results/ops_cpu.csv] [--only TEXT]
+"""Per-sample gradient ops of the CPU against the batch's weight gradient, one thread.
 
 One row per case. Times are processor time of the thread (not of the wall), the lower quartile of
 several interleaved calls. Columns:
@@ -16,22 +14,22 @@ several interleaved calls. Columns:
 
 from __future__ import annotations
 
-import argparse
-import csv
-import platform
-import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from bench import results, table, work
 from dpkernels import ops
 from dpkernels.ops.conv import cpu, library
 from dpkernels.ops.conv.geometry import Geometry
 
-SECONDS_PER_CASE = 1.5
-RESULTS = Path(__file__).parent / "results" / "ops_cpu.csv"
+SECONDS_PER_CASE = 1.2
+PATH = results.RESULTS / "ops_cpu.csv"
+KEY = ("device", "threads", "case")
 
 CONVOLUTIONS = {
     # name: (B, Cin, Cout, input size, kernel, stride, axes)
@@ -176,59 +174,26 @@ def linear_row(batch: int, positions: int, inputs: int, outputs: int) -> dict[st
     }
 
 
-def environment() -> dict[str, str]:
-    """What a row was measured on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "device": models[0] if models else platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "commit": commit,
-    }
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> None:
-    """Merge `rows` into the table at `path`: a rerun replaces its own cases on its own device."""
-    kept: list[dict[str, object]] = []
-    if path.exists():
-        measured = {(row["case"], row["device"]) for row in rows}
-        with path.open(newline="") as table:
-            kept = [r for r in csv.DictReader(table) if (r["case"], r["device"]) not in measured]
-    columns = list(dict.fromkeys(column for row in (*rows, *kept) for column in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as table:
-        writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
-
-
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
-    options = parser.parse_args()
+def run(budget: float | None, fresh: bool, path: Path = PATH) -> work.Outcome:
+    """Measure on one thread; a row per case."""
     torch.set_num_threads(1)
+    tables = ((CONVOLUTIONS, conv_row), (LINEAR, linear_row))
+    todo = {
+        name: partial(_write, name, measure, shape, path)
+        for cases, measure in tables
+        for name, shape in cases.items()
+    }
+    settings = {"cases": list(todo), "output": str(path)}
+    return work.off(todo, "ops", settings, fresh=fresh, budget=budget)
+
+
+def _write(
+    name: str,
+    measure: Callable[..., dict[str, object]],
+    shape: tuple[int, ...],
+    path: Path,
+    report: work.Report,
+) -> None:
     torch.manual_seed(0)
-    where = environment()
-    rows = []
-    for cases, measure in ((CONVOLUTIONS, conv_row), (LINEAR, linear_row)):
-        for name, case in cases.items():
-            if options.only in name:
-                rows.append({"case": name, **measure(*case), **where})
-                print("  ".join(f"{v}" for k, v in rows[-1].items() if k not in where), flush=True)
-    write(options.out, rows)
-
-
-if __name__ == "__main__":
-    main()
+    here = asdict(results.Environment.here(torch.device("cpu"), "system"))
+    table.replace(path, [{"case": name, **measure(*shape), **here}], KEY)

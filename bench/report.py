@@ -5,10 +5,11 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from bench import cases, rivals
+from bench import cases, digest, results, rivals, scaling, targets
 from bench.results import Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_MARK = "*"
 _TITLES = {case.name: case.title for case in cases.CASES}
 _COLUMNS = [rival for rival in rivals.RIVALS if rival.private]
 #: ratios beyond are cut in the pictures, with their value written
@@ -16,23 +17,61 @@ _AXIS_END = 5.0
 _NO_GPU = "GPU: not yet measured."
 
 
-def markdown(rows: list[Row]) -> str:
-    """One table per device, threads and allocator: step time over the ordinary one, then memory."""
-    parts = [_table(group) for group in _groups(rows)]
-    if not any(row.device != "cpu" for row in rows):
-        parts.append(_NO_GPU)
-    return "\n\n".join(parts)
+def write_all(root: Path, rows: list[Row]) -> list[Path]:
+    """Pictures, the README's block and the one of the notes, from `rows` of steps and all others.
+
+    Raises:
+        ValueError: a file without the markers.
+    """
+    pictures = plot(rows, results.RESULTS)
+    curves = scaling.plot(results.read(scaling.PATH), results.RESULTS)
+    pictures += [curves] if curves else []
+    shown = [f"![{path.stem}]({path.relative_to(root)})" for path in pictures]
+    others = [f"- {line}" for line in digest.all_lines()]
+    parts = [*tables(rows), "\n".join(others), *shown, *_no_gpu(rows)]
+    texts = {
+        root / "README.md": "\n\n".join(part for part in parts if part),
+        root / "bench" / "NOTES.md": outcome_table(rows),
+    }
+    for path, text in texts.items():
+        write(path, text)
+    return [*pictures, *texts]
 
 
-def write(readme: Path, rows: list[Row]) -> bool:
-    """Put the table between the markers of `readme`; False where it has no markers."""
-    text = readme.read_text() if readme.exists() else ""
-    head, begin, rest = text.partition(BEGIN)
+def tables(rows: list[Row]) -> list[str]:
+    """One per device, threads and allocator: step time over the ordinary one, then memory."""
+    return [_table(group) for group in _groups(rows)]
+
+
+def outcome_table(rows: list[Row]) -> str:
+    """What was wanted, predicted and found, case by case, on one thread of the CPU."""
+    wanted = targets.read()
+    group = [row for row in rows if row.key[:3] == ("cpu", "1", "system")]
+    missed = targets.missed(group, wanted)
+    lines = ["| case | target | predicted | outcome | not met |", "|---|---|---|---|---|"]
+    own = {row.case: row for row in group if row.rival == "ours"}
+    for name in _case_names(group):
+        if row := own.get(name):
+            target = wanted.get(name)
+            goal = f"{_ratio(target.time)} / {_ratio(target.memory)}" if target else "–"
+            predicted = target.predicted if target else "–"
+            cells = (_TITLES[name], goal, predicted, _cell(row), missed.get(name, ""))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(path: Path, text: str) -> None:
+    """Put `text` between the markers of a file.
+
+    Raises:
+        ValueError: the file has no markers.
+    """
+    old = path.read_text() if path.exists() else ""
+    head, begin, rest = old.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        return False
-    readme.write_text(f"{head}{BEGIN}\n{markdown(rows)}\n{END}{tail}")
-    return True
+        raise ValueError(f"{path}: expected a line {BEGIN} and a line {END}")
+    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
 
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
@@ -87,10 +126,13 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
 def lines(rows: list[Row]) -> list[tuple[str, ...]]:
     """Case, ordinary milliseconds and one cell per private rival: for tables in a terminal."""
     by_key = {(row.case, row.rival): row for row in rows}
+    marked = targets.missed(rows, targets.read())
     found = []
     for name in _case_names(rows):
         ordinary = by_key.get((name, "ordinary"))
         cells = [_cell(by_key.get((name, rival.name))) for rival in _COLUMNS]
+        if name in marked:
+            cells[0] += _MARK
         found.append((_TITLES.get(name, name), _milliseconds(ordinary), *cells))
     return found
 
@@ -133,12 +175,19 @@ def _caption(group: list[Row]) -> str:
 
 
 def _notes(group: list[Row]) -> str:
-    missing = {
-        row.rival: row.status for row in group if row.status != "ok" and row.rival != "ordinary"
-    }
-    if not missing:
-        return ""
-    return "\n\nA dash: not measured, or the rival cannot run the case (the rows say why)."
+    notes = []
+    if any(row.status != "ok" for row in group if row.rival != "ordinary"):
+        notes.append("A dash: not measured, or the rival cannot run the case (the rows say why).")
+    missed = targets.missed(group, targets.read())
+    if missed:
+        names = [name for name in _case_names(group) if name in missed]
+        listed = [f"- {_TITLES[name]}: {missed[name]}." for name in names]
+        notes.append("\n".join([f"\\{_MARK} above target, or slower than a rival:", "", *listed]))
+    return "".join(f"\n\n{note}" for note in notes)
+
+
+def _no_gpu(rows: list[Row]) -> list[str]:
+    return [] if any(row.device != "cpu" for row in rows) else [_NO_GPU]
 
 
 def _cell(row: Row | None) -> str:
@@ -150,3 +199,7 @@ def _cell(row: Row | None) -> str:
 
 def _milliseconds(row: Row | None) -> str:
     return "–" if row is None or row.best_ms is None else f"{row.best_ms:.0f} ms"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

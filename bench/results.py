@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import os
 import platform
@@ -12,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+from bench import table
+
+#: columns that tell rows apart
+KEY = ("device", "threads", "allocator", "case", "rival")
 RESULTS = Path(__file__).resolve().parent / "results"
 _ROOT = RESULTS.parents[1]
 
@@ -117,7 +120,7 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What a rerun replaces: same case, rival, device, threads and allocator."""
-        return (self.device, str(self.threads), self.allocator, self.case, self.rival)
+        return tuple(str(getattr(self, column)) for column in KEY)
 
     def measured_on(self, environment: Environment) -> bool:
         """Whether device, threads and allocator are those of `environment`."""
@@ -130,27 +133,15 @@ _TYPES = {f.name: str(f.type) for f in fields(Row)}
 
 def read(path: Path) -> list[Row]:
     """Rows of a CSV file; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            Row(**{name: _parse(name, text) for name, text in line.items() if name in _TYPES})
-            for line in csv.DictReader(file)
-        ]
+    return [
+        Row(**{name: _parse(name, text) for name, text in line.items() if name in _TYPES})
+        for line in table.read(path)
+    ]
 
 
-def replace(path: Path, rows: list[Row]) -> list[Row]:
-    """Write `rows` in the place of those with the same keys; all rows of the file."""
-    merged = {row.key: row for row in read(path)}
-    merged.update({row.key: row for row in rows})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(_TYPES), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: _text(v) for k, v in asdict(row).items()} for row in merged.values())
-    partial.replace(path)
-    return list(merged.values())
+def replace(path: Path, rows: list[Row]) -> None:
+    """Write `rows` in the place of those with the same keys."""
+    table.replace(path, [asdict(row) for row in rows], KEY)
 
 
 def _parse(name: str, text: str) -> object:
@@ -158,12 +149,6 @@ def _parse(name: str, text: str) -> object:
     if kind.startswith("float"):
         return float(text) if text else None
     return int(text or 0) if kind == "int" else text
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _cpu_model() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import opacus
 import torch
+from opacus.validators import ModuleValidator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -107,9 +108,10 @@ def _ordinary(workload: Workload, privacy: Privacy) -> Trainer:
     return Trainer(step, _clearing(optimizer), dict(model.named_parameters()))
 
 
-def _with_engine(engine: Any, workload: Workload, privacy: Privacy, **options: Any) -> Trainer:
+def _with_engine(
+    engine: Any, model: nn.Module, workload: Workload, privacy: Privacy, **options: Any
+) -> Trainer:
     """The loop that Opacus documents; every argument it does not name is at its default."""
-    model = workload.fresh_model()
     parameters = dict(model.named_parameters())
     data = DataLoader(
         TensorDataset(workload.inputs, workload.target), batch_size=workload.batch_size
@@ -139,13 +141,17 @@ def _with_engine(engine: Any, workload: Workload, privacy: Privacy, **options: A
 
 
 def _ours(workload: Workload, privacy: Privacy) -> Trainer:
-    return _with_engine(dpkernels.PrivacyEngine(), workload, privacy)
+    engine = dpkernels.PrivacyEngine()
+    return _with_engine(engine, workload.fresh_model(), workload, privacy)
 
 
 def _opacus(mode: str) -> Callable[[Workload, Privacy], Trainer]:
     def prepare(workload: Workload, privacy: Privacy) -> Trainer:
         engine = opacus.PrivacyEngine(accountant="rdp")
-        return _with_engine(engine, workload, privacy, grad_sample_mode=mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = ModuleValidator.fix(workload.fresh_model())
+        return _with_engine(engine, model, workload, privacy, grad_sample_mode=mode)
 
     return prepare
 
@@ -230,7 +236,10 @@ def _grad_batch(model: nn.Module, parameter: nn.Parameter) -> torch.Tensor:
     raise NotImplementedError(f"BatchGrad has no rule for {type(owner).__name__}")
 
 
-_OPACUS = "PrivacyEngine.make_private defaults, flat clipping, fixed batch, whole batch at once; "
+_OPACUS = (
+    "ModuleValidator.fix (DPLSTM for an LSTM), PrivacyEngine.make_private defaults, flat clipping, "
+    "fixed batch, whole batch at once; "
+)
 
 RIVALS = (
     Rival(

@@ -1,9 +1,13 @@
-"""The small cases under pytest-benchmark: ``python -m pytest bench --benchmark-autosave``.
+"""The small cases under pytest-benchmark, in processor time, beside the committed run:
 
-``--benchmark-compare`` then shows what changed since the saved run.
+    python -m pytest bench --benchmark-storage=bench/results/benchmarks --benchmark-compare
+
+``--benchmark-save=quick`` in the place of ``--benchmark-compare`` makes the run to be committed.
 """
 
 from __future__ import annotations
+
+import time
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ _CASES = cases.find([], "quick")
 _RIVALS = rivals.find(["ours"])
 
 
+@pytest.mark.benchmark(timer=time.process_time, max_time=3.0, min_rounds=5)
 @pytest.mark.parametrize("rival", _RIVALS, ids=lambda rival: rival.name)
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
 def test_step(benchmark, case: cases.Case, rival: rivals.Rival) -> None:

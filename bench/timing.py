@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-#: rivals beyond this multiple of the ordinary step stop after the least number of rounds
+#: rivals beyond this multiple of the ordinary step stop after this many rounds
 _SLOW = 2.0
+_SLOW_ROUNDS = 2
 #: untimed steps before the first round end after this many or after these seconds
 _WARM_UP_STEPS = 3
 _WARM_UP_SECONDS = 1.0
@@ -100,6 +101,8 @@ def interleave(
 ) -> Iterator[dict[str, Samples]]:
     """Time `steps` for about `seconds`, at least `least` and at most `most` rounds.
 
+    Rivals slower than twice the `base` drop out after two rounds.
+
     The gate has run each of them once.
 
     Yields:
@@ -111,9 +114,9 @@ def interleave(
     yield samples
     names, began = list(steps), time.monotonic()
     for index in range(most):
-        if index >= least:
-            if time.monotonic() - began > seconds:
-                return
+        if index >= least and time.monotonic() - began > seconds:
+            return
+        if index >= min(_SLOW_ROUNDS, least):
             limit = _SLOW * statistics.median(samples[base].wall.values())
             names = [n for n in names if statistics.median(samples[n].wall.values()) <= limit]
         turn = index % len(names)

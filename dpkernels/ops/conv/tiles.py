@@ -28,7 +28,7 @@ def is_faster(
 ) -> bool:
     """Whether the kernel beats the library's per-sample calls here.
 
-    The rule is read off measurements (one thread, AVX-512; `bench/ops_bench.py`): a tile pays for
+    The rule is read off measurements (one thread, AVX-512; `python -m bench ops`): a tile pays for
     its horizontal sums with positions. With fewer channels than the library's block it is up to
     ten times as fast; at multiples of the block it wins at full resolution, where the library's
     layout conversion weighs, and where the library has to run sample by sample.

@@ -1,0 +1,256 @@
+"""Whole training runs: how long until the phantom's liver is segmented to a given Dice.
+
+Ours and Opacus train the same network from the same weights on the same Poisson batches with the
+same noise multiplier (epsilon 8), the same optimizer and the same weight average; only the noise
+drawn differs, as it must. They take turns, step by step, so that both see the same machine. Opacus
+runs in the mode that is fastest on this network, found by timing a step of each. Evaluation is not
+timed. A run that has not got there after the steps that the budget is for has no time.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import opacus
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import dpkernels
+from bench import results, table, work
+from dpkernels.accounting import get_noise_multiplier
+from dpkernels.segmentation.phantom import LIVER, make_phantom
+from dpkernels.training.ema import WeightAverage
+
+PATH = results.RESULTS / "time-to-dice.csv"
+KEY = ("device", "threads", "repetition", "rival")
+OPACUS_MODES = ("hooks", "functorch")
+_WINDOW = (-150.0, 200.0)
+_CLASSES = 3
+_DECAY = 0.9
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and when it is good enough.
+
+    Attributes:
+        patients: of the training set; `held_out` more for the Dice.
+        side: of the volumes, voxels.
+        batch_size: expected patients of a Poisson batch.
+        steps: that the noise is calibrated for, and the most that are taken.
+        every: steps between evaluations.
+    """
+
+    patients: int = 96
+    held_out: int = 16
+    side: int = 32
+    batch_size: int = 16
+    steps: int = 100
+    every: int = 5
+    dice: float = 0.70
+    epsilon: float = 8.0
+    delta: float = 1e-5
+    max_grad_norm: float = 0.5
+    learning_rate: float = 1e-2
+
+    def noise_multiplier(self) -> float:
+        """The least noise for the budget."""
+        return get_noise_multiplier(
+            target_epsilon=self.epsilon,
+            target_delta=self.delta,
+            sample_rate=self.batch_size / self.patients,
+            steps=self.steps,
+        )
+
+
+@dataclass
+class Runner:
+    """One rival in training; times are sums over its steps, seconds."""
+
+    network: nn.Module
+    step: Callable[[Batch], None]
+    average: WeightAverage
+    wall: float = 0.0
+    processor: float = 0.0
+    steps: int = 0
+    each: list[float] = field(default_factory=list)
+    dice: float = 0.0
+    reached: bool = False
+
+    def take(self, batch: Batch) -> None:
+        """One timed step; updating the average belongs to it."""
+        wall, processor = time.perf_counter(), time.process_time()
+        self.step(batch)
+        self.average.update(self.network)
+        self.each.append(time.process_time() - processor)
+        self.processor += self.each[-1]
+        self.wall += time.perf_counter() - wall
+        self.steps += 1
+
+
+def run(
+    repetitions: int, budget: float | None, fresh: bool, task: Task | None = None, path: Path = PATH
+) -> work.Outcome:
+    """Train on one thread; two rows per repetition, which differ in weights, batches and noise."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    chosen = task or Task()
+    todo = {
+        f"repetition {index}": partial(_write, index, chosen, path) for index in range(repetitions)
+    }
+    settings = {"task": asdict(chosen), "output": str(path)}
+    return work.off(todo, "time-to-dice", settings, fresh=fresh, budget=budget)
+
+
+def race(
+    task: Task, seed: int, report: work.Report = lambda what, share: None
+) -> dict[str, Runner]:
+    """Train ours and Opacus to the Dice, by turns."""
+    images, labels = phantom(task)
+    train, test = slice(task.patients), slice(task.patients, None)
+    torch.manual_seed(seed)
+    network, sigma = _network(), task.noise_multiplier()
+    mode = _fastest_mode(
+        network, task, sigma, (images[: task.batch_size], labels[: task.batch_size])
+    )
+    runners = {
+        "ours": _runner(dpkernels.PrivacyEngine(), network, task, sigma),
+        f"Opacus {mode}": _runner(
+            opacus.PrivacyEngine(accountant="rdp"), network, task, sigma, grad_sample_mode=mode
+        ),
+    }
+    coins = np.random.default_rng([seed, task.patients])
+    rate = task.batch_size / task.patients
+    for count in range(1, task.steps + 1):
+        drawn = torch.from_numpy(np.flatnonzero(coins.random(task.patients) < rate))
+        batch = (images[train][drawn], labels[train][drawn])
+        racing = [r for r in runners.values() if not r.reached]
+        for runner in racing[:: 1 if count % 2 else -1]:
+            runner.take(batch)
+        if count % task.every == 0:
+            for runner in racing:
+                runner.dice = liver_dice(runner, images[test], labels[test])
+                runner.reached = runner.dice >= task.dice
+            shown = ", ".join(f"{name} {r.dice:.2f}" for name, r in runners.items())
+            report(shown, count / task.steps)
+        if all(r.reached for r in runners.values()):
+            break
+    return runners
+
+
+def phantom(task: Task) -> Batch:
+    """The synthetic cohort: images [N, 1, S, S, S] in [0, 1], labels [N, 1, S, S, S]."""
+    images, labels = [], []
+    low, high = _WINDOW
+    size = (task.side,) * 3
+    for patient in range(task.patients + task.held_out):
+        scan = make_phantom(patient)
+        image = torch.from_numpy(scan.image)[None, None].float()
+        image = ((image - low) / (high - low)).clamp_(0.0, 1.0)
+        label = torch.from_numpy(scan.label)[None, None].float()
+        images.append(F.interpolate(image, size=size, mode="trilinear", align_corners=False))
+        labels.append(F.interpolate(label, size=size, mode="nearest-exact"))
+    return torch.cat(images), torch.cat(labels)
+
+
+@torch.no_grad()
+def liver_dice(runner: Runner, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean Dice of the liver over scans, by the averaged weights."""
+    with runner.average.applied_to(runner.network):
+        runner.network.eval()
+        found = torch.cat([runner.network(image[None]) for image in images]).argmax(dim=1)
+        runner.network.train()
+    inside, truth = (found == LIVER).flatten(1), (labels[:, 0] == LIVER).flatten(1)
+    both = (inside & truth).sum(1)
+    return float((2.0 * both / (inside.sum(1) + truth.sum(1)).clamp(min=1)).mean())
+
+
+def _network() -> nn.Module:
+    from monai.networks.nets import UNet
+
+    return UNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=_CLASSES,
+        channels=(8, 16, 32),
+        strides=(2, 2),
+        num_res_units=1,
+        bias=False,
+    )
+
+
+def _runner(engine: Any, initial: nn.Module, task: Task, sigma: float, **options: Any) -> Runner:
+    from monai.losses import DiceCELoss
+
+    network = copy.deepcopy(initial).train()
+    criterion = DiceCELoss(softmax=True, to_onehot_y=True)
+    data = TensorDataset(torch.arange(task.patients))
+    module, optimizer, _ = engine.make_private(
+        module=network,
+        optimizer=torch.optim.NAdam(network.parameters(), lr=task.learning_rate),
+        data_loader=DataLoader(data, batch_size=task.batch_size),
+        noise_multiplier=sigma,
+        max_grad_norm=task.max_grad_norm,
+        poisson_sampling=False,
+        **options,
+    )
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        criterion(module(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+    return Runner(network, step, WeightAverage(network, _DECAY))
+
+
+def _fastest_mode(network: nn.Module, task: Task, sigma: float, batch: Batch) -> str:
+    """By the second step of each: the first one imports."""
+    seconds = {}
+    for mode in OPACUS_MODES:
+        engine = opacus.PrivacyEngine(accountant="rdp")
+        runner = _runner(engine, network, task, sigma, grad_sample_mode=mode)
+        runner.take(batch)
+        runner.take(batch)
+        seconds[mode] = runner.each[-1]
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _write(index: int, task: Task, path: Path, report: work.Report) -> None:
+    here = asdict(results.Environment.here(torch.device("cpu"), "system"))
+    rows = []
+    for name, runner in race(task, seed=index, report=report).items():
+        rows.append(
+            {
+                "repetition": index,
+                "rival": name.split(" ")[0],
+                "mode": name.partition(" ")[2] or "fused",
+                "reached": runner.reached,
+                "dice": runner.dice,
+                "steps": runner.steps,
+                "seconds": runner.wall if runner.reached else None,
+                "processor_seconds": runner.processor if runner.reached else None,
+                "processor_ms_per_step": 1e3 * statistics.median(runner.each),
+                "target_dice": task.dice,
+                "epsilon": task.epsilon,
+                "delta": task.delta,
+                "noise_multiplier": f"{task.noise_multiplier():.6g}",
+                "planned_steps": task.steps,
+                "batch": task.batch_size,
+                "patients": task.patients,
+                "side": task.side,
+                **here,
+            }
+        )
+    table.replace(path, rows, KEY)

@@ -1,0 +1,220 @@
+"""What the planner's choice costs against the best measured one, shape by shape.
+
+Candidates are strategies (stored gradients, or norms from the factors and a second pass) times the
+backends that can run them; for convolutions, in the place of the slow reference, each form that
+the CPU backend chooses from. Each call is the work of one parameter in a step: norms, clip,
+clipped sum. The best candidate is found on every other round and judged on the rest, so that
+picking the luckiest of several noisy times does not count as regret.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench import results, table, work
+from dpkernels import ops
+from dpkernels.engine.planner import Planner
+from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand
+from dpkernels.ops.conv import library, tiles
+from dpkernels.ops.conv.cpu import GradSample
+from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.registry import BackendUnavailable
+
+PATH = results.RESULTS / "regret.csv"
+KEY = ("device", "threads", "shape")
+_SECONDS = 0.6
+_ROUNDS = 6
+_UNBOUNDED = 1 << 60
+_BOUND = 1.0
+_AUTO = "auto"
+#: a candidate whose first call takes this many times the fastest one's is not a candidate
+_FAR_SLOWER = 4.0
+#: what the convolution's CPU backend chooses from
+_CONV_FORMS: Mapping[str, GradSample] = {
+    "tiles": tiles.grad_sample,
+    "grouped": library.grouped_grad_sample,
+    "looped": library.looped_grad_sample,
+}
+
+#: B, T, I, O
+LINEAR = tuple(
+    (batch, length, inputs, outputs)
+    for batch, length in ((256, 1), (8, 16), (32, 16), (8, 64), (32, 64), (8, 256), (4, 1024))
+    for inputs, outputs in ((64, 64), (256, 256), (256, 1024), (1024, 256))
+)
+#: B, Cin, Cout, side, kernel, stride, axes
+CONVOLUTIONS = (
+    (2, 1, 24, 48, 3, 1, 3),
+    (2, 24, 24, 48, 3, 1, 3),
+    (2, 48, 48, 24, 3, 1, 3),
+    (2, 96, 96, 12, 3, 1, 3),
+    (4, 32, 64, 12, 3, 2, 3),
+    (4, 128, 128, 4, 3, 1, 3),
+    (8, 16, 16, 16, 3, 1, 3),
+    (64, 3, 64, 32, 3, 1, 2),
+    (64, 16, 16, 32, 3, 1, 2),
+    (64, 64, 64, 32, 3, 1, 2),
+    (64, 128, 128, 16, 3, 1, 2),
+    (64, 256, 256, 8, 3, 1, 2),
+    (64, 512, 512, 4, 3, 1, 2),
+    (32, 64, 256, 16, 1, 1, 2),
+    (32, 256, 64, 16, 1, 1, 2),
+    (32, 3, 192, 32, 4, 4, 2),
+)
+#: B, T, rows of the table, D
+EMBEDDINGS = (
+    (512, 16, 16_000, 32),
+    (32, 64, 2_000, 64),
+    (8, 128, 2_000, 256),
+    (256, 1, 1_000, 16),
+)
+
+
+def run(budget: float | None, fresh: bool, path: Path = PATH) -> work.Outcome:
+    """Measure the grid on one thread; rows are written shape by shape."""
+    torch.set_num_threads(1)
+    todo = {name: partial(_write, name, make, path) for name, make in grid().items()}
+    settings = {"shapes": list(todo), "output": str(path)}
+    return work.off(todo, "regret", settings, fresh=fresh, budget=budget)
+
+
+def grid() -> dict[str, Callable[[], Operand]]:
+    """Shapes by name, each with what makes its operand."""
+    found: dict[str, Callable[[], Operand]] = {}
+    for shape in LINEAR:
+        found["linear B={} T={} {}->{}".format(*shape)] = partial(_linear, *shape)
+    for shape in CONVOLUTIONS:
+        batch, inputs, outputs, side, kernel, stride, axes = shape
+        name = f"conv B={batch} {inputs}->{outputs} {side}^{axes} k={kernel} s={stride}"
+        found[name] = partial(_conv, *shape)
+    for shape in EMBEDDINGS:
+        found["embedding B={} T={} {}x{}".format(*shape)] = partial(_embedding, *shape)
+    return found
+
+
+def measure(operand: Operand, seconds: float = _SECONDS) -> dict[str, object]:
+    """The planner's choice and the best candidate on one operand, and what lies between."""
+    like = next(
+        v for v in vars(operand).values() if isinstance(v, torch.Tensor) and v.is_floating_point()
+    )
+    planner = Planner(memory_budget=_UNBOUNDED)
+    strategy = planner.choose(operand, "weight", "layer", like)
+    calls = _candidates(operand)
+    chosen = f"{strategy}, {_AUTO}"
+    search, judge = _interleaved(calls, seconds)
+    best = min(search, key=search.__getitem__)
+    return {
+        "chosen": chosen,
+        "backend": operand.backend(strategy),
+        "chosen_ms": 1e3 * judge[chosen],
+        "best": best,
+        "best_ms": 1e3 * judge[best],
+        "regret": judge[chosen] / judge[best] - 1.0,
+        "candidates": "; ".join(f"{name} {1e3 * t:.3g} ms" for name, t in judge.items()),
+    }
+
+
+def _write(name: str, make: Callable[[], Operand], path: Path, report: work.Report) -> None:
+    torch.manual_seed(0)
+    row = {"shape": name, **measure(make())}
+    here = asdict(results.Environment.here(torch.device("cpu"), "system"))
+    table.replace(path, [{**row, **here}], KEY)
+
+
+def _candidates(operand: Operand) -> dict[str, Callable[[], object]]:
+    """What can run and is not far slower than the others at the first call."""
+    forms = {"store": _stored, "gram": _factored}
+    calls: dict[str, Callable[[], object]] = {}
+    for strategy in operand.costs():
+        own = operand.backend(strategy)
+        for backend in (_AUTO, "cpu", "library", "reference"):
+            slow = backend == "reference" and isinstance(operand, ConvOperand)
+            if backend != own and not slow:
+                calls[f"{strategy}, {backend}"] = partial(_under, backend, forms[strategy], operand)
+    if isinstance(operand, ConvOperand):
+        for name, form in _CONV_FORMS.items():
+            calls[f"store, {name}"] = partial(_formed, form, operand)
+    first: dict[str, float] = {}
+    for name, call in calls.items():
+        start = time.thread_time()
+        with suppress(BackendUnavailable):
+            call()
+            first[name] = time.thread_time() - start
+    limit = _FAR_SLOWER * min(first.values())
+    return {n: calls[n] for n, t in first.items() if t <= limit or n.endswith(_AUTO)}
+
+
+def _under(backend: str, form: Callable[[Operand], torch.Tensor], operand: Operand) -> torch.Tensor:
+    with nullcontext() if backend == _AUTO else ops.use_backend(backend):
+        return form(operand)
+
+
+def _stored(operand: Operand) -> torch.Tensor:
+    return _clipped(operand.grad_sample())
+
+
+def _formed(form: GradSample, operand: ConvOperand) -> torch.Tensor:
+    geometry = Geometry.of(
+        operand.weight_shape, operand.stride, operand.padding, operand.dilation, operand.groups
+    )
+    return _clipped(form(operand.input, operand.backprops, geometry))
+
+
+def _clipped(stored: torch.Tensor) -> torch.Tensor:
+    norm_sq = torch.linalg.vector_norm(stored.flatten(1), dim=1).square()
+    out = stored.new_zeros(stored.shape[1:])
+    return ops.weighted_sum_(out, stored, ops.clip_factor(norm_sq, _BOUND))
+
+
+def _factored(operand: Operand) -> torch.Tensor:
+    return operand.clipped_grad(ops.clip_factor(operand.norm_sq(), _BOUND))
+
+
+def _interleaved(
+    calls: Mapping[str, Callable[[], object]], seconds: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Processor time of each call, seconds: lower quartile of the even and of the odd rounds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end, rounds = time.monotonic() + seconds * len(calls), 0
+    while time.monotonic() < end or rounds < _ROUNDS or rounds % 2:
+        for name, call in calls.items():
+            start = time.thread_time()
+            call()
+            times[name].append(time.thread_time() - start)
+        rounds += 1
+    return tuple(
+        {name: sorted(t[half::2])[len(t) // 8] for name, t in times.items()} for half in (0, 1)
+    )  # type: ignore[return-value]
+
+
+def _linear(batch: int, length: int, inputs: int, outputs: int) -> LinearOperand:
+    return LinearOperand(torch.randn(batch, length, inputs), torch.randn(batch, length, outputs))
+
+
+def _conv(
+    batch: int, inputs: int, outputs: int, side: int, kernel: int, stride: int, axes: int
+) -> ConvOperand:
+    padding = kernel // 2 if kernel % 2 else 0
+    reached = (side + 2 * padding - kernel) // stride + 1
+    return ConvOperand(
+        torch.randn(batch, inputs, *[side] * axes),
+        torch.randn(batch, outputs, *[reached] * axes),
+        [outputs, inputs, *[kernel] * axes],
+        [stride] * axes,
+        [padding] * axes,
+        [1] * axes,
+        1,
+        batch,
+    )
+
+
+def _embedding(batch: int, length: int, rows: int, width: int) -> EmbeddingOperand:
+    ids = torch.randint(rows, (batch, length))
+    return EmbeddingOperand(ids, torch.randn(batch, length, width), rows, -1)

@@ -1,0 +1,189 @@
+"""Scaling curves: time and memory of a step against one quantity at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench import cases, harness, models, results, rivals, work
+from bench.results import Row
+
+PATH = results.RESULTS / "scaling.csv"
+PLAN = harness.Plan(seconds=1.5, least=3, most=30)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity that grows while the rest stays.
+
+    Attributes:
+        title: the quantity and what stays.
+        points: its values, ascending.
+        case: value -> case.
+        rivals: who is measured beside the ordinary step: ours and the best others.
+    """
+
+    title: str
+    points: tuple[int, ...]
+    case: Callable[[int], cases.Case]
+    rivals: tuple[str, ...]
+
+    def coarse(self) -> tuple[int, ...]:
+        """Every second point, with the last."""
+        return self.points[::-2][::-1]
+
+
+def _perceptron(width: int) -> cases.Case:
+    return cases.Case(
+        "perceptron",
+        "perceptron",
+        (),
+        partial(models.Perceptron, 256, width, 3),
+        partial(cases.features, 256, 32),
+    )
+
+
+_ON_SEQUENCES = ("ours", "loop", "ew")
+_ON_VOLUMES = ("ours", "loop", "functorch")
+CURVES: Mapping[str, Curve] = {
+    "batch": Curve(
+        "batch size (encoder, T=128, d=128)",
+        (1, 2, 4, 8, 16, 32),
+        lambda x: cases.encoder(128, 128, 2, x),
+        _ON_SEQUENCES,
+    ),
+    "batch-volumes": Curve(
+        "batch size (3D U-Net of 8 channels, 32³)",
+        (1, 2, 4, 8),
+        lambda x: cases.unet(32, x, base=8),
+        _ON_VOLUMES,
+    ),
+    "side": Curve(
+        "side of the volume (3D U-Net of 8 channels, B=2)",
+        (16, 24, 32, 48, 64),
+        lambda x: cases.unet(x, 2, base=8),
+        _ON_VOLUMES,
+    ),
+    "length": Curve(
+        "sequence length T (encoder, d=128, B=4)",
+        (32, 64, 128, 256, 512, 1024),
+        lambda x: cases.encoder(x, 128, 2, 4),
+        _ON_SEQUENCES,
+    ),
+    "width": Curve(
+        "width d (encoder, T=128, B=4)",
+        (64, 128, 256, 512),
+        lambda x: cases.encoder(128, x, 2, 4),
+        _ON_SEQUENCES,
+    ),
+    "depth": Curve(
+        "depth (encoder, T=64, d=128, B=8)",
+        (1, 2, 4, 8, 16),
+        lambda x: cases.encoder(64, 128, x, 8),
+        _ON_SEQUENCES,
+    ),
+    "parameters": Curve(
+        "width of a perceptron of three layers (0.02 to 9 million parameters, B=32)",
+        (64, 128, 256, 512, 1024, 2048),
+        _perceptron,
+        ("ours", "ew", "ghost"),
+    ),
+}
+
+
+def point_of(row: Row) -> tuple[str, int]:
+    """Curve and value of a row, from its case."""
+    curve, _, value = row.case.partition("=")
+    return curve, int(value)
+
+
+def items(
+    names: tuple[str, ...], coarse: bool, path: Path, plan: harness.Plan = PLAN
+) -> dict[str, work.Item]:
+    """What is to be measured: the ends of the curves last, since they take longest."""
+    points = [
+        (name, value)
+        for name in names
+        for value in (CURVES[name].coarse() if coarse else CURVES[name].points)
+    ]
+    points.sort(key=lambda p: CURVES[p[0]].points.index(p[1]) / len(CURVES[p[0]].points))
+    return {
+        f"{name}={value}": partial(_measure, name, value, path=path, plan=plan)
+        for name, value in points
+    }
+
+
+def run(
+    names: tuple[str, ...], coarse: bool, budget: float, fresh: bool, path: Path = PATH
+) -> work.Outcome:
+    """Measure the curves on one thread of the CPU; the rows are written point by point.
+
+    Raises:
+        ValueError: no curve of that name.
+    """
+    unknown = [name for name in names if name not in CURVES]
+    if unknown:
+        raise ValueError(f"curve {unknown[0]!r}: expected one of {', '.join(CURVES)}")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    wanted = items(names or tuple(CURVES), coarse, path)
+    settings = {"plan": asdict(PLAN), "items": list(wanted), "output": str(path)}
+    return work.off(wanted, "scaling", settings, fresh=fresh, budget=budget)
+
+
+def _measure(name: str, value: int, report: work.Report, *, path: Path, plan: harness.Plan) -> None:
+    curve = CURVES[name]
+    case = replace(curve.case(value), name=f"{name}={value}")
+    chosen = rivals.find(list(curve.rivals))
+    found = harness.measure(case, chosen, torch.device("cpu"), plan, report)
+    results.replace(path, found)
+
+
+def plot(rows: list[Row], folder: Path) -> Path | None:
+    """One column per curve: time above, memory below, over the ordinary step; None without rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    own = [row for row in rows if row.status == "ok" and point_of(row)[0] in CURVES]
+    names = [name for name in CURVES if any(point_of(row)[0] == name for row in own)]
+    if not names:
+        return None
+    figure, axes = pyplot.subplots(
+        2, len(names), figsize=(3.4 * len(names), 6.5), squeeze=False, sharey="row"
+    )
+    for column, name in enumerate(names):
+        curve = CURVES[name]
+        for axis, figure_of in zip(axes[:, column], ("best_ratio", "memory_ratio"), strict=True):
+            for index, rival in enumerate(r for r in rivals.RIVALS if r.name in curve.rivals):
+                points = sorted(
+                    (point_of(row)[1], getattr(row, figure_of))
+                    for row in own
+                    if point_of(row)[0] == name
+                    and row.rival == rival.name
+                    and getattr(row, figure_of)
+                )
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True), "o-", color=f"C{index}", label=rival.title
+                    )
+            axis.axhline(1.0, color="black", linewidth=0.8)
+            if axis.get_legend_handles_labels()[1]:
+                axis.set_xscale("log", base=2)
+                axis.set_yscale("log")
+                axis.legend(fontsize=6)
+        axes[0, column].set_title(curve.title.replace(" (", "\n("), fontsize=8)
+    axes[0, 0].set_ylabel("time, ordinary step = 1")
+    axes[1, 0].set_ylabel("peak memory growth, ordinary step = 1")
+    figure.tight_layout()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "scaling.png"
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+    return path

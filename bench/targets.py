@@ -1,0 +1,81 @@
+"""What a step is meant to cost, and the cases that cost more, with the reason on file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import rivals, table
+from bench.results import Row
+from bench.table import number
+
+PATH = Path(__file__).resolve().parent / "targets.csv"
+#: a difference between the best rival and ours that the machine alone makes
+_NOISE = 0.03
+
+
+@dataclass(frozen=True)
+class Target:
+    """A line of targets.csv; ratios to the ordinary step.
+
+    Attributes:
+        predicted: time / memory, written down before the measurement.
+        reason: why the case is above, for as long as it is.
+    """
+
+    case: str
+    time: float | None
+    memory: float | None
+    predicted: str
+    reason: str
+
+
+def read(path: Path = PATH) -> dict[str, Target]:
+    """By case."""
+    return {
+        row["case"]: Target(
+            row["case"],
+            number(row["time"]),
+            number(row["memory"]),
+            row["predicted"],
+            row["reason"],
+        )
+        for row in table.read(path)
+    }
+
+
+def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, str]:
+    """By case: what of ours is above its target, or slower than a rival; one group of rows.
+
+    The reason is appended where there is one.
+    """
+    titles = {rival.name: rival.title for rival in rivals.RIVALS}
+    found = {}
+    for row in rows:
+        if row.rival != "ours" or row.status != "ok" or row.best_ratio is None:
+            continue
+        target = targets.get(row.case)
+        parts = []
+        if target and target.time and row.best_ratio > target.time:
+            parts.append(f"time {row.best_ratio:.2f}, target {target.time:.2f}")
+        if target and target.memory and row.memory_ratio and row.memory_ratio > target.memory:
+            parts.append(f"memory {row.memory_ratio:.2f}, target {target.memory:.2f}")
+        rival = _fastest_rival(row.case, rows)
+        if rival and rival.best_ratio and rival.best_ratio < row.best_ratio * (1.0 - _NOISE):
+            parts.append(f"{titles[rival.rival]} is faster, {rival.best_ratio:.2f}")
+        if parts:
+            reason = f": {target.reason}" if target and target.reason else ""
+            found[row.case] = "; ".join(parts) + reason
+    return found
+
+
+def _fastest_rival(case: str, rows: list[Row]) -> Row | None:
+    others = [
+        row
+        for row in rows
+        if row.case == case
+        and row.rival not in ("ours", "ordinary")
+        and row.status == "ok"
+        and row.best_ratio is not None
+    ]
+    return min(others, key=lambda row: row.best_ratio or 0.0, default=None)

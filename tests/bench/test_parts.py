@@ -1,0 +1,271 @@
+"""The other parts of the bench: what they compute is right, and what is wrong they find."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import (
+    accounting_bench,
+    cases,
+    dice,
+    digest,
+    harness,
+    memory,
+    noise_bench,
+    regret,
+    results,
+    rivals,
+    roofline,
+    scaling,
+    table,
+    targets,
+    work,
+)
+from dpkernels.layers.operands import LinearOperand
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a test is remembered for a measurement, nor the other way round."""
+    monkeypatch.setattr(work, "STATE", tmp_path / "state")
+
+
+def _row(rival: str, ratio: float, case: str = "encoder-t128-d256-b8") -> results.Row:
+    return results.Row(
+        case, rival, "ok", 8, 3, "float32", "", "1", ratio=ratio, device="cpu", threads=1
+    )
+
+
+def test_a_table_keeps_the_rows_and_columns_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    table.replace(path, [{"case": "a", "old": 1}, {"case": "b", "old": 2}], ("case",))
+    table.replace(path, [{"case": "b", "new": 0.123456}], ("case",))
+    assert table.read(path) == [
+        {"new": "", "case": "a", "old": "1"},
+        {"new": "0.1235", "case": "b", "old": ""},
+    ]
+
+
+def test_an_interrupted_part_goes_on_and_a_changed_one_starts_anew() -> None:
+    seen: list[str] = []
+
+    def item(name: str, report: work.Report) -> None:
+        seen.append(name)
+        if name == "b" and seen.count("b") == 1:
+            raise RuntimeError("no luck")
+
+    todo = {name: partial(item, name) for name in "abc"}
+    first = work.off(todo, "part", {"n": 1})
+    assert first == work.Outcome(failed=("b",))
+    assert work.off(todo, "part", {"n": 1}).complete
+    assert seen == ["a", "b", "c", "b"]
+    assert work.off(todo, "part", {"n": 1}, budget=-1.0).left == ("a", "b", "c")
+    work.off({"a": todo["a"], "x": partial(item, "b")}, "part", {"n": 1}, budget=-1.0)
+    assert seen == ["a", "b", "c", "b"]
+
+
+def test_what_was_done_with_other_settings_is_done_again() -> None:
+    todo = {"a": lambda report: None, "b": partial(_fail)}
+    work.off(todo, "part", {"n": 1})
+    assert work.Memory(work.STATE / "part.json", {"n": 1}).done == ["a"]
+    assert work.Memory(work.STATE / "part.json", {"n": 2}).done == []
+    assert work.Memory(work.STATE / "part.json", {"n": 1}, fresh=True).done == []
+
+
+def _fail(report: work.Report) -> None:
+    raise ValueError("no")
+
+
+def test_regret_is_the_chosen_time_over_that_of_the_best_found_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operand = LinearOperand(torch.randn(4, 3, 64), torch.randn(4, 3, 64))
+
+    def times(calls, seconds):
+        search = dict.fromkeys(calls, 2.0) | {"store, auto": 1.0}
+        judge = dict.fromkeys(calls, 0.1) | {"store, auto": 2.0, "gram, auto": 3.0}
+        return search, judge
+
+    monkeypatch.setattr(regret, "_interleaved", times)
+    row = regret.measure(operand)
+    assert row["chosen"] == "gram, auto"
+    assert row["best"] == "store, auto"
+    assert row["regret"] == 0.5
+
+
+def test_every_candidate_gives_the_same_clipped_sum() -> None:
+    torch.manual_seed(0)
+    conv = regret.grid()["conv B=4 128->128 4^3 k=3 s=1"]()
+    for operand in (LinearOperand(torch.randn(4, 5, 8), torch.randn(4, 5, 6)), conv):
+        found = [call() for call in regret._candidates(operand).values()]
+        assert len(found) >= 3
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_small_grid_of_regret_is_written_and_told(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "regret.csv"
+    monkeypatch.setattr(regret, "grid", lambda: {"tiny": lambda: regret._linear(2, 3, 4, 5)})
+    monkeypatch.setattr(regret, "_SECONDS", 0.01)
+    assert regret.run(None, fresh=True, path=path).complete
+    (line,) = digest.regret(path)
+    assert "geometric mean of 1 shapes" in line
+
+
+def test_noise_passes_its_tests_and_wrong_noise_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def worst(findings: list[noise_bench.Finding], what: str) -> float:
+        return max(abs(f.deviation or 0.0) for f in findings if what in f.quantity)
+
+    good = noise_bench.distribution(400_000)
+    assert worst(good, "mean of") < 5
+    assert worst(good, "distance") < 2.3
+    honest = noise_bench._normals
+
+    def scaled(draws: int):
+        return (chunk * 1.02 for chunk in honest(draws))
+
+    monkeypatch.setattr(noise_bench, "_normals", scaled)
+    bad = noise_bench.distribution(400_000)
+    assert worst(bad, "mean of") > 5
+    assert worst(bad, "distance") > 2.3
+
+
+def test_far_tails_are_exact_and_a_cut_tail_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_bench, "_FAR_BLOCKS", 1 << 14)
+    assert max(abs(f.deviation or 0.0) for f in noise_bench.far_tails()) < 5
+    honest = noise_bench.standard_normals
+    monkeypatch.setattr(noise_bench, "standard_normals", lambda w: honest(w).clamp(-7.2, 7.2))
+    deviations = {f.quantity[:11]: f.deviation or 0.0 for f in noise_bench.far_tails()}
+    assert abs(deviations["P(|z| > 7),"]) < 5
+    assert deviations["P(|z| > 8),"] < -20
+
+
+def test_a_roofline_is_the_slower_of_bytes_and_flops() -> None:
+    peaks = roofline.Peaks(bandwidth=100.0, flops=1000.0)
+    task = roofline.Work(lambda: torch.zeros(1), flops=500.0, bytes=200.0)
+    assert peaks.seconds(task) == 2.0
+    assert peaks.bound(task) == "memory"
+    assert peaks.bound(replace(task, flops=3000.0)) == "arithmetic"
+    row = roofline.figures(task, peaks, seconds=0.0)
+    assert row["share"] == pytest.approx(2e3 / row["ms"])
+
+
+def test_every_op_of_the_roofline_runs() -> None:
+    for op, shape, make in roofline.cases():
+        if "48^3" not in shape and "32^2" not in shape:
+            task = make()
+            assert task.call().isfinite().all(), (op, shape)
+            assert task.bytes > 0
+
+
+def test_points_of_a_curve_are_measured_and_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "scaling.csv"
+    plan = harness.Plan(seconds=0.0, least=1, most=1, memory=False)
+    todo = scaling.items(("parameters",), True, path, plan)
+    assert list(todo) == ["parameters=128", "parameters=512", "parameters=2048"]
+    todo["parameters=128"](lambda what, share: None)
+    rows = results.read(path)
+    assert {row.rival for row in rows} == {"ordinary", "ours", "ew", "ghost"}
+    assert {row.status for row in rows} == {"ok"}
+    assert {scaling.point_of(row) for row in rows} == {("parameters", 128)}
+    picture = scaling.plot(rows, tmp_path)
+    assert picture is not None
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"curve 'x': expected one of batch"):
+        scaling.run(("x",), True, None, True, path)
+
+
+def test_every_curve_builds_its_cases() -> None:
+    for curve in scaling.CURVES.values():
+        assert curve.coarse()[-1] == curve.points[-1]
+        assert set(curve.rivals) <= {rival.name for rival in rivals.RIVALS}
+        workload = curve.case(curve.points[0]).build(torch.device("cpu"))
+        assert workload.parameters() > 0
+
+
+def test_an_lstm_is_dplstm_for_opacus_and_all_release_the_same() -> None:
+    case = next(c for c in cases.CASES if c.name.startswith("lstm"))
+    small = replace(case, make_batch=partial(cases._labelled_tokens, 2000, 5, 3))
+    plan = harness.Plan(seconds=0.0, least=1, most=1, memory=False)
+    chosen = rivals.find(["ours", "hooks", "ghost", "ew"])
+    rows = harness.measure(small, chosen, torch.device("cpu"), plan, lambda what, share: None)
+    assert {row.rival: row.status for row in rows} == {rival.name: "ok" for rival in chosen}
+
+
+def test_the_race_ends_when_both_are_there_and_counts_their_steps(tmp_path: Path) -> None:
+    path = tmp_path / "dice.csv"
+    task = dice.Task(
+        patients=6, held_out=1, side=16, batch_size=4, steps=3, every=1, dice=0.0, delta=1e-2
+    )
+    assert dice.run(1, None, True, task, path).complete
+    rows = table.read(path)
+    assert [row["rival"] for row in rows] == ["ours", "Opacus"]
+    assert {(row["steps"], row["reached"]) for row in rows} == {("1", "True")}
+    assert all(float(row["processor_seconds"]) > 0 for row in rows)
+    (line,) = digest.dice(path)
+    assert "(1 of 1 runs)" in line
+    unreached = dice.run(1, None, True, replace(task, dice=1.1, steps=1), path)
+    assert unreached.complete
+    assert {(row["seconds"], row["reached"]) for row in table.read(path)} == {("", "False")}
+    assert "never got there" in digest.dice(path)[0]
+
+
+def test_dice_of_the_truth_is_one() -> None:
+    labels = torch.zeros(2, 1, 4, 4, 4)
+    labels[:, :, :2] = dice.LIVER
+
+    class Known(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(image[:, 0].long(), 3).movedim(-1, 1).float()
+
+    runner = dice.Runner(Known(), lambda batch: None, dice.WeightAverage(Known(), 0.0))
+    assert dice.liver_dice(runner, labels, labels) == 1.0
+    assert dice.liver_dice(runner, labels.flip(2), labels) == 0.0
+
+
+def test_an_accountant_is_asked_in_a_process_of_its_own_with_a_limit() -> None:
+    answer = accounting_bench.ask("tight", 1.0, 0.01, 100, 1.0, limit=60.0)
+    assert answer["outcome"] == "ok"
+    assert 0.1 < float(str(answer["epsilon"])) < 2.0
+    refused = accounting_bench.ask("prv", 1e-7, 0.01, 5000, 1e15, limit=60.0)
+    assert refused["epsilon"] is None
+    assert refused["outcome"] != "ok"
+    slow = accounting_bench.ask("tight", 1.0, 0.01, 100, 1.0, limit=0.0)
+    assert slow["outcome"] == "no answer in 0 s"
+
+
+def test_memory_of_a_process_grows_by_what_it_holds() -> None:
+    found = memory.in_fresh_process(_hold, (64 * 10**6,), 60.0)
+    assert 60.0 < found < 80.0
+    assert memory.in_fresh_process(_die, (), 60.0) is None
+
+
+def _hold(sender, size: int) -> None:
+    growth = memory.Growth()
+    held = torch.ones(size, dtype=torch.uint8)
+    sender.send(growth.peak_mb() if len(held) else None)
+
+
+def _die(sender) -> None:
+    raise SystemExit(1)
+
+
+def test_a_row_above_target_or_behind_a_rival_is_named_with_its_reason() -> None:
+    goals = {"encoder-t128-d256-b8": targets.Target("encoder-t128-d256-b8", 1.1, 1.2, "", "why")}
+    assert targets.missed([_row("ours", 1.05), _row("ew", 1.04)], goals) == {}
+    assert targets.missed([_row("ours", 1.2)], goals) == {
+        "encoder-t128-d256-b8": "time 1.20, target 1.10: why"
+    }
+    behind = targets.missed([_row("ours", 1.05), _row("ew", 0.9)], {})
+    assert behind == {"encoder-t128-d256-b8": "Opacus ew is faster, 0.90"}
+
+
+def test_every_cpu_case_has_a_line_of_targets() -> None:
+    assert set(targets.read()) == {case.name for case in cases.find([], "cpu")}
