@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterator, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import (
@@ -150,21 +152,50 @@ class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
             yield own[torch.rand(len(own), generator=draws) < self.sample_rate].tolist()
 
 
+class SystemPoissonSampler(UniformWithReplacementSampler):
+    """Poisson batches drawn by the operating system's generator: nobody can predict who is in.
+
+    64 bits decide on each record, so the rate is `sample_rate` or less, by at most 2^-64.
+    """
+
+    def __iter__(self) -> Iterator[list[int]]:
+        limit = int(self.sample_rate * 2**64)
+        for _ in range(self.steps):
+            draws = np.frombuffer(os.urandom(8 * self.num_samples), dtype=np.uint64)
+            joins = draws < limit if limit < 2**64 else np.ones(self.num_samples, dtype=bool)
+            yield np.flatnonzero(joins).tolist()
+
+
 def poisson_loader(
-    data_loader: DataLoader, processes: Processes | None = None, **kwargs: Any
+    data_loader: DataLoader,
+    processes: Processes | None = None,
+    *,
+    secure: bool = False,
+    **kwargs: Any,
 ) -> DPDataLoader:
-    """A Poisson-sampling twin of `data_loader`: same rate q, as many steps as it had batches."""
+    """A Poisson-sampling twin of `data_loader`: same rate q, as many steps as it had batches.
+
+    Args:
+        data_loader: draws every record alike.
+        processes: each samples from its share of the records.
+        secure: draw by the operating system's generator (in one process) instead of torch's.
+        **kwargs: of ``DPDataLoader.from_data_loader``.
+    """
     refuse_other_samplers(data_loader)
     steps = len(data_loader)
     rate = sample_rate_of(data_loader)
     twin = DPDataLoader.from_data_loader(data_loader, **kwargs)
+    #: a DataLoader refuses another sampler than the one that it was built with
+    if secure:
+        vars(twin)["batch_sampler"] = SystemPoissonSampler(
+            num_samples=dataset_size_of(data_loader), sample_rate=rate, steps=steps
+        )
     if processes is None or processes.world_size == 1:
         twin.sample_rate = twin.batch_sampler.sample_rate = rate
         twin.batch_sampler.steps = steps
         return twin
     twin.sample_rate = rate
     twin.distributed = True
-    #: a DataLoader refuses another sampler than the one that it was built with
     vars(twin)["batch_sampler"] = DistributedPoissonSampler(
         total_size=dataset_size_of(data_loader),
         sample_rate=rate,

@@ -41,7 +41,6 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         loss_reduction: ``"mean"`` or ``"sum"``, as the criterion reduces over the physical batch.
         generator: draws the noise from this torch generator; None draws it from ChaCha20 keyed by
             the operating system.
-        secure_mode: see :class:`dpkernels.PrivacyEngine`.
         clipping: ``"flat"``, ``"automatic"``, ``"per_layer"`` (`max_grad_norm` is then a list) or
             ``"adaptive"`` (its settings as further keyword arguments).
         views_per_sample: rows per sample, averaged before clipping.
@@ -60,7 +59,6 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         expected_batch_size: float | None,
         loss_reduction: str = "mean",
         generator: torch.Generator | None = None,
-        secure_mode: bool = False,
         clipping: str = "flat",
         views_per_sample: int = 1,
         materialize_grad_samples: bool = False,
@@ -77,7 +75,6 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             expected_batch_size=expected_batch_size,
             loss_reduction=loss_reduction,
             generator=generator,
-            secure_mode=secure_mode,
             **kwargs,
         )
         self.views_per_sample = views_per_sample
@@ -178,7 +175,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         if samples is None:
             raise ValueError("gradients: expected those of a backward pass under way, got none")
         scale = self._sample_scale(samples)
-        norm_sq = {p: g.norm_sq() * scale**2 for p, g in gradients.gradients.items()}
+        norm_sq = {p: self._norm_sq(g) * scale**2 for p, g in gradients.gradients.items()}
         if not norm_sq or gradients.empty:
             self.last_step = None
             return {}
@@ -206,6 +203,10 @@ class FusedDPOptimizer(ScaledLossOptimizer):
                 self._leave_grad_sample(parameter, grad_sample)
         return {p: factor * scale for p, factor in factors.items()}
 
+    def _norm_sq(self, gradient: ParameterGradient) -> torch.Tensor:
+        """[B]: squared norms of the captured gradients of one parameter."""
+        return gradient.norm_sq()
+
     def _leave_grad_sample(self, parameter: nn.Parameter, grad_sample: torch.Tensor) -> None:
         """Set ``parameter.grad_sample``; a list, as Opacus has it, where passes accumulate."""
         earlier = getattr(parameter, "grad_sample", None)
@@ -231,6 +232,18 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         if last:
             mechanism = self._agree(mechanism)
         noise_std = self._noise_std(mechanism) if last and not self._iterations else 0.0
+        self._write(found, factors, last, noise_std)
+        if last:
+            self._iterations += 1
+
+    def _write(
+        self,
+        found: dict[nn.Parameter, ParameterGradient],
+        factors: dict[nn.Parameter, torch.Tensor],
+        last: bool,
+        noise_std: float,
+    ) -> None:
+        """Add up and, on the last physical batch, add noise and write every ``p.grad``."""
         again = last and self._iterations > 0
         finished = bool(noise_std) or again
         scale = 1.0 / self._divisor(self._iterations + 1) if last else 1.0
@@ -240,7 +253,6 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             parameter.summed_grad = None if finished else each.total  # type: ignore[attr-defined]
         if not last:
             return
-        self._iterations += 1
         totals = [each.total if finished else each.total * scale for each in sums]
         shard_noise_std = self.processes.shard_noise(noise_std) * scale
         for parameter, total in self.processes.reduce(dict(zip(self.params, totals))).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -11,6 +12,7 @@ import torch
 from opacus import PrivacyEngine as OpacusPrivacyEngine
 from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier as opacus_noise_multiplier
+from opacus.data_loader import switch_generator
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.validators.errors import UnsupportedModuleError
@@ -50,8 +52,9 @@ class PrivacyEngine(OpacusPrivacyEngine):
     Args:
         accountant: ``"tight"`` (ours, an upper bound within 1 % of exact), ``"prv"``, ``"rdp"``,
             ``"gdp"`` or any mechanism registered with Opacus.
-        secure_mode: refused in mode "fused" for now. Noise comes from a cryptographic generator
-            keyed by the operating system in any case.
+        secure_mode: in mode "fused", noise that floating-point arithmetic cannot give away
+            (docs/math.md, section 3), and batches drawn by the operating system's generator. Noise
+            is keyed by it in any case. Opacus' modes need ``torchcsprng`` for theirs.
 
     Guarantees:
         In mode "fused" with Poisson sampling, each step releases the Poisson-subsampled Gaussian
@@ -59,11 +62,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
     """
 
     def __init__(self, *, accountant: str = "tight", secure_mode: bool = False):
-        if secure_mode:
-            super().__init__(accountant=accountant, secure_mode=True)
-            return
         self.accountant = create_accountant(mechanism=accountant)
-        self.secure_mode = False
+        self.secure_mode = secure_mode
         self.secure_rng = None
         self.dataset = None
         self._module: FusedGradSampleModule | FusedGradSampleHooks | None = None
@@ -140,6 +140,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
             for name, given in ours.items():
                 if given:
                     raise ValueError(f"{name}: only grad_sample_mode='fused' takes it")
+            if self.secure_mode:
+                self.secure_rng = OpacusPrivacyEngine(secure_mode=True).secure_rng
             return super().make_private(
                 module=module,
                 optimizer=optimizer,
@@ -182,7 +184,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             batch_first=batch_first,
             rand_on_empty=rand_on_empty,
         )
-        private_optimizer = optimizer_class(clipping, processes)(
+        private_optimizer = optimizer_class(clipping, processes, self.secure_mode)(
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
@@ -317,15 +319,30 @@ class PrivacyEngine(OpacusPrivacyEngine):
         processes: Processes | None = None,
         **kwargs: Any,
     ) -> DataLoader:
-        prepared = super()._prepare_data_loader(
-            data_loader, poisson_sampling=False, distributed=distributed, **kwargs
-        )
+        self._note_dataset(data_loader.dataset)
         if not poisson_sampling:
             warn_of_other_samplers(data_loader)
-            return prepared
+            if self.secure_rng is None:
+                return data_loader
+            return switch_generator(data_loader=data_loader, generator=self.secure_rng)
         return poisson_loader(
-            data_loader, processes, generator=self.secure_rng, distributed=distributed, **kwargs
+            data_loader,
+            processes,
+            secure=self.secure_mode and self.secure_rng is None,
+            generator=self.secure_rng,
+            distributed=distributed,
+            **kwargs,
         )
+
+    def _note_dataset(self, dataset: Any) -> None:
+        if self.dataset is None:
+            self.dataset = dataset
+        elif self.dataset != dataset:
+            warnings.warn(
+                "PrivacyEngine detected new dataset object: epsilon is counted for one dataset, so "
+                "make a new PrivacyEngine unless this is the same data as before",
+                stacklevel=4,
+            )
 
     def _prepare_fused(
         self,
@@ -362,8 +379,6 @@ class PrivacyEngine(OpacusPrivacyEngine):
         )
 
     def _refuse_unsupported(self, module: nn.Module, optimizer: optim.Optimizer) -> None:
-        if self.secure_mode:
-            raise ValueError("secure_mode=True: grad_sample_mode='fused' does not have it yet")
         known = set(module.parameters())
         for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
             if p not in known:

@@ -9,6 +9,8 @@ normals: words 4j and 4j+1 (low, high) are the 64-bit radius r, words 4j+2 and 4
 
 Element i (flat, in contiguous order) of a call uses value i % 8 of block ``block + i // 8``: the
 same noise on every backend up to float rounding, whatever the number of threads.
+
+Integer noise takes one whole block per value, and is the same on every backend bit by bit.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ __all__ = [
     "blocks_needed",
     "chacha20_blocks_",
     "check_noise",
+    "discrete_gaussian_noise_",
+    "discrete_gaussians",
     "gaussian_noise_",
     "standard_normals",
 ]
@@ -41,6 +45,10 @@ def check_noise(noise_std: float, key: torch.Tensor, block: int) -> None:
         )
     if not 0 <= block < 2**63:
         raise ValueError(f"block={block}: expected a block counter in [0, 2**63)")
+
+
+#: integer noise is drawn for so many elements at a time: their words are 64 bytes each
+_INTEGERS_AT_A_TIME = 2**16
 
 
 def _require_words(words: torch.Tensor) -> None:
@@ -127,3 +135,46 @@ def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) ->
         [blocks, 8] of `dtype`.
     """
     return words.new_empty((len(words), 8), dtype=dtype)
+
+
+@contract()
+@checked_by(_require_words)
+def discrete_gaussians(words: torch.Tensor) -> torch.Tensor:
+    """One discrete Gaussian integer from the sixteen words of each block.
+
+    Every value costs the same operations: four searches of a fixed number of steps in one table.
+
+    Args:
+        words: [blocks, 16] int32 (the bits of unsigned words).
+
+    Returns:
+        [blocks] int64, variance ``dpkernels.ops.noise.table.VARIANCE``, mean 0.
+
+    Guarantees:
+        Within total variation ``dpkernels.ops.noise.table.STATISTICAL_DISTANCE`` of the discrete
+        Gaussian where the words are uniform (docs/math.md section 3, "Integer noise").
+    """
+    return words.new_empty(len(words), dtype=torch.int64)
+
+
+def discrete_gaussian_noise_(tensor: torch.Tensor, key: torch.Tensor, block: int) -> torch.Tensor:
+    """Add independent discrete Gaussian integers in place.
+
+    Args:
+        tensor: any shape, int64, contiguous.
+        key: [4] int64 on the CPU, as in ``gaussian_noise_``.
+        block: first block counter; element i uses block ``block + i``.
+
+    Returns:
+        `tensor`.
+    """
+    if tensor.dtype != torch.int64 or not tensor.is_contiguous():
+        raise ValueError(
+            f"tensor: {tensor.dtype} with strides {tensor.stride()}, expected contiguous int64"
+        )
+    flat = tensor.view(-1)
+    for first in range(0, flat.numel(), _INTEGERS_AT_A_TIME):
+        part = flat[first : first + _INTEGERS_AT_A_TIME]
+        words = torch.empty((part.numel(), 16), dtype=torch.int32, device=part.device)
+        part += discrete_gaussians(chacha20_blocks_(words, key, block + first))
+    return tensor

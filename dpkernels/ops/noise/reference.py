@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dpkernels.ops.noise import table
 from dpkernels.ops.noise.source import blocks_needed
 
+#: turns the order of unsigned numbers into that of signed ones
+_SIGN_BIT = -(2**63)
 _CONSTANTS = np.frombuffer(b"expand 32-byte k", dtype="<u4")
 _COLUMNS = ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
 _DIAGONALS = ((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14))
@@ -72,3 +75,22 @@ def chacha20_blocks_(
 def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     z = normals_of(words.cpu().contiguous().numpy().view(np.uint32))
     return torch.from_numpy(z).to(words.device, dtype)
+
+
+def discrete_gaussians(words: torch.Tensor) -> torch.Tensor:
+    high_of, low_of = (
+        torch.from_numpy(column.view(np.int64) ^ _SIGN_BIT).to(words.device)
+        for column in np.ascontiguousarray(table.thresholds().T)
+    )
+    uniform = words.contiguous().view(torch.int64) ^ _SIGN_BIT
+    total = torch.zeros(len(words), dtype=torch.int64, device=words.device)
+    for level in reversed(range(table.LEVELS)):
+        low, high = uniform[:, 2 * level], uniform[:, 2 * level + 1]
+        found = torch.zeros_like(total)
+        for step in reversed(range(table.SEARCH_STEPS)):
+            candidate = found + (1 << step)
+            threshold = high_of[candidate - 1]
+            reached = (threshold < high) | ((threshold == high) & (low_of[candidate - 1] <= low))
+            found = torch.where(reached, candidate, found)
+        total = total * table.RADIX + found.clamp(max=2 * table.LIMIT) - table.LIMIT
+    return total

@@ -50,13 +50,17 @@ class NoiseSource:
         """
         if numel < 0:
             raise ValueError(f"numel={numel}: expected a number of values >= 0")
+        return self.take_blocks(blocks_needed(numel))
+
+    def take_blocks(self, count: int) -> tuple[torch.Tensor, int]:
+        """Reserve `count` whole blocks: integer noise takes one for each value."""
         if self._drawn_after_forks != _forks:
             self._renew()
         with self._lock:
-            if self._next_block + blocks_needed(numel) >= 2**63:
+            if self._next_block + count >= 2**63:
                 self._draw_key()
             block = self._next_block
-            self._next_block += blocks_needed(numel)
+            self._next_block += count
             return self._key, block
 
     def take_each(self, numels: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
