@@ -64,8 +64,13 @@ class Processes:
         """The largest of each value over processes."""
         return list(values)
 
-    def require_same(self, **values: float) -> None:
-        """Raise ``ValueError`` on every process if one of the values is not the same on all."""
+    def agree(self, *, bound: float = 0.0, **values: float) -> float:
+        """The largest `bound` of any process.
+
+        Raises:
+            ValueError: one of the other values is not the same everywhere; raised everywhere.
+        """
+        return bound
 
     def adopt(self, module: nn.Module) -> None:
         """Start from the same parameters everywhere."""
@@ -101,8 +106,8 @@ class _Group(Processes):
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
         return shared.tolist()
 
-    def require_same(self, **values: float) -> None:
-        found = self.largest([*values.values(), *(-v for v in values.values())])
+    def agree(self, *, bound: float = 0.0, **values: float) -> float:
+        found = self.largest([*values.values(), *(-v for v in values.values()), bound])
         for index, (name, own) in enumerate(values.items()):
             largest, smallest = found[index], -found[index + len(values)]
             if largest != smallest:
@@ -111,6 +116,7 @@ class _Group(Processes):
                     " processes, expected the same on all. Build model, optimizer and data loader "
                     "alike on every process, over the whole dataset, and step schedulers together"
                 )
+        return found[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         if self.group is not None:

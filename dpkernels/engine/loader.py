@@ -210,7 +210,7 @@ def check_shared(data_loader: DataLoader, processes: Processes, poisson_sampling
     """Check that no record can enter a step in two processes, and that all make as many steps."""
     if processes.world_size == 1:
         return
-    processes.require_same(
+    processes.agree(
         dataset_size=dataset_size_of(data_loader),
         sample_rate=sample_rate_of(data_loader),
         steps=len(data_loader),

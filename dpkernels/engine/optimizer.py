@@ -155,12 +155,12 @@ class FusedDPOptimizer(ScaledLossOptimizer):
 
     def _agree(self, mechanism: Mechanism) -> Mechanism:
         """The mechanism of all processes: one noise multiplier, the largest of their bounds."""
-        self.processes.require_same(
+        bound = self.processes.agree(
+            bound=mechanism.bound,
             noise_multiplier=mechanism.noise_multiplier,
             accumulated_iterations=self._iterations,
             expected_batch_size=float(self.expected_batch_size or 0),
         )
-        (bound,) = self.processes.largest([mechanism.bound])
         self._mechanism = Mechanism(mechanism.noise_multiplier, bound)
         return self._mechanism
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture import CapturedForward, ModelCapture, is_packed, leaves_of
 from dpkernels.engine.distributed import Processes
@@ -89,7 +89,8 @@ class Lockstep:
     mixed samples runs here too, as soon as every process has two samples.
 
     Args:
-        model: the FSDP2 root; one backward pass follows each of its training passes.
+        model: the FSDP2 root; one backward pass follows each of its training passes, from the same
+            of its outputs every time (before the first, from all).
         capture: its capture.
         processes: the processes.
         is_last: whether the pass to come is the last of this process's logical batch.
@@ -105,8 +106,11 @@ class Lockstep:
         self.model, self.capture, self.processes, self.is_last = model, capture, processes, is_last
         self._inside = False
         self._probed = False
+        #: places among the model's outputs from which the last backward pass came
+        self._used: set[int] = set()
         self._handles = [
-            model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+            model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._after),
         ]
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -148,6 +152,19 @@ class Lockstep:
             empty = tree_map(lambda leaf: _without_rows(leaf, axis, rows), (args, kwargs))
             self._alone(self._stand_in, empty)
 
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._inside or self.capture.open_sink is None or not module.training:
+            return
+        used: set[int] = set()
+
+        def note(place: int) -> None:
+            self._used = used
+            used.add(place)
+
+        for place, leaf in enumerate(leaves_of(output)):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(lambda _, place=place: note(place))
+
     def _alone(self, run: Callable[..., None], *args: Any) -> None:
         """Run what makes passes of its own, whose gradients are not the training's."""
         sink, self._inside = self.capture.sink, True
@@ -158,13 +175,20 @@ class Lockstep:
 
     def _stand_in(self, batch: tuple[Any, Any]) -> None:
         self.capture.sink = _Nobody()
-        outputs = [t for t in self._outputs(batch) if t.requires_grad]
-        torch.stack([t.double().sum() for t in outputs]).sum().backward()
+        args, kwargs = batch
+        sums = [
+            leaf.double().sum()
+            for place, leaf in enumerate(leaves_of(self.model(*args, **kwargs)))
+            if isinstance(leaf, torch.Tensor)
+            and leaf.requires_grad
+            and (place in self._used or not self._used)
+        ]
+        torch.stack(sums).sum().backward()
 
     def _outputs(self, batch: tuple[Any, Any]) -> list[torch.Tensor]:
+        """What the trial for mixed samples differentiates."""
         args, kwargs = batch
-        leaves = tree_leaves(self.model(*args, **kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return [t for t in leaves_of(self.model(*args, **kwargs)) if isinstance(t, torch.Tensor)]
 
 
 def _without_rows(leaf: Any, axis: int, rows: int) -> Any:

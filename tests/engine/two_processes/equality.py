@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dpkernels import PrivacyEngine
-from tests.engine.support import cnn
+from tests.engine.support import Tokens, cnn
 from tests.engine.truth import microbatching
 from tests.engine.two_processes.models import (
     WRAPPERS,
@@ -115,6 +115,63 @@ def check_unequal_numbers_of_physical_batches() -> None:
                     optimizer.zero_grad()
             assert_close(gradients(model), expected.gradients, 1e-9)
             optimizer.step()
+
+
+def check_outputs_that_the_loss_does_not_use() -> None:
+    """The blank pass of a process that is through must gather what the others' passes gather."""
+
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.used, self.other = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = self.body(x).tanh()
+            return self.other(x), self.used(x)
+
+    def heads() -> nn.Module:
+        torch.manual_seed(0)
+        return TwoHeads().double()
+
+    def first_head(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0])[1], batch[1])
+
+    batch = data(10)
+    expected = microbatching(heads(), first_head, batch, 0.3, expected_batch_size=4.0)
+    _, model, optimizer, _ = private(sharded(heads()), batch)
+    first_head(model, batch).backward()
+    optimizer.zero_grad()
+    mine = [[(0, 3), (3, 6)], [(6, 10)]][dist.get_rank()]
+    for index, cut in enumerate(mine):
+        optimizer.signal_skip_step(index < len(mine) - 1)
+        first_head(model, tuple(t[slice(*cut)] for t in batch)).backward()
+        if index < len(mine) - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_close(gradients(model), expected.gradients, 1e-9)
+
+
+def check_bare_parameters_of_a_sharded_root() -> None:
+    class Root(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = None  # FSDP2 shards no scalar
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.cat([self.token.expand(len(x), -1, -1), self.patch(x)], 1) + self.positions
+            return self.head(x + self.scale * x.tanh()).mean(1)
+
+    def root() -> nn.Module:
+        torch.manual_seed(0)
+        return Root().double()
+
+    generator = torch.Generator().manual_seed(2)
+    batch = torch.randn(6, 4, 6, generator=generator).double(), torch.arange(6) % 3
+    expected = microbatching(root(), loss, batch, 0.3, expected_batch_size=4.0)
+    for wrap in (fully_shard, DistributedDataParallel):
+        _, model, _, _ = private(wrap(root()), batch)
+        loss(model, own_part(batch, (0, 2), (2, 6))).backward()
+        assert_close(gradients(model), expected.gradients, 1e-9)
 
 
 def check_accumulated_backward_passes() -> None:
