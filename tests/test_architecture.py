@@ -193,11 +193,17 @@ def test_the_shape_rule_notices() -> None:
 
 
 def test_bindings_know_every_family() -> None:
-    """Each header has its register function, and the CPU module calls it."""
-    module = (ROOT / "csrc" / "bindings" / "cpu_module.cpp").read_text()
+    """Each header has kernels on a device, and that device's module calls its register function."""
     for header in HEADERS:
-        if header.stem != "types":
-            assert f"register_{header.stem}(m)" in module, header.name
+        devices = [
+            device
+            for device, suffix in (("cpu", "cpp"), ("cuda", "cu"))
+            if (ROOT / "csrc" / device / f"{header.stem}.{suffix}").is_file()
+        ]
+        assert devices or header.stem == "types", header.name
+        for device in devices:
+            module = (ROOT / "csrc" / "bindings" / f"{device}_module.cpp").read_text()
+            assert f"register_{header.stem}(m)" in module, (device, header.name)
 
 
 def test_long_files_are_pointed_out() -> None:

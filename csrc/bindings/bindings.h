@@ -97,6 +97,7 @@ void register_affine(py::module_& m);
 void register_clip(py::module_& m);
 void register_conv(py::module_& m);
 void register_noise(py::module_& m);
+void register_small_conv(py::module_& m);
 
 }  // namespace DPKERNELS_DEVICE
 }  // namespace dpkernels

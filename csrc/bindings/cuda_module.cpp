@@ -6,4 +6,5 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("architectures") = DPKERNELS_CUDA_ARCHITECTURES;
     dpkernels::cuda::register_clip(m);
     dpkernels::cuda::register_noise(m);
+    dpkernels::cuda::register_small_conv(m);
 }

@@ -7,8 +7,10 @@
 
 #ifdef __CUDACC__
 #define DPK_INLINE __host__ __device__ __forceinline__
+#define DPK_UNROLL _Pragma("unroll")
 #else
 #define DPK_INLINE inline __attribute__((always_inline))
+#define DPK_UNROLL
 #endif
 
 namespace dpkernels {

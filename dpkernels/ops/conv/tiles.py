@@ -1,4 +1,4 @@
-"""Per-sample convolution gradients by our own kernel, csrc/cpu/conv_grad_sample.cpp.
+"""Per-sample convolution gradients by our own kernel, csrc/cpu/conv.cpp.
 
 It packs a block of all channels once and keeps tiles of dot products over positions in registers:
 no layout conversion, no unfold, any stride, padding, dilation, groups and memory format.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops import native
-from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
 
 CHANNEL_BLOCK = 16
 """The library works on blocks of 16 channels: what is not a multiple is slow there, or padded."""
@@ -58,27 +58,11 @@ def grad_sample(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geomet
     result = input.new_empty((input.shape[0], *geometry.weight_shape))
     native.extension(input).conv_grad_sample(
         input.data_ptr(),
-        _strides(input),
+        native_strides(input),
         grad_output.data_ptr(),
-        _strides(grad_output),
+        native_strides(grad_output),
         result.data_ptr(),
-        (input.shape[0], input.shape[1], grad_output.shape[1], geometry.groups),
-        _three(input.shape[2:], 1),
-        _three(grad_output.shape[2:], 1),
-        _three(geometry.kernel, 1),
-        _three(geometry.stride, 1),
-        _three(geometry.padding, 0),
-        _three(geometry.dilation, 1),
+        *native_sizes(input, grad_output, geometry),
         native.launch_on(input),
     )
     return result
-
-
-def _three(values: tuple[int, ...], missing: int) -> tuple[int, ...]:
-    """One entry for each of the three axes that the kernel knows."""
-    return (*[missing] * (3 - len(values)), *values)
-
-
-def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    sample, channel, *spatial = tensor.stride()
-    return (sample, channel, *_three(tuple(spatial), 0))

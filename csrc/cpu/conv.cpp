@@ -9,6 +9,8 @@
 //     one contiguous run and a shift may run across row ends.
 // Tiles of (up to) 4 output channels x 6 (input channel, tap) pairs then stay in registers over the
 // block.
+#include "dpkernels/conv.h"
+
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -16,7 +18,6 @@
 #include <vector>
 
 #include "cpu/conv_tile.h"
-#include "dpkernels/conv.h"
 
 namespace dpkernels::cpu {
 namespace {

@@ -1,0 +1,93 @@
+"""Convolutions with few channels on CUDA devices: csrc/cuda/small_conv.cu.
+
+With up to 32 channels on both sides a weight gradient has few numbers and long sums. The kernel
+keeps all of them in registers, reads each tile of the image once for all taps, and multiplies on
+matrix units. Everything else is for other backends.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dpkernels.ops import native
+from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
+from dpkernels.ops.native import why_not_cuda as unavailable
+
+__all__ = ["conv_grad_sample", "unavailable", "why_not_conv_grad_sample"]
+
+MOST_CHANNELS = 32
+MOST_SLOTS = 64
+SLOT_POSITIONS = 1024
+"""A sample's positions are spread over slots, MOST_SLOTS or so many positions each: a function of
+the image's size alone, so that the same inputs give the same bits."""
+SCRATCH_ELEMENTS = 1 << 24
+"""Of the slots' sums; a larger batch is taken in parts."""
+
+
+def why_not_conv_grad_sample(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> str | None:
+    """Why this convolution is not for the kernel."""
+    channels = max(input.shape[1], weight_shape[0])
+    taps = torch.Size(weight_shape[2:]).numel()
+    if input.dtype != grad_output.dtype or input.dtype == torch.float64:
+        return f"it takes operands of one dtype below float64, not {input.dtype} and " + str(
+            grad_output.dtype
+        )
+    if input.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return "its float32 products are TF32, which torch.backends.cudnn.allow_tf32 forbids"
+    if groups != 1 or channels > MOST_CHANNELS:
+        return f"it takes up to {MOST_CHANNELS} channels in one group, not {channels} in {groups}"
+    if taps == 1 or max(weight_shape[2:]) > 3 or max(stride) > 2 or max(dilation) > 1:
+        return "it takes kernels of several taps up to 3 wide, strides up to 2 and no dilation"
+    if input.is_cuda and torch.cuda.get_device_capability(input.device) < (8, 0):
+        return "it needs compute capability 8.0"
+    return None
+
+
+def conv_grad_sample(
+    input: torch.Tensor,
+    grad_output: torch.Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """See the contract."""
+    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
+    result = torch.empty(
+        (input.shape[0], *geometry.weight_shape), dtype=torch.float32, device=input.device
+    )
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return result.zero_()
+    slots = slots_of(grad_output.shape[2:].numel())
+    part = max(1, SCRATCH_ELEMENTS // (slots * geometry.weights)) if slots > 1 else len(input)
+    scratch = (min(part, len(input)), slots, geometry.weights) if slots > 1 else (0,)
+    partials = torch.empty(scratch, dtype=torch.float32, device=input.device)
+    operands = (input.detach().split(part), grad_output.detach().split(part), result.split(part))
+    for seen, grads, out in zip(*operands, strict=True):
+        native.extension(seen).small_conv_grad_sample(
+            seen.data_ptr(),
+            native_strides(seen),
+            grads.data_ptr(),
+            native_strides(grads),
+            native.dtype_code(seen.dtype),
+            partials.data_ptr(),
+            out.data_ptr(),
+            *native_sizes(seen, grads, geometry),
+            slots,
+            native.launch_on(seen),
+        )
+    return result
+
+
+def slots_of(positions: int) -> int:
+    """Over how many sums one sample's positions are spread."""
+    return min(MOST_SLOTS, max(1, positions // SLOT_POSITIONS))
