@@ -4,10 +4,18 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test bench bench-quick bench-gpu opacus-suite lint fmt docs build clean
+.PHONY: demo study study-docs test bench bench-quick bench-gpu opacus-suite lint fmt docs build clean
 
 demo: .venv/.has-segmentation .venv/.native
 	$(BIN)/python -m dpkernels segment train
+
+# The study on the phantom, under 25 minutes on two cores; stopped, it goes on when made again.
+study: .venv/.has-segmentation .venv/.native
+	$(BIN)/python -m dpkernels segment study --seeds 2 --out runs/study
+
+# Put what `make study` found into docs/study and into the tutorial.
+study-docs: study
+	$(BIN)/python docs/publish_study.py runs/study
 
 test: .venv/.has-segmentation .venv/.has-test .venv/.native
 	$(BIN)/python -m pytest --durations=10 -m "not slow"

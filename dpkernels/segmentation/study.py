@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpkernels.study import options as comparing
 from dpkernels.training import options
 
 if TYPE_CHECKING:
@@ -16,17 +15,6 @@ if TYPE_CHECKING:
 
     from dpkernels.segmentation.config import SegmentationConfig
     from dpkernels.study.runner import StudyReport, StudySettings
-
-_BUDGETS = "1,8,1e3,1e6,1e9,1e12,1e15,inf"
-
-Patients = Annotated[int, typer.Option(help="Training patients to attack in each run.")]
-Attacks = Annotated[
-    str,
-    typer.Option(
-        help="Attacks, separated by commas: imprint, optimal, optimal-run, trap-weights, "
-        "gradient-matching."
-    ),
-]
 
 
 def run_study(
@@ -55,8 +43,8 @@ def run_study(
 
 def attack(
     run: options.Run,
-    attacks: Attacks = "imprint,optimal,optimal-run",
-    patients: Patients = 8,
+    attacks: comparing.Attacks = comparing.ATTACKS,
+    patients: comparing.Attacked = 8,
 ) -> None:
     """Attack a run: rebuild its training patients from the gradients it would release.
 
@@ -71,21 +59,15 @@ def attack(
 
     console = options.console()
     with options.PlainErrors(console):
-        commands.attack(console, SegmentationTrainer.from_run(run), _names(attacks), patients)
+        commands.attack(
+            console, SegmentationTrainer.from_run(run), comparing.names(attacks), patients
+        )
 
 
 def study(
-    epsilons: Annotated[
-        str, typer.Option(help="Budgets, separated by commas; inf trains without privacy.")
-    ] = _BUDGETS,
-    accountant: Annotated[
-        str,
-        typer.Option(
-            help="What a budget means: rdp (Opacus' accountant, as most publications) or tight "
-            "(what the noise guarantees). The table gives both."
-        ),
-    ] = "rdp",
-    seeds: Annotated[int, typer.Option(help="Runs for each budget.")] = 1,
+    epsilons: comparing.Epsilons = comparing.BUDGETS,
+    accountant: comparing.Accountant = "rdp",
+    seeds: comparing.Seeds = 1,
     data: Annotated[
         Path | None,
         typer.Option(help="Decathlon folder. Default: the embedded synthetic phantom."),
@@ -104,12 +86,10 @@ def study(
     override: options.Override = None,
     steps: options.Steps = None,
     device: options.Device = None,
-    attacks: Attacks = "imprint,optimal,optimal-run",
-    attacked: Patients = 8,
-    out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/study"),
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show noise and bounds of every budget, and stop.")
-    ] = False,
+    attacks: comparing.Attacks = comparing.ATTACKS,
+    attacked: comparing.Attacked = 8,
+    out: comparing.StudyOut = Path("runs/study"),
+    dry_run: comparing.DryRun = False,
 ) -> None:
     """Train at several budgets, attack each run, and put utility beside risk.
 
@@ -126,7 +106,7 @@ def study(
     from dpkernels.segmentation.config import SegmentationConfig
     from dpkernels.segmentation.trainer import SegmentationTrainer
     from dpkernels.study import commands
-    from dpkernels.study.runner import Study, StudySettings
+    from dpkernels.study.runner import Study
 
     console = options.console()
     with options.PlainErrors(console):
@@ -144,9 +124,7 @@ def study(
             },
             overrides=override or [],
         )
-        settings = StudySettings(
-            tuple(_budgets(epsilons)), accountant, seeds, attacked, _names(attacks)
-        )
+        settings = comparing.settings(epsilons, accountant, seeds, attacked, attacks)
         commands.study(console, Study(SegmentationTrainer, start, settings, out, console), dry_run)
 
 
@@ -154,18 +132,3 @@ def register(app: typer.Typer) -> None:
     """Add the two commands."""
     app.command()(attack)
     app.command()(study)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _budgets(text: str) -> Iterable[float]:
-    for part in _names(text):
-        try:
-            value = float(part)
-        except ValueError:
-            value = math.nan
-        if math.isnan(value):
-            raise ValueError(f"--epsilons must be numbers or inf, got {part!r}")
-        yield value

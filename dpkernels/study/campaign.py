@@ -21,6 +21,9 @@ from dpkernels.training.trainer import Exposed
 
 _CHANCE_REPEATS = 50
 
+#: A reconstruction succeeds when its distance 1 - NCC from the record is below this.
+ETA = 0.1
+
 #: Groups of patients that were attacked together: their indices, and the candidates found.
 Groups = Iterator[tuple[list[int], torch.Tensor]]
 
@@ -81,8 +84,10 @@ def _batch_size(plan: PrivacyPlan) -> int:
 
 
 def _imprint(exposed: Exposed, plan: PrivacyPlan) -> Groups:
+    means = exposed.images.flatten(1).float().mean(dim=1)
+    law = float(means.mean()), float(means.std(correction=0))
     for group, known in _batches(exposed, _batch_size(plan)):
-        yield group, imprint(**known, **_release(plan))
+        yield group, imprint(**known, **_release(plan), known_means=law)
 
 
 def _trap_weights(exposed: Exposed, plan: PrivacyPlan) -> Groups:
@@ -155,6 +160,11 @@ class AttackResult:
         """Median over the patients of "ncc", "ssim", "psnr" or "mse"."""
         return float(np.median([getattr(m, metric) for m in self.matches]))
 
+    @property
+    def success(self) -> float:
+        """Share of the patients whose reconstruction is nearer than `ETA`, in 1 - NCC."""
+        return float(np.mean([1 - m.ncc < ETA for m in self.matches]))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -162,6 +172,7 @@ class AttackResult:
             "chance_ncc": self.chance,
             "median": {name: self.median(name) for name in ("ncc", "ssim", "psnr", "mse")},
             "best_ncc": self.matches[self.best].ncc,
+            "success": self.success,
             "patients": [asdict(m) for m in self.matches],
         }
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpkernels.study import results
-from dpkernels.study.campaign import ADVERSARIES, participations
+from dpkernels.study.campaign import ADVERSARIES, ETA, participations
 from dpkernels.study.runner import Study, StudyReport, attack_folder
 from dpkernels.training.trainer import Trainer
 
@@ -20,9 +20,11 @@ def attack(console: Console, trainer: Trainer, adversaries: tuple[str, ...], pat
         f"{participations(plan)} updates with one {plan.unit} in a typical run.",
         highlight=False,
     )
-    shown = Table(title=f"Reconstruction of {len(next(iter(found.values())).matches)} {plan.unit}s")
-    for column in ("attack", "NCC median", "NCC best", "NCC chance", "SSIM", "PSNR, dB"):
-        shown.add_column(column, justify="left" if column == "attack" else "right")
+    count = len(next(iter(found.values())).matches)
+    shown = Table(title=f"Medians over {count} {plan.unit}s; success: 1 - NCC below {ETA}")
+    shown.add_column("attack", no_wrap=True)
+    for column in ("NCC", "best", "chance", "SSIM", "PSNR, dB", "success"):
+        shown.add_column(column, justify="right")
     for name, result in found.items():
         shown.add_row(
             ADVERSARIES[name].title,
@@ -31,6 +33,7 @@ def attack(console: Console, trainer: Trainer, adversaries: tuple[str, ...], pat
             f"{result.chance:.3f}",
             f"{result.median('ssim'):.3f}",
             f"{result.median('psnr'):.1f}",
+            f"{result.success:.0%}",
         )
     console.print(shown)
     folder = trainer.folder.root / "attack"

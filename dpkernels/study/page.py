@@ -37,6 +37,8 @@ def facts(cells: Sequence[Mapping[str, Any]], accountant: str, seeds: int) -> li
         "tight": "a tight accountant, so it is what the noise guarantees",
     }[accountant]
     minutes = sum(cell["seconds"] for cell in cells) / 60
+    machine = cells[0]["environment"]
+    packages = machine["packages"]
     return [
         f"A budget epsilon is that of {meaning} (delta {plan['delta']:g}).",
         f"{plan['patients']} training {unit}s, {plan['steps']} steps, sample rate "
@@ -54,8 +56,9 @@ def facts(cells: Sequence[Mapping[str, Any]], accountant: str, seeds: int) -> li
         "Bounds: worst case and relaxed are the largest probability of picking the right one "
         f"among {plan['patients']} candidates from the whole run; NCC bounds hold for an attacker "
         "without prior knowledge and a record whose whole norm is signal.",
-        f"Training, evaluation and attacks took {minutes:.1f} minutes in all "
-        f"(on {cells[0]['cpus']} processors).",
+        f"Training, evaluation and attacks took {minutes:.1f} minutes in all, on "
+        f"{machine['gpu'] or machine['device']} with {machine['threads']} threads; dpkernels "
+        f"{packages['dpkernels']}, torch {packages['torch']}, {machine['started'][:10]}.",
     ]
 
 

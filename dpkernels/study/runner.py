@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -225,8 +224,8 @@ class Study:
                 "risk": asdict(risk),
                 "prior_ncc": guess_without_model(exposed),
                 "attacks": {name: attack.to_dict() for name, attack in found.items()},
+                "environment": trainer.folder.read_json("env.json"),
                 "seconds": round(time.monotonic() - began, 1),
-                "cpus": os.cpu_count(),
             },
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -123,6 +125,21 @@ def test_without_noise_imprint_copies_the_whole_batch(shape: tuple[int, ...], be
         for old, new in zip(before.parameters(), model.parameters(), strict=True):
             assert torch.equal(old, new)
             assert new.grad is None
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.01])
+def test_imprints_correlation_is_that_of_sigma_times_root_2k(sigma: float) -> None:
+    """K rows fire for the record; the clipped gradient is spread over them (docs/math.md, 6)."""
+    volume = torch.rand(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean, spread, norm = float(volume.mean()), float(volume.std()), float(volume.norm())
+    found = imprint(
+        volume, noise_multiplier=sigma, max_grad_norm=0.5, bins=64, known_means=(mean + 1e-3, 0.01)
+    )
+    law = NormalDist(mean + 1e-3, 0.01)
+    firing = sum(law.inv_cdf((i + 0.5) / 64) < mean for i in range(64))
+    assert 20 < firing < 32
+    expected = spread / math.hypot(spread, sigma * norm * math.sqrt(2 * firing))
+    assert match(volume.numpy(), found.numpy())[0].ncc == pytest.approx(expected, abs=0.06)
 
 
 def test_without_noise_trap_weights_copy_a_single_record() -> None:

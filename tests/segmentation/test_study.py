@@ -153,6 +153,7 @@ def test_attacking_a_run_uses_its_noise(tiny, tmp_path, sigma, near) -> None:
     stored = json.loads((tmp_path / "run" / "attack" / "attack.json").read_text())
     assert stored["noise_multiplier"] == sigma
     assert set(stored["attacks"]) == set(names)
+    assert (stored["attacks"]["optimal"]["success"] == 1) is near
     assert (tmp_path / "run" / "attack" / "reconstructions.png").stat().st_size > 5000
 
 

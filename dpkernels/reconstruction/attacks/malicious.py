@@ -14,6 +14,7 @@ from dpkernels.reconstruction.attacks.release import LossOfOutput, Server
 _GAIN = 1e-8
 _AMPLIFICATION = 1e6
 _TRAP_SCALE = 0.999
+_LEAST_SPREAD = 1e-3
 
 
 class MaliciousLayer(nn.Module):
@@ -57,16 +58,16 @@ def imprint(
     model: nn.Module | None = None,
     loss: LossOfOutput | None = None,
     bins: int = 128,
+    known_means: tuple[float, float] | None = None,
     updates: int = 1,
     noise_generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Sort the records of a batch into bins of a linear layer [Fowl et al. 2022].
 
-    All rows measure the mean of a record, with thresholds at the quantiles of a normal law with
-    the mean and spread of these records (an attacker has them from public data of the same kind).
-    A row fires for every record above its threshold, so the difference of neighbouring rows
-    belongs to the records between two thresholds, and its gradient over that of the bias is the
-    record, if it is alone there.
+    All rows measure the mean of a record, with thresholds at the quantiles of a normal law that an
+    attacker knows from public data of the same kind. A row fires for every record above its
+    threshold, so the difference of neighbouring rows belongs to the records between two
+    thresholds, and its gradient over that of the bias is the record, if it is alone there.
 
     Args:
         images: [B, ...], the records of one batch.
@@ -75,6 +76,7 @@ def imprint(
         model: the user's, copied; behind the layer. None: nothing is behind it.
         loss: of the model's output, a mean over samples; needed with `model`.
         bins: rows of the layer.
+        known_means: mean and standard deviation of that law; None: those of `images`.
         updates: private steps on these records; their gradients are averaged.
         noise_generator: replaces the engine's generator, for tests.
 
@@ -88,7 +90,8 @@ def imprint(
         raise ValueError(f"bins={bins}: expected at least 1")
     flat = images.flatten(1).float()
     means = flat.mean(dim=1)
-    law = NormalDist(float(means.mean()), max(float(means.std(correction=0)), 1e-3))
+    centre, spread = known_means or (float(means.mean()), float(means.std(correction=0)))
+    law = NormalDist(centre, max(spread, _LEAST_SPREAD))
     edges = torch.tensor([law.inv_cdf((i + 0.5) / bins) for i in range(bins)])
     weight = torch.full((bins, flat.shape[1]), 1.0 / flat.shape[1], device=images.device)
     layer = MaliciousLayer(weight, -edges.to(images.device))

@@ -1,0 +1,69 @@
+"""Options that the commands `attack` and `study` of every task share. Light: loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dpkernels.study.runner import StudySettings
+
+BUDGETS = "1,8,1e3,1e6,1e9,1e12,1e15,inf"
+ATTACKS = "imprint,optimal,optimal-run"
+
+Epsilons = Annotated[
+    str, typer.Option(help="Budgets, separated by commas; inf trains without privacy.")
+]
+Accountant = Annotated[
+    str,
+    typer.Option(
+        help="What a budget means: rdp (Opacus' accountant, as most publications) or tight "
+        "(what the noise guarantees). The table gives both."
+    ),
+]
+Seeds = Annotated[int, typer.Option(help="Runs for each budget.")]
+Attacks = Annotated[
+    str,
+    typer.Option(
+        help="Attacks, separated by commas: imprint, optimal, optimal-run, trap-weights, "
+        "gradient-matching."
+    ),
+]
+Attacked = Annotated[int, typer.Option(help="Training patients to attack in each run.")]
+StudyOut = Annotated[Path, typer.Option(help="Folder of the study.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show noise and bounds of every budget, and stop.")
+]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated option."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def settings(
+    epsilons: str, accountant: str, seeds: int, attacked: int, attacks: str
+) -> StudySettings:
+    """What the options mean.
+
+    Raises:
+        ValueError: naming the option that is faulty.
+    """
+    from dpkernels.study.runner import StudySettings
+
+    return StudySettings(tuple(_budgets(epsilons)), accountant, seeds, attacked, names(attacks))
+
+
+def _budgets(text: str) -> Iterator[float]:
+    for part in names(text):
+        try:
+            value = float(part)
+        except ValueError:
+            value = math.nan
+        if math.isnan(value):
+            raise ValueError(f"--epsilons must be numbers or inf, got {part!r}")
+        yield value
