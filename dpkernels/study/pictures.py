@@ -80,8 +80,11 @@ def draw_grid(
                 axis.set_ylabel(title, fontsize=8)
         axes[0, column].set_title(budget(epsilon), fontsize=9)
     first = next(iter(titles.values()))
-    figure.suptitle(f"The best reconstruction by {first} at each epsilon, and the others of it",
-                    fontsize=10)  # fmt: skip
+    figure.suptitle(
+        f"By epsilon: the record that the attack '{first}' rebuilt best, and what each attack "
+        "made of it",
+        fontsize=10,
+    )
     save_figure(figure, path)
 
 
@@ -134,17 +137,21 @@ def draw_curves(rows: Sequence[Row], metric: str, titles: Mapping[str, str], pat
         places,
         [
             f"{budget(row.epsilon)}\n"
-            + ("no noise" if math.isinf(row.epsilon) else f"noise {row.noise_multiplier:.2g}")
+            + ("no noise" if math.isinf(row.epsilon) else _short(row.noise_multiplier))
             for row in rows
         ],
         fontsize=8,
     )
-    axis.set_xlabel("epsilon, and noise multiplier", fontsize=9)
+    axis.set_xlabel("epsilon, and noise multiplier below it", fontsize=9)
     axis.set_ylim(-0.05, 1.05)
     axis.grid(axis="y", color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)
+
+
+def _short(noise_multiplier: float) -> str:
+    return f"{noise_multiplier:.2g}" if noise_multiplier >= 0.01 else f"{noise_multiplier:.0e}"
 
 
 def _show(axis: Axes, picture: np.ndarray, truth: np.ndarray) -> None:

@@ -145,11 +145,8 @@ class Study:
                 self._plans[epsilon] = trainer.planned()
         return self._plans
 
-    def run(self, only_report: bool = False) -> StudyReport:
+    def run(self) -> StudyReport:
         """Do what is not done yet, then write table, pictures and page.
-
-        Args:
-            only_report: draw the report of the cells that are there, and do no others.
 
         Raises:
             ValueError: a faulty configuration, or a folder that holds another study.
@@ -159,12 +156,7 @@ class Study:
         self._check_same_study()
         plans = self.plan()
         cells = [(epsilon, seed) for seed in range(self.settings.seeds) for epsilon in plans]
-        if only_report:
-            cells = [cell for cell in cells if self._result(*cell).exists()]
-        else:
-            self._do(cells)
-        if not cells:
-            raise ValueError(f"{self.root}: no cell is done yet, nothing to report")
+        self._do(cells)
         return self._report(cells)
 
     def _do(self, cells: list[tuple[float, int]]) -> None:

@@ -112,7 +112,8 @@ def _attack(
         text = (
             f"Attack ({title}): at chance up to epsilon {budget(hidden_to)}, that is, its median "
             f"correlation with the record is less than {ABOVE_CHANCE} above the {chance:.3f} that "
-            "pure noise reaches"
+            "pure noise reaches (the best reconstruction there has "
+            f"{next(r for r in private if r.epsilon == hidden_to).attacks[name].best_ncc:.3f})"
         )
     text += "; " + ", ".join(
         f"{row.attacks[name].ncc:.3f} at {budget(row.epsilon)}"
@@ -158,13 +159,12 @@ def _worst_case(
         return []
     low, high = min(w[0] for w in windows), max(w[1] for w in windows)
     inside = [row for row in private if low <= row.epsilon <= high]
-    least, most = inside[0].risk, inside[-1].risk
+    bounds = sorted({f"{row.risk.worst_case:.3g}" for row in (inside[0], inside[-1])}, key=float)
     return [
         f"Limits: in that range the worst-case bound, on an attacker who knows every gradient and "
-        f"only has to say which {unit} was there, runs from {least.worst_case:.3g} to "
-        f"{most.worst_case:.3g}. Where it is near 1 nothing is guaranteed against such an "
-        "attacker; what protects then is that real attackers know less. Attacks get better, "
-        "bounds do not."
+        f"only has to say which {unit} was there, is {' to '.join(bounds)}. Where it is near 1 "
+        "nothing is guaranteed against such an attacker; what protects then is that real "
+        "attackers know less. Attacks get better, bounds do not."
     ]
 
 
