@@ -30,17 +30,25 @@ class CompositeForward(CapturedForward):
         }
         if not wanted:
             return self.original(*args, **kwargs)
-        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
-        arguments = dict(list(bound.arguments.items())[1:])
+        arguments = self._arguments(args, kwargs)
+        rows = self.rows(*args, **kwargs)
+        recorder = CallRecorder(self, capture.samples_for(rows, self.name), wanted)
+        capture.marked = True
+        return self.rule.run(self.module, arguments, recorder)
+
+    def rows(self, *args: Any, **kwargs: Any) -> int:
+        """Rows along the sample axis of a call, as the layer itself has it."""
         try:
-            rows = self.rule.rows(self.module, arguments)
+            return self.rule.rows(self.module, self._arguments(args, kwargs))
         except ValueError as error:
             raise NotPerSample(
                 f"module {self.name!r} ({type(self.module).__name__}): {error}"
             ) from None
-        recorder = CallRecorder(self, capture.samples_for(rows, self.name), wanted)
-        capture.marked = True
-        return self.rule.run(self.module, arguments, recorder)
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
+        return dict(list(bound.arguments.items())[1:])
 
 
 class CallRecorder:

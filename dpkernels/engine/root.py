@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, leaves_of
+from dpkernels.engine.composite import CompositeForward
 
 
 class RootForward(CapturedForward):
@@ -62,6 +63,8 @@ class RootForward(CapturedForward):
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = self.capture.axis
+        if isinstance(self.inner, CompositeForward):
+            return self.inner.rows(*args, **kwargs)
         for leaf in leaves_of((args, kwargs)):
             if isinstance(leaf, PackedSequence):
                 return int(leaf.batch_sizes[0])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from dpkernels.layers.attention import AttentionRule
+from dpkernels.layers.bag import EmbeddingBagRule
+from dpkernels.layers.bilinear import BilinearRule
 from dpkernels.layers.composite import CompositeRule
 from dpkernels.layers.conv import ConvRule, ConvTransposeRule
-from dpkernels.layers.dense import EmbeddingRule, LinearRule
+from dpkernels.layers.dense import EmbeddingRule, LinearRule, TransposedLinearRule
 from dpkernels.layers.norm import GroupNormRule, LayerNormRule, PReLURule
-from dpkernels.layers.recurrent import RecurrentRule
+from dpkernels.layers.recurrent import DPRecurrentRule, RecurrentRule
 from dpkernels.layers.refusals import (
     batch_norm_refusal,
     reparametrization_refusal,
@@ -17,7 +19,7 @@ from dpkernels.layers.refusals import (
 )
 from dpkernels.layers.rule import Rule
 
-RULES: tuple[Rule, ...] = (
+RULES: list[Rule] = [
     LinearRule(),
     EmbeddingRule(),
     ConvRule(),
@@ -25,8 +27,26 @@ RULES: tuple[Rule, ...] = (
     GroupNormRule(),
     LayerNormRule(),
     PReLURule(),
+    TransposedLinearRule(),
+]
+COMPOSITE_RULES: tuple[CompositeRule, ...] = (
+    RecurrentRule(),
+    DPRecurrentRule(),
+    AttentionRule(),
+    EmbeddingBagRule(),
+    BilinearRule(),
 )
-COMPOSITE_RULES: tuple[CompositeRule, ...] = (RecurrentRule(), AttentionRule())
+
+
+def register_rule(rule: Rule) -> None:
+    """Put a rule of one's own before the others, for models made private from now on.
+
+    Raises:
+        ValueError: it is not a :class:`dpkernels.layers.rule.Rule`.
+    """
+    if not isinstance(rule, Rule):
+        raise ValueError(f"rule={rule!r}: expected an instance of dpkernels.layers.rule.Rule")
+    RULES.insert(0, rule)
 
 
 def find_rule(module: nn.Module) -> Rule | None:
@@ -41,7 +61,7 @@ def find_composite_rule(module: nn.Module) -> CompositeRule | None:
 
 def refusal(module: nn.Module) -> str | None:
     """Why this module has no per-sample gradients, with the remedy; None if it has."""
-    rule = find_rule(module)
+    rule = find_rule(module) or find_composite_rule(module)
     return (
         batch_norm_refusal(module)
         or running_statistics_refusal(module)

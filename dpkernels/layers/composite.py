@@ -61,6 +61,10 @@ class CompositeRule:
         """Whether every parameter and option of the module is understood."""
         raise NotImplementedError
 
+    def refusal(self, module: Any) -> str | None:
+        """Why this module has no per-sample gradient, with the remedy; None if it has."""
+        return None
+
     def rows(self, module: Any, arguments: dict[str, Any]) -> int:
         """Rows along the sample axis of the layer's input.
 

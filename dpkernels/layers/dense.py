@@ -35,6 +35,48 @@ class LinearRule(Rule):
             yield "bias", StoredOperand(ops.bias_last_grad_sample(grad))
 
 
+class TransposedLinearRule(Rule):
+    """``transformers.pytorch_utils.Conv1D`` (GPT-2): a Linear layer with weight [I, O].
+
+    Known by its full name, so that `transformers` need not be imported or installed.
+    """
+
+    handles = ()
+
+    def applies(self, module: nn.Module) -> bool:
+        cls = type(module)
+        return (
+            f"{cls.__module__}.{cls.__qualname__}" == "transformers.pytorch_utils.Conv1D"
+            and set(module._parameters) == {"weight", "bias"}
+            and not module._modules
+        )
+
+    def operands(
+        self,
+        module: nn.Module,
+        activations: tuple[torch.Tensor, ...],
+        backprops: torch.Tensor,
+        samples: int,
+        wanted: frozenset[str],
+    ) -> Iterable[tuple[str, Operand]]:
+        grad = merge_rows(backprops.reshape(len(backprops), -1, backprops.shape[-1]), samples)
+        if "weight" in wanted:
+            (x,) = activations
+            x = merge_rows(x.reshape(len(x), -1, x.shape[-1]), samples)
+            yield "weight", LinearOperand(grad, x.to(grad.dtype))
+        if "bias" in wanted:
+            yield "bias", StoredOperand(ops.bias_last_grad_sample(grad))
+
+
+def table_refusal(module: nn.Module) -> str | None:
+    """Why an embedding table has no per-sample gradient; None if it has."""
+    if module.max_norm is not None:
+        return "max_norm rescales the table in place from private indices; use max_norm=None"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq counts over the whole batch; use scale_grad_by_freq=False"
+    return None
+
+
 class EmbeddingRule(Rule):
     """``nn.Embedding`` on indices [rows, *]."""
 
@@ -45,11 +87,7 @@ class EmbeddingRule(Rule):
         return input.ndim >= 1
 
     def refusal(self, module: nn.Module) -> str | None:
-        if module.max_norm is not None:
-            return "max_norm rescales the table in place from private indices; use max_norm=None"
-        if module.scale_grad_by_freq:
-            return "scale_grad_by_freq counts over the whole batch; use scale_grad_by_freq=False"
-        return None
+        return table_refusal(module)
 
     def operands(
         self,

@@ -1,4 +1,4 @@
-"""``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``: all steps' weight gradients in one batched product.
+"""``nn.LSTM``, ``nn.GRU``, ``nn.RNN``, and Opacus' own: one batched product for all steps.
 
 The layer runs decomposed: one product projects the input of all steps, a loop over time does the
 rest, and backpropagation through time is done once, by hand (`recurrence`). On a GPU this gives up
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from opacus.layers import DPGRU, DPLSTM, DPRNN
+from opacus.layers.dp_rnn import DPGRUCell, DPLSTMCell, DPRNNCell
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
@@ -152,6 +154,8 @@ class RecurrentRule(CompositeRule):
     """``nn.LSTM`` (also projected), ``nn.GRU``, ``nn.RNN``; padded or packed input."""
 
     handles = (nn.LSTM, nn.GRU, nn.RNN)
+    #: the argument that holds the first states
+    state_argument = "hx"
 
     def knows(self, module: Any) -> bool:
         own = {name for name, p in module._parameters.items() if p is not None}
@@ -169,17 +173,13 @@ class RecurrentRule(CompositeRule):
         return input.shape[0 if module.batch_first else 1]
 
     def run(self, module: Any, arguments: dict[str, Any], recorder: Recorder) -> Any:
-        input, hx = arguments["input"], arguments.get("hx")
+        input = arguments["input"]
         packed = isinstance(input, PackedSequence)
         layout = _Packed(input) if packed else _Padded(input, module.batch_first)
         if not len(layout.data):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        first = self._first_states(module, hx, layout)
-        checked = tuple(first) if module.mode == "LSTM" else first[0]
-        if packed:
-            module.check_forward_args(input.data, checked, input.batch_sizes)
-        else:
-            module.check_forward_args(input, checked, None)
+        first = self._first_states(module, arguments.get(self.state_argument), layout)
+        self.check(module, input, first)
         recorder.saw(layout.by_row(layout.data.detach()))
         device = layout.data.device.type
         if torch.is_autocast_enabled(device):
@@ -187,15 +187,32 @@ class RecurrentRule(CompositeRule):
         with torch.autocast(device, enabled=False):
             data, last = self._layers(module, layout, first, recorder)
         states = tuple(layout.unsorted(torch.stack(kind)) for kind in zip(*last))
-        return layout.output(data), states if module.mode == "LSTM" else states[0]
+        return layout.output(data), states if self.mode(module) == "LSTM" else states[0]
+
+    def mode(self, module: Any) -> str:
+        """Which of the cells the layer has."""
+        return module.mode
+
+    def parameters(self, module: Any, name: str) -> Sequence[nn.Parameter | None]:
+        """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of ``l0``, ``l0_reverse``, ..."""
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        return [getattr(module, f"{kind}_{name}", None) for kind in kinds]
+
+    def check(self, module: Any, input: Any, first: Sequence[torch.Tensor]) -> None:
+        """Raise as the layer itself does where input and first states do not fit it."""
+        states = tuple(first) if module.mode == "LSTM" else first[0]
+        if isinstance(input, PackedSequence):
+            module.check_forward_args(input.data, states, input.batch_sizes)
+        else:
+            module.check_forward_args(input, states, None)
 
     def _first_states(self, module: Any, hx: Any, layout: Any) -> list[torch.Tensor]:
         """[L * directions, rows, P] and, for the LSTM, [L * directions, rows, H]."""
         if hx is not None:
-            return [layout.sorted(s) for s in (hx if module.mode == "LSTM" else (hx,))]
+            return [layout.sorted(s) for s in (hx if self.mode(module) == "LSTM" else (hx,))]
         count = module.num_layers * (2 if module.bidirectional else 1)
         widths = [module.proj_size or module.hidden_size]
-        if module.mode == "LSTM":
+        if self.mode(module) == "LSTM":
             widths.append(module.hidden_size)
         return [layout.data.new_zeros(count, layout.rows, width) for width in widths]
 
@@ -229,10 +246,9 @@ class RecurrentRule(CompositeRule):
         first: Sequence[torch.Tensor],
         recorder: Recorder,
     ) -> tuple[torch.Tensor, ...]:
-        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        parameters = (getattr(module, f"{kind}_{name}", None) for kind in kinds)
+        parameters = self.parameters(module, name)
         own = _Direction(*(None if p is None else Part(p) for p in parameters))
-        cell = _CELLS[module.mode]
+        cell = _CELLS[self.mode(module)]
         by_row = layout.by_row
 
         def operands(
@@ -253,3 +269,29 @@ class RecurrentRule(CompositeRule):
         weights = own.weights(cell.one_bias, data.dtype)
         steps = Steps(layout.sizes, name.endswith("_reverse"))
         return _Recurrence.apply(recorder.anchor, receive, cell, weights, steps, data, *first)
+
+
+class DPRecurrentRule(RecurrentRule):
+    """Opacus' ``DPLSTM``, ``DPGRU`` and ``DPRNN``, whose cells are Linear layers of their own.
+
+    Not with dropout, which Opacus draws at every step and feeds back: such a layer runs as it is.
+    """
+
+    handles = (DPLSTM, DPGRU, DPRNN)
+    state_argument = "state_init"
+
+    def knows(self, module: Any) -> bool:
+        cells = {type(cell) for cell in module.cells}
+        return not module.dropout and cells <= {DPLSTMCell, DPGRUCell, DPRNNCell}
+
+    def mode(self, module: Any) -> str:
+        if isinstance(module, DPRNN):
+            return f"RNN_{module.cells[0].nonlinearity.upper()}"
+        return "LSTM" if isinstance(module, DPLSTM) else "GRU"
+
+    def parameters(self, module: Any, name: str) -> Sequence[nn.Parameter | None]:
+        ih, hh = getattr(module, name).ih, getattr(module, name).hh
+        return [ih.weight, hh.weight, ih.bias, hh.bias, None]
+
+    def check(self, module: Any, input: Any, first: Sequence[torch.Tensor]) -> None:
+        """Opacus checks nothing."""

@@ -12,11 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from opacus.layers.dp_rnn import DPRNNBase
 from torch import nn
 
 _BATCH_FIRST: tuple[tuple[type[nn.Module], Callable[[Any], bool]], ...] = (
     (nn.MultiheadAttention, lambda m: m.batch_first),
     (nn.RNNBase, lambda m: m.batch_first),
+    (DPRNNBase, lambda m: m.batch_first),
     (nn.Transformer, lambda m: m.batch_first),
     (nn.TransformerEncoderLayer, lambda m: m.self_attn.batch_first),
     (nn.TransformerDecoderLayer, lambda m: m.self_attn.batch_first),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
@@ -151,6 +152,28 @@ def test_a_packed_sequence_as_the_models_input() -> None:
     torch.testing.assert_close(optimizer.last_step.per_sample_norm, expected.norms)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected.gradients[name])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bias": False}])
+@pytest.mark.parametrize("kind", [DPLSTM, DPGRU, DPRNN])
+def test_opacus_own_layers(kind: type[nn.Module], options: dict[str, Any], packed: bool) -> None:
+    torch.manual_seed(0)
+    module = kind(5, 4, batch_first=True, **options)
+    model = Packs(module, False) if packed else Call(module, everything)
+    x = values(4, 5, 5)
+    batch = (x, torch.tensor([2, 5, 1, 3])) if packed else (x,)
+    loss = packed_loss if packed else squared_loss
+    tolerance = 1e-6 if packed else 1e-9  # Opacus keeps last states of packed input in float32
+    assert_private(model.double(), loss, batch, tolerance=tolerance)
+    captured = made_private(copy.deepcopy(model), x)[1]
+    torch.testing.assert_close(captured(*batch), model(*batch), rtol=tolerance, atol=tolerance)
+
+
+def test_opacus_dropout_at_every_step_runs_as_it_is() -> None:
+    layer = DPLSTM(5, 4, num_layers=2, dropout=0.5, batch_first=True)
+    installed = FusedGradSampleModule(layer)._installed
+    assert not any(type(f) is CompositeForward for f in installed)
 
 
 def test_steps_taken_for_samples_are_found() -> None:

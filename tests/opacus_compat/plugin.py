@@ -31,8 +31,6 @@ from dpkernels.engine.optimizer import FusedDPOptimizer
 _SEEDED = "asserts that torch.manual_seed repeats the noise, which is keyed by the system here"
 _GRAD_SAMPLE = "reads p.grad_sample, which is not kept unless materialize_grad_samples=True"
 _INTERNAL = "asserts an attribute of Opacus' own GradSampleModule (ft_compute_sample_grad)"
-_PACKED = "a PackedSequence interleaves the samples' steps and is refused by name"
-_OFFSETS = "embedding bags with offsets have samples of different lengths and are refused by name"
 
 #: node ids (patterns) -> why the test cannot pass in mode "fused"
 FAULTS = {
@@ -44,8 +42,6 @@ FAULTS = {
     "*::PrivacyEngineValidationTest::test_custom_linear_hooks": _INTERNAL,
     "*::PrivacyEngineValidationTest::test_extra_param_hooks_requires_grad": _INTERNAL,
     "*::PrivacyEngineValidationTest::test_unsupported_hooks": _INTERNAL,
-    "*::RNN_test::test_rnn": _PACKED,
-    "*::Embedding_bag_test::test_input_across_dims": _OFFSETS,
     "*::PrivacyEngineText*Test::test_make_private_with_epsilon": (
         "trains a batch-second model with batch_first=True, so Opacus clips positions as if they "
         "were samples; refused by name"

@@ -13,7 +13,6 @@ from torch.nn.utils import prune
 
 from tests.engine.support import (
     Call,
-    ids,
     made_private,
     squared_loss,
     step,
@@ -57,18 +56,6 @@ def test_padding_positions_have_no_gradient(build: Callable[[], nn.Module]) -> N
     torch.manual_seed(0)
     indices = torch.tensor([[1, 3, 3, 3], [2, 3, 4, 4], [3, 3, 3, 9]])
     assert_private(build().double(), squared_loss, (indices,))
-
-
-@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
-def test_embedding_bag(mode: str) -> None:
-    torch.manual_seed(0)
-    assert_private(nn.EmbeddingBag(11, 6, mode=mode).double(), squared_loss, (ids(4, 5),))
-
-
-def test_embedding_bag_with_offsets_is_refused() -> None:
-    model = Call(nn.EmbeddingBag(11, 6), lambda m, x: m(x.flatten(), torch.arange(0, x.numel(), 5)))
-    with pytest.raises(ValueError, match=r"'module' \(EmbeddingBag\).*pad the indices"):
-        made_private(model, ids(4, 5).float())[1](ids(4, 5))
 
 
 @pytest.mark.parametrize("indices", ["expanded", "strided", "batch-1"])
