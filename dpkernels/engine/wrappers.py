@@ -20,10 +20,10 @@ from dpkernels.layers.operands import Operand
 
 
 class DirectForward(CapturedForward):
-    """A DDP model's forward without DDP: its reducer would wait for gradients that never come.
+    """A DDP model's forward without DDP, which has nothing to reduce: autograd forms no gradient.
 
-    Autograd forms no gradient of a parameter, so DDP has nothing to reduce; its broadcast of
-    buffers at each forward would wait for a process that has fewer physical batches.
+    What DDP does at every forward (it broadcasts buffers, and marks unused parameters as reduced)
+    would wait for a process that has fewer physical batches.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

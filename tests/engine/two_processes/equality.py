@@ -299,7 +299,7 @@ def check_activation_checkpointing_inside_shards() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             run = torch.utils.checkpoint.checkpoint
             x = run(lambda x: self.norm(torch.tanh(self.first(x))), x, use_reentrant=False)
-            return self.last(self.slope(self.twice(self.twice(x))))
+            return self.last(self.slope(self.twice(self.twice(x)))) / self.temperature
 
     batch = data(6)
     expected = microbatching(classifier(), loss, batch, 0.3, expected_batch_size=4.0)

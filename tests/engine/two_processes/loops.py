@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from tests.engine.two_processes.models import (
     assert_same_everywhere,
     classifier,
     data,
-    gradients,
     loss,
     private,
     sharded,
@@ -93,30 +92,28 @@ def check_noisy_training_keeps_replicas_together() -> None:
 
 def check_poisson_batches_of_each_process() -> None:
     """Shares are disjoint, empty batches are yielded, processes draw from streams of their own."""
-    dataset = TensorDataset(torch.arange(101.0)[:, None])
-    model = DistributedDataParallel(nn.Linear(1, 1))
-    for rate_size, steps in ((1, 101), (20, 6)):
+    records = 100
+    for batch_size, steps in ((1, 100), (20, 5)):
         torch.manual_seed(11)
-        _, _, optimizer, loader = private(model, dataset.tensors, batch_size=rate_size)
-        assert abs(optimizer.expected_batch_size - rate_size / 2) < 1e-9
+        model = DistributedDataParallel(nn.Linear(1, 1))
+        _, _, optimizer, loader = private(
+            model, (torch.arange(float(records))[:, None],), batch_size=batch_size
+        )
+        assert abs(optimizer.expected_batch_size - batch_size / 2) < 1e-9
         batches = list(loader.batch_sampler)
         assert len(batches) == len(loader) == steps
-        sizes = torch.tensor([float(len(b)) for b in batches])
-        mine = {record for b in batches for record in b}
-        everyone: list[object] = [None, None]
-        dist.all_gather_object(everyone, (mine, batches))
-        (first, one), (second, other) = everyone
+        drawn = sum(len(b) for b in batches)
+        expected = steps * batch_size / 2
+        assert abs(drawn - expected) < 5 * expected**0.5
+        assert batch_size > 1 or any(not b for b in batches)
+        everyone: list[list[list[int]]] = [[], []]
+        dist.all_gather_object(everyone, batches)
+        first, second = ({record for b in side for record in b} for side in everyone)
         assert not first & second
-        if rate_size == 1:
-            assert (sizes == 0).any()
-            continue
-        expected = steps * rate_size / 2
-        assert abs(float(sizes.sum()) - expected) < 5 * expected**0.5
-        # records are dealt out in turn: were the streams the same, positions would be too
-        dealt = torch.randperm(101, generator=torch.Generator().manual_seed(0)).tolist()
-        places = [[{dealt.index(r) // 2 for r in b} for b in side] for side in (one, other)]
+        # records are dealt out in turn: were the streams the same, so would be their places
+        dealt = torch.randperm(records, generator=torch.Generator().manual_seed(0)).tolist()
+        places = [[{dealt.index(r) // 2 for r in b} for b in side] for side in everyone]
         assert places[0] != places[1]
-        model = DistributedDataParallel(nn.Linear(1, 1))
 
 
 def check_the_batch_of_a_distributed_sampler_is_a_share() -> None:
@@ -140,7 +137,7 @@ def check_the_batch_of_a_distributed_sampler_is_a_share() -> None:
 
 
 def check_processes_start_from_the_first_ones_parameters() -> None:
-    model = DistributedDataParallel(classifier())
+    model = DistributedDataParallel(classifier(), process_group=dist.new_group([0, 1]))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(dist.get_rank())
@@ -149,27 +146,28 @@ def check_processes_start_from_the_first_ones_parameters() -> None:
     assert_close(_parameters(made), dict(classifier().named_parameters()), 0.0)
 
 
-def check_checkpoints_of_the_first_process_load_everywhere() -> None:
+def check_checkpoints() -> None:
+    """DDP: the first process's file loads everywhere. FSDP2: a file for each process's shards."""
     batch = data(8)
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
-    path = Path(folder[0]) / "checkpoint.pt"
+    for wrap, writers in ((DistributedDataParallel, 1), (sharded, 2)):
 
-    def build() -> tuple:
-        return private(DistributedDataParallel(classifier()), batch, noise_multiplier=1.0)
+        def build(wrap: Callable[[nn.Module], nn.Module] = wrap) -> tuple:
+            return private(wrap(classifier()), batch, noise_multiplier=1.0)
 
-    engine, model, optimizer, _ = build()
-    loss(model, batch).backward()
-    optimizer.step()
-    if dist.get_rank() == 0:
-        engine.save_checkpoint(path=str(path), module=model, optimizer=optimizer)
-    dist.barrier()
-    resumed, other, resumed_optimizer, _ = build()
-    resumed.load_checkpoint(path=str(path), module=other, optimizer=resumed_optimizer)
-    assert resumed.accountant.history == engine.accountant.history == [(1.0, 0.5, 1)]
-    assert_close(_parameters(other), _parameters(model), 0.0)
-    assert_same_everywhere(other.parameters())
-    assert gradients(model)
+        path = f"{folder[0]}/{wrap.__name__}-{dist.get_rank() % writers}.pt"
+        engine, model, optimizer, _ = build()
+        loss(model, batch).backward()
+        optimizer.step()
+        if dist.get_rank() < writers:
+            engine.save_checkpoint(path=path, module=model, optimizer=optimizer)
+        dist.barrier()
+        resumed, other, resumed_optimizer, _ = build()
+        resumed.load_checkpoint(path=path, module=other, optimizer=resumed_optimizer)
+        assert resumed.accountant.history == engine.accountant.history == [(1.0, 0.5, 1)]
+        assert_close(_parameters(other), _parameters(model), 0.0)
+        assert_same_everywhere(other.parameters())
 
 
 def check_the_example_trains() -> None:

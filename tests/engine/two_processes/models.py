@@ -17,7 +17,8 @@ from dpkernels.engine.optimizer import FusedDPOptimizer
 
 
 class Classifier(nn.Module):
-    """Layers with and without bias, one used twice, a parameter of one number, one unused."""
+    """Layers with and without bias, one used twice, one unused; parameters of one number; a buffer
+    (which DDP broadcasts at every forward)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,10 +28,11 @@ class Classifier(nn.Module):
         self.slope = nn.PReLU()
         self.last = nn.Linear(7, 3)
         self.unused = nn.Linear(2, 2)
+        self.register_buffer("temperature", torch.tensor(0.8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(torch.tanh(self.first(x)))
-        return self.last(self.slope(self.twice(self.twice(x))))
+        return self.last(self.slope(self.twice(self.twice(x)))) / self.temperature
 
 
 def classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
