@@ -166,10 +166,11 @@ def encoder(
 
 
 _FAR_SLOWER_ON_VOLUMES = ("hooks", "ghost", "functorch")
-_FAR_SLOWER_ON_IMAGES = ("ghost", "functorch")
+_FAR_SLOWER_ON_IMAGES = ("hooks", "ghost", "functorch")
+_FAR_SLOWER_ON_TABLES = ("hooks", "functorch", "backpack")
 
 CASES = (
-    unet(48, 2, "cpu"),
+    replace(unet(48, 2, "cpu"), leave_out=("hooks", "ghost")),
     replace(unet(48, 4, "cpu"), leave_out=_FAR_SLOWER_ON_VOLUMES),
     replace(unet(64, 2, "cpu"), leave_out=_FAR_SLOWER_ON_VOLUMES),
     Case(
@@ -178,6 +179,7 @@ CASES = (
         ("cpu",),
         models.monai_unet,
         partial(_volumes, 64, 4),
+        leave_out=("hooks", "ghost"),
     ),
     Case(
         "monai-segresnet-48-b2",
@@ -246,6 +248,7 @@ CASES = (
         ("cpu",),
         partial(models.Recommender, 16_000, 16, 32, (512, 256)),
         partial(few_fields, 16_000, 16, 512),
+        leave_out=_FAR_SLOWER_ON_TABLES,
     ),
     unet(32, 2, "quick"),
     encoder(64, 128, 2, 8, "quick"),

@@ -27,7 +27,7 @@ from dpkernels import ops
 from dpkernels.ops.conv import cpu, library
 from dpkernels.ops.conv.geometry import Geometry
 
-SECONDS_PER_CASE = 1.2
+SECONDS_PER_CASE = 0.8
 PATH = results.RESULTS / "ops_cpu.csv"
 KEY = ("device", "threads", "case")
 
