@@ -1,17 +1,17 @@
 """What the planner's choice costs against the best measured one, shape by shape.
 
-Candidates are strategies (stored gradients, or norms from the factors and a second pass) times the
-backends that can run them; for convolutions, in the place of the slow reference, each form that
-the CPU backend chooses from. Each call is the work of one parameter in a step: norms, clip,
-clipped sum. The best candidate is found on every other round and judged on the rest, so that
-picking the luckiest of several noisy times does not count as regret.
+Candidates are the strategies on offer (stored gradients, gradients formed twice, or norms from the
+factors and a second pass) times the backends that can run them; for convolutions, in the place of
+the slow reference, each form that the CPU backend chooses from. Each call is the work of one
+parameter in a step: norms, clip, clipped sum. The best candidate is found on every other round and
+judged on the rest, so that picking the luckiest of several noisy times does not count as regret.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,15 @@ import torch
 from bench import results, table, work
 from dpkernels import ops
 from dpkernels.engine.planner import Planner
+from dpkernels.engine.strategies import held_by
+from dpkernels.layers import margins
+from dpkernels.layers.costs import Cost
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand
 from dpkernels.ops.conv import library, tiles
 from dpkernels.ops.conv.cpu import GradSample
 from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.registry import BackendUnavailable
+from dpkernels.ops.sums import squared_norms
 
 PATH = results.RESULTS / "regret.csv"
 KEY = ("device", "threads", "shape")
@@ -105,14 +109,14 @@ def measure(operand: Operand, seconds: float = _SECONDS) -> dict[str, object]:
         v for v in vars(operand).values() if isinstance(v, torch.Tensor) and v.is_floating_point()
     )
     planner = Planner(memory_budget=_UNBOUNDED)
-    strategy = planner.choose(operand, "weight", "layer", like)
+    strategy = planner.choose(operand, "weight", "layer", like).strategy
     calls = _candidates(operand)
     chosen = f"{strategy}, {_AUTO}"
     search, judge = _interleaved(calls, seconds)
     best = min(search, key=search.__getitem__)
     return {
         "chosen": chosen,
-        "backend": operand.backend(strategy),
+        "backend": _own_backend(operand, strategy),
         "chosen_ms": 1e3 * judge[chosen],
         "best": best,
         "best_ms": 1e3 * judge[best],
@@ -130,14 +134,14 @@ def _write(name: str, make: Callable[[], Operand], path: Path, report: work.Repo
 
 def _candidates(operand: Operand) -> dict[str, Callable[[], object]]:
     """What can run and is not far slower than the others at the first call."""
-    forms = {"store": _stored, "gram": _factored}
     calls: dict[str, Callable[[], object]] = {}
-    for strategy in operand.costs():
-        own = operand.backend(strategy)
+    offered = [name for name, offer in operand.offers().items() if isinstance(offer, Cost)]
+    for strategy in offered:
+        own = _own_backend(operand, strategy)
         for backend in (_AUTO, "cpu", "library", "reference"):
             slow = backend == "reference" and isinstance(operand, ConvOperand)
             if backend != own and not slow:
-                calls[f"{strategy}, {backend}"] = partial(_under, backend, forms[strategy], operand)
+                calls[f"{strategy}, {backend}"] = partial(_by, strategy, backend, operand)
     if isinstance(operand, ConvOperand):
         for name, form in _CONV_FORMS.items():
             calls[f"store, {name}"] = partial(_formed, form, operand)
@@ -151,13 +155,24 @@ def _candidates(operand: Operand) -> dict[str, Callable[[], object]]:
     return {n: calls[n] for n, t in first.items() if t <= limit or n.endswith(_AUTO)}
 
 
-def _under(backend: str, form: Callable[[Operand], torch.Tensor], operand: Operand) -> torch.Tensor:
-    with nullcontext() if backend == _AUTO else ops.use_backend(backend):
-        return form(operand)
+def _own_backend(operand: Operand, strategy: str) -> str:
+    op, arguments = operand.kernel(strategy)
+    return op.backend(*arguments)
 
 
-def _stored(operand: Operand) -> torch.Tensor:
-    return _clipped(operand.grad_sample())
+def _by(strategy: str, backend: str, operand: Operand) -> torch.Tensor:
+    like = torch.empty(_weights(operand), device="meta")
+    held = held_by(strategy, operand, like, None if backend == _AUTO else backend)
+    if isinstance(held, torch.Tensor):
+        return _clipped(held)
+    bound_sq = held.norm_bound(held.norm_sq()).square().float()
+    return held.clipped_grad(ops.clip_factor(bound_sq, _BOUND))
+
+
+def _weights(operand: Operand) -> int:
+    """Number of values of the parameter."""
+    store = operand.offers()["store"]
+    return store.kept // operand.samples // 4 if isinstance(store, Cost) else 1
 
 
 def _formed(form: GradSample, operand: ConvOperand) -> torch.Tensor:
@@ -168,13 +183,9 @@ def _formed(form: GradSample, operand: ConvOperand) -> torch.Tensor:
 
 
 def _clipped(stored: torch.Tensor) -> torch.Tensor:
-    norm_sq = torch.linalg.vector_norm(stored.flatten(1), dim=1).square()
+    bound_sq = margins.of_values(squared_norms(stored)).square().float()
     out = stored.new_zeros(stored.shape[1:])
-    return ops.weighted_sum_(out, stored, ops.clip_factor(norm_sq, _BOUND))
-
-
-def _factored(operand: Operand) -> torch.Tensor:
-    return operand.clipped_grad(ops.clip_factor(operand.norm_sq(), _BOUND))
+    return ops.weighted_sum_(out, stored, ops.clip_factor(bound_sq, _BOUND))
 
 
 def _interleaved(

@@ -49,7 +49,8 @@ class Clipping:
         """By parameter, [B]: the factor of each sample's gradient.
 
         Args:
-            norm_sq: by parameter, [B]: squared norms of each sample's gradient.
+            norm_sq: by parameter, [B]: squared norms of each sample's gradient, as large as
+                rounding may make what is summed.
             max_grad_norm: the bound C of this step.
         """
         return dict.fromkeys(
@@ -203,7 +204,8 @@ def total_norm_sq(norm_sq: Any) -> torch.Tensor:
     """[B]: the sum over parameters, in the widest dtype, on the first one's device."""
     norms = list(norm_sq)
     widest = max((n.dtype for n in norms), key=lambda dtype: dtype.itemsize)
-    return torch.stack([n.to(norms[0].device, widest) for n in norms]).sum(0)
+    stacked = torch.stack([n.to(norms[0].device, torch.float64) for n in norms])
+    return stacked.sum(0).to(widest)
 
 
 def _adaptive(

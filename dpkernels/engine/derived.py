@@ -23,7 +23,10 @@ from dpkernels.engine.capture import (
     own_parameter,
     swapped,
 )
-from dpkernels.layers.operands import Cost, Operand
+from dpkernels.layers import margins
+from dpkernels.layers.costs import Cost, Offers
+from dpkernels.layers.operands import Call, Operand
+from dpkernels.ops.sums import squared_norms
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,15 @@ class DerivedOperand:
     operand: Operand
     derivation: Derivation
 
+    @property
+    def samples(self) -> int:
+        return self.operand.samples
+
     def norm_sq(self) -> torch.Tensor:
-        return self.grad_sample().flatten(1).square().sum(1)
+        return squared_norms(self.grad_sample())
+
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        return margins.of_values(norm_sq)
 
     def grad_sample(self) -> torch.Tensor:
         return self.derivation.pull_back(self.operand.grad_sample())
@@ -69,17 +79,23 @@ class DerivedOperand:
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
         return self.derivation.pull_back(self.operand.clipped_grad(clip_factor)[None])[0]
 
-    def backend(self, strategy: str) -> str:
-        return self.operand.backend("store")
+    def part(self, samples: slice) -> DerivedOperand:
+        return DerivedOperand(self.operand.part(samples), self.derivation)
 
-    def costs(self) -> dict[str, Cost]:
-        """`gram` forms the per-sample gradients, takes their norms and forgets them."""
-        inner = self.operand.costs()
-        store = inner["store"]
-        costs = {"store": Cost(store.flops, 2.0 * store.traffic, store.kept)}
-        if "gram" in inner:
-            costs["gram"] = Cost(2.0 * store.flops, 2.0 * store.traffic, inner["gram"].kept)
-        return costs
+    def kernel(self, strategy: str) -> Call | None:
+        return self.operand.kernel("store")
+
+    def offers(self) -> Offers:
+        """Those of the computed tensor that form its gradients, carried to the parameter."""
+        carried: Offers = {}
+        for name, offer in self.operand.offers().items():
+            if "gram" in name:
+                carried[name] = "the weight is computed: only formed gradients can be carried on"
+            elif isinstance(offer, Cost):
+                carried[name] = Cost(offer.flops, 2.0 * offer.traffic, offer.kept)
+            else:
+                carried[name] = offer
+        return carried
 
 
 class DerivedCall(LayerCall):

@@ -9,7 +9,10 @@ from torch import nn
 
 from dpkernels.engine.capture import ModelCapture, NotPerSample
 from dpkernels.engine.planner import Planner
+from dpkernels.engine.strategies import Factored, held_by
+from dpkernels.layers import margins
 from dpkernels.layers.operands import Operand
+from dpkernels.ops.sums import squared_norms
 
 
 class ParameterGradient:
@@ -21,18 +24,25 @@ class ParameterGradient:
 
     def __init__(self) -> None:
         self.stored: torch.Tensor | None = None
-        self.factored: Operand | None = None
+        self.factored: Factored | None = None
         self._norm_sq: torch.Tensor | None = None
 
-    def add(self, operand: Operand, strategy: Callable[[], str]) -> None:
-        """Take one more contribution; `strategy` is asked only for the first."""
-        if self.stored is None and self.factored is None:
-            if strategy() == "store":
-                self.stored = operand.grad_sample()
-            else:
-                self.factored, self._norm_sq = operand, operand.norm_sq()
-            return
+    @property
+    def started(self) -> bool:
+        """Whether there was a contribution."""
+        return self.stored is not None or self.factored is not None
+
+    def begin(self, held: torch.Tensor | Factored) -> None:
+        """The first contribution."""
+        if isinstance(held, torch.Tensor):
+            self.stored = held
+        else:
+            self.factored, self._norm_sq = held, held.norm_sq()
+
+    def add(self, operand: Operand) -> None:
+        """One more contribution."""
         self.stored = self.materialize() + operand.grad_sample()
+        self._norm_sq = None
 
     def materialize(self) -> torch.Tensor:
         """[B, *shape]: the stored per-sample gradients, formed now if they were factored."""
@@ -43,11 +53,23 @@ class ParameterGradient:
         return self.stored
 
     def norm_sq(self) -> torch.Tensor:
-        """[B]: squared norm of each sample's gradient, from the values that will be summed."""
-        if self._norm_sq is not None:
-            return self._norm_sq
-        stored = self.materialize()
-        return torch.linalg.vector_norm(stored.reshape(len(stored), -1), dim=1).square()
+        """[B]: squared norm of each sample's gradient, as computed."""
+        if self._norm_sq is None:
+            self._norm_sq = squared_norms(self.materialize())
+        return self._norm_sq
+
+    def bound_sq(self) -> torch.Tensor:
+        """[B]: the square of what each sample's summed contribution can reach before its factor.
+
+        Factors are taken from it, so that the vector that is summed has norm at most C in spite of
+        rounding (docs/math.md, section 1).
+        """
+        norm_sq = self.norm_sq()
+        if self.factored is not None:
+            bound = self.factored.norm_bound(norm_sq)
+        else:
+            bound = margins.of_values(norm_sq)
+        return bound.square().to(norm_sq.dtype)
 
 
 class PendingGradients:
@@ -91,11 +113,14 @@ class PendingGradients:
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         """One parameter's contribution from one call of one layer."""
         parameter = self._capture.held_as(parameter)
-        gradient = self.gradients.get(parameter)
-        if gradient is None:
-            gradient = self.gradients[parameter] = ParameterGradient()
+        gradient = self.gradients.setdefault(parameter, ParameterGradient())
         name = self.names.get(id(parameter), "?")
-        gradient.add(operand, lambda: self.planner.choose(operand, name, layer, parameter))
+        if gradient.started:
+            self.planner.reused(name)
+            gradient.add(operand)
+            return
+        choice = self.planner.choose(operand, name, layer, parameter)
+        gradient.begin(held_by(choice.strategy, operand, parameter, choice.forced))
 
     def refuse_not_finite(self, norm_sq: torch.Tensor) -> None:
         """Raise for the first sample whose `norm_sq`, [B], over all parameters is not finite."""
@@ -122,5 +147,6 @@ class PendingGradients:
     def _finish(self) -> None:
         try:
             self._done(self)
+            self.planner.settle()
         finally:
             self.reset()

@@ -126,8 +126,10 @@ class _FusedCapture:
     #: set by the Opacus class beside this one
     batch_first: bool
 
-    def _start(self, model: nn.Module, views_per_sample: int, memory_budget: int | None) -> None:
-        self.planner = Planner(memory_budget)
+    def _start(
+        self, model: nn.Module, views_per_sample: int, memory_budget: int | None, plan: str
+    ) -> None:
+        self.planner = Planner(memory_budget, plan)
         inner = inner_model(model)
         self.capture = ModelCapture(
             inner, batch_first=self.batch_first, views_per_sample=views_per_sample
@@ -191,7 +193,8 @@ class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):
         batch_first: whether the sample axis of its inputs is the first (else the second).
         loss_reduction: ``"mean"`` or ``"sum"``.
         views_per_sample: rows per sample at the model's input.
-        memory_budget: bytes for stored per-sample gradients, None for a share of free memory.
+        memory_budget: bytes for stored per-sample gradients, None for a quarter of free memory.
+        plan: ``"auto"`` or ``"measured"``, see :class:`dpkernels.engine.planner.Planner`.
     """
 
     def __init__(
@@ -202,11 +205,12 @@ class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):
         loss_reduction: str = "mean",
         views_per_sample: int = 1,
         memory_budget: int | None = None,
+        plan: str = "auto",
     ):
         AbstractGradSampleModule.__init__(
             self, m, batch_first=batch_first, loss_reduction=loss_reduction
         )
-        self._start(m, views_per_sample, memory_budget)
+        self._start(m, views_per_sample, memory_budget, plan)
 
 
 class FusedGradSampleHooks(_FusedCapture, AbstractGradSampleHooks):
@@ -220,8 +224,9 @@ class FusedGradSampleHooks(_FusedCapture, AbstractGradSampleHooks):
         loss_reduction: str = "mean",
         views_per_sample: int = 1,
         memory_budget: int | None = None,
+        plan: str = "auto",
     ):
         AbstractGradSampleHooks.__init__(
             self, m, batch_first=batch_first, loss_reduction=loss_reduction
         )
-        self._start(m, views_per_sample, memory_budget)
+        self._start(m, views_per_sample, memory_budget, plan)

@@ -184,7 +184,8 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             warn_of_overflow(total)
         else:
             gradients.refuse_not_finite(total)
-        factors = self.clipping.factors(norm_sq, float(self.max_grad_norm))
+        bound_sq = {p: g.bound_sq() * scale**2 for p, g in gradients.gradients.items()}
+        factors = self.clipping.factors(bound_sq, float(self.max_grad_norm))
         self.clipping.observe(factors)
         distinct = list({id(f): f for f in factors.values()}.values())
         clip_factor = distinct[0] if len(distinct) == 1 else torch.stack(distinct)

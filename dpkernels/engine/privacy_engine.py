@@ -32,7 +32,7 @@ from dpkernels.engine.loader import (
 )
 from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule
 from dpkernels.engine.optimizer_kinds import optimizer_class
-from dpkernels.engine.planner import Plan
+from dpkernels.engine.plan import Plan
 from dpkernels.engine.probe import check_criterion
 from dpkernels.engine.steps import StepCounter
 from dpkernels.reconstruction import risk_report
@@ -108,6 +108,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         wrap_model: bool = True,
         rand_on_empty: bool = False,
         memory_budget: int | None = None,
+        plan: str = "auto",
         views_per_sample: int = 1,
         materialize_grad_samples: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -118,7 +119,10 @@ class PrivacyEngine(OpacusPrivacyEngine):
         Arguments and results are those of ``opacus.PrivacyEngine.make_private``; beyond them:
 
         Args:
-            memory_budget: bytes for stored per-sample gradients; None takes a share of free memory.
+            memory_budget: bytes for stored per-sample gradients; None takes a quarter of the memory
+                that is free at the first step.
+            plan: ``"auto"`` counts operations and bytes, ``"measured"`` times every strategy on the
+                first step's operands.
             views_per_sample: rows of the model's input that belong to one sample (adjacent);
                 their gradients are averaged before clipping.
             materialize_grad_samples: also leave ``p.grad_sample`` after ``backward()``.
@@ -135,6 +139,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             ours = {
                 "views_per_sample": views_per_sample != 1,
                 "memory_budget": memory_budget,
+                "plan": plan != "auto",
                 "grad_scaler": grad_scaler is not None,
             }
             for name, given in ours.items():
@@ -173,6 +178,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             wrap_model=wrap_model,
             views_per_sample=views_per_sample,
             memory_budget=memory_budget,
+            plan=plan,
         )
         if poisson_sampling:
             private_module.forbid_grad_accumulation()
@@ -353,6 +359,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         wrap_model: bool,
         views_per_sample: int,
         memory_budget: int | None,
+        plan: str,
     ) -> FusedGradSampleModule | FusedGradSampleHooks:
         self.validate(module=module)
         if isinstance(module, FusedGradSampleModule):
@@ -376,6 +383,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             loss_reduction=loss_reduction,
             views_per_sample=views_per_sample,
             memory_budget=memory_budget,
+            plan=plan,
         )
 
     def _refuse_unsupported(self, module: nn.Module, optimizer: optim.Optimizer) -> None:

@@ -2,42 +2,53 @@
 
 An operand knows the canonical tensors of its op family and answers three questions with them:
 the squared norm of each sample's gradient, the per-sample gradients themselves, and the clipped
-sum for given clip factors. It also states what each answer costs; the planner decides.
+sum for given clip factors. It also states which strategies it offers and what each costs; the
+planner decides.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
 from dpkernels import ops
+from dpkernels.layers import margins
+from dpkernels.layers.costs import Offers, nbytes, offers, stored_bytes, stored_offers
 from dpkernels.layers.fold import sum_rows
 from dpkernels.ops.conv.geometry import Geometry
-from dpkernels.ops.conv.gram import gradient_flops, gram_flops
+from dpkernels.ops.conv.gram import gradient_flops, gram_flops, is_cheaper
+from dpkernels.ops.registry import Op
+from dpkernels.ops.sums import squared_norms
 
+#: the op that a strategy runs first, and its arguments
+Call = tuple[Op, tuple[Any, ...]]
 
-@dataclass(frozen=True)
-class Cost:
-    """Work of one strategy for one operand, beyond which nothing is hidden.
-
-    Attributes:
-        flops: floating-point operations, norm and clipped gradient together.
-        traffic: bytes moved beyond reading the operand once.
-        kept: bytes held from the layer's backward until the end of the backward pass.
-    """
-
-    flops: float
-    traffic: float
-    kept: int
+#: side of the Gram tiles that are computed whole
+_GRAM_TILE = {"cpu": 256, "cuda": 64}
+_REDUCED = (
+    "products of float32 are rounded to fewer bits (TF32), so the factors' norm is not that of the "
+    "values that are summed"
+)
 
 
 class Operand(Protocol):
     """One parameter's gradient in one call: a sum of outer products, kept factored."""
 
+    @property
+    def samples(self) -> int:
+        """Number of samples, B."""
+
     def norm_sq(self) -> torch.Tensor:
         """[B]: squared norm of each sample's gradient."""
+
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        """[B], float64: what a sample's clipped contribution can reach, before its clip factor.
+
+        Args:
+            norm_sq: what :meth:`norm_sq` returned.
+        """
 
     def grad_sample(self) -> torch.Tensor:
         """[B, *param.shape]: each sample's gradient."""
@@ -45,19 +56,14 @@ class Operand(Protocol):
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
         """[*param.shape]: sum over samples of clip_factor[b] times the gradient of sample b."""
 
-    def costs(self) -> dict[str, Cost]:
-        """The strategies on offer (``store``, ``gram``) and what each costs."""
+    def part(self, samples: slice) -> Operand:
+        """The same for some of the samples."""
 
-    def backend(self, strategy: str) -> str:
-        """The backend whose kernel the strategy runs first."""
+    def offers(self) -> Offers:
+        """By strategy, what it costs or why it is not on offer."""
 
-
-def _nbytes(*tensors: torch.Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _stored_bytes(samples: int, numel: int, like: torch.Tensor) -> int:
-    return samples * numel * (8 if like.dtype == torch.float64 else 4)
+    def kernel(self, strategy: str) -> Call | None:
+        """What the strategy runs first; None where autograd has done it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,10 @@ class LinearOperand:
 
     activations: torch.Tensor
     backprops: torch.Tensor
+
+    @property
+    def samples(self) -> int:
+        return self.activations.shape[0]
 
     def norm_sq(self) -> torch.Tensor:
         return ops.linear_norm_sq(self.activations, self.backprops)
@@ -76,21 +86,39 @@ class LinearOperand:
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
         return ops.linear_clipped_grad(self.activations, self.backprops, clip_factor)
 
-    def backend(self, strategy: str) -> str:
-        op = ops.linear_grad_sample if strategy == "store" else ops.linear_norm_sq
-        return op.backend(self.activations, self.backprops)
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        length, inputs = self.activations.shape[1:]
+        if length == 1:
+            return margins.of_outer_product(norm_sq, margins.product_unit(self.backprops))
+        magnitude = margins.linear_magnitude(self.activations, self.backprops)
+        return margins.of_gram(norm_sq, magnitude, length, inputs + self.backprops.shape[2])
 
-    def costs(self) -> dict[str, Cost]:
+    def part(self, samples: slice) -> LinearOperand:
+        return LinearOperand(self.activations[samples], self.backprops[samples])
+
+    def kernel(self, strategy: str) -> Call:
+        op = ops.linear_norm_sq if strategy == "gram" else ops.linear_grad_sample
+        return op, (self.activations, self.backprops)
+
+    def offers(self) -> Offers:
         samples, length, inputs = self.activations.shape
         outputs = self.backprops.shape[2]
-        gradient = 2.0 * samples * length * inputs * outputs
-        stored = _stored_bytes(samples, inputs * outputs, self.backprops)
-        stash = _nbytes(self.activations, self.backprops)
-        gram = 1.0 * samples * length * (length + 1) * (inputs + outputs)
-        return {
-            "store": Cost(gradient + stored / 4, 2.0 * stored, stored),
-            "gram": Cost(gradient + gram, 2.0 * stash, stash),
-        }
+        side = min(length, _GRAM_TILE.get(self.backprops.device.type, length))
+        tiles = -(-length // side) if length else 0
+        gram: float | str = samples * tiles * (tiles + 1.0) * side**2 * (inputs + outputs)
+        if length > 1 and length * (inputs + outputs) >= 2 * inputs * outputs:
+            gram = f"{length} positions: the gradient itself takes fewer operations"
+        elif length > 1 and margins.product_unit(self.backprops):
+            gram = _REDUCED
+        return offers(
+            samples,
+            2.0 * samples * length * inputs * outputs,
+            stored_bytes(samples, inputs * outputs, self.backprops),
+            nbytes(self.activations, self.backprops),
+            "gram",
+            gram,
+            "one position: gram is a product of two norms" if length == 1 else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -113,8 +141,6 @@ class ConvOperand:
         return self.weight_shape, self.stride, self.padding, self.dilation, self.groups
 
     def norm_sq(self) -> torch.Tensor:
-        if self.input.shape[0] != self.samples:
-            return self.grad_sample().flatten(1).square().sum(1)
         return ops.conv_norm_sq(self.input, self.backprops, *self._geometry())
 
     def grad_sample(self) -> torch.Tensor:
@@ -125,23 +151,44 @@ class ConvOperand:
         factor = clip_factor.repeat_interleave(self.input.shape[0] // self.samples)
         return ops.conv_clipped_grad(self.input, self.backprops, factor, *self._geometry())
 
-    def backend(self, strategy: str) -> str:
-        op = ops.conv_grad_sample if strategy == "store" else ops.conv_norm_sq
-        return op.backend(self.input, self.backprops, *self._geometry())
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        geometry = Geometry.of(*self._geometry())
+        magnitude = margins.conv_magnitude(self.input, self.backprops, geometry)
+        features = sum(geometry.channels) + torch.Size(geometry.kernel).numel()
+        positions = self.backprops.shape[2:].numel()
+        return margins.of_gram(norm_sq, magnitude, positions, features)
 
-    def costs(self) -> dict[str, Cost]:
+    def part(self, samples: slice) -> ConvOperand:
+        rows = self.input.shape[0] // self.samples
+        start, stop, _ = samples.indices(self.samples)
+        own = slice(start * rows, stop * rows)
+        return replace(
+            self, input=self.input[own], backprops=self.backprops[own], samples=stop - start
+        )
+
+    def kernel(self, strategy: str) -> Call:
+        op = ops.conv_norm_sq if strategy == "channel_gram" else ops.conv_grad_sample
+        return op, (self.input, self.backprops, *self._geometry())
+
+    def offers(self) -> Offers:
         rows = self.input.shape[0]
         geometry = Geometry.of(*self._geometry())
-        stored = _stored_bytes(rows, geometry.weights, self.backprops)
-        gradient = rows * gradient_flops(self.backprops.shape, geometry)
-        costs = {"store": Cost(gradient + stored / 4, 2.0 * stored, stored)}
-        if rows == self.samples:
-            stash = _nbytes(self.input, self.backprops)
-            norm = min(
-                gradient, rows * gram_flops(self.input.shape, self.backprops.shape, geometry)
-            )
-            costs["gram"] = Cost(gradient + norm, 2.0 * stash, stash)
-        return costs
+        shapes = self.input.shape, self.backprops.shape
+        gram: float | str = rows * gram_flops(*shapes, geometry)
+        if rows != self.samples:
+            gram = f"{rows // self.samples} rows per sample, whose gradients are summed first"
+        elif not is_cheaper(*shapes, geometry):
+            gram = "the gradient itself takes fewer operations"
+        elif margins.product_unit(self.backprops, convolution=True):
+            gram = _REDUCED
+        return offers(
+            self.samples,
+            rows * gradient_flops(self.backprops.shape, geometry),
+            stored_bytes(rows, geometry.weights, self.backprops),
+            nbytes(self.input, self.backprops),
+            "channel_gram",
+            gram,
+        )
 
 
 @dataclass(frozen=True)
@@ -166,23 +213,33 @@ class EmbeddingOperand:
             self.indices, self.backprops, clip_factor, self.num_embeddings, self.padding_idx
         )
 
-    def backend(self, strategy: str) -> str:
-        if strategy == "gram":
-            return ops.embedding_norm_sq.backend(self.indices, self.backprops, self.padding_idx)
-        return ops.embedding_grad_sample.backend(
-            self.indices, self.backprops, self.num_embeddings, self.padding_idx
-        )
+    @property
+    def samples(self) -> int:
+        return self.indices.shape[0]
 
-    def costs(self) -> dict[str, Cost]:
-        samples = self.indices.shape[0]
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        return margins.of_segments(norm_sq, self.backprops)
+
+    def part(self, samples: slice) -> EmbeddingOperand:
+        return replace(self, indices=self.indices[samples], backprops=self.backprops[samples])
+
+    def kernel(self, strategy: str) -> Call:
+        if strategy == "gram":
+            return ops.embedding_norm_sq, (self.indices, self.backprops, self.padding_idx)
+        arguments = (self.indices, self.backprops, self.num_embeddings, self.padding_idx)
+        return ops.embedding_grad_sample, arguments
+
+    def offers(self) -> Offers:
         table = self.num_embeddings * self.backprops.shape[2]
-        stored = _stored_bytes(samples, table, self.backprops)
-        stash = _nbytes(self.indices, self.backprops)
-        work = 4.0 * self.backprops.numel()
-        return {
-            "store": Cost(work + stored / 4, 2.0 * stored, stored),
-            "gram": Cost(work, 4.0 * stash, stash),
-        }
+        return offers(
+            self.samples,
+            2.0 * self.backprops.numel(),
+            stored_bytes(self.samples, table, self.backprops),
+            nbytes(self.indices, self.backprops),
+            "gram",
+            2.0 * self.backprops.numel(),
+            "a table for every sample would be formed twice",
+        )
 
 
 @dataclass(frozen=True)
@@ -192,7 +249,7 @@ class StoredOperand:
     value: torch.Tensor
 
     def norm_sq(self) -> torch.Tensor:
-        return self.value.reshape(len(self.value), -1).square().sum(1)
+        return squared_norms(self.value)
 
     def grad_sample(self) -> torch.Tensor:
         return self.value
@@ -200,12 +257,21 @@ class StoredOperand:
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
         return torch.einsum("b,b...->...", clip_factor.to(self.value.dtype), self.value)
 
-    def backend(self, strategy: str) -> str:
-        return "autograd"
+    @property
+    def samples(self) -> int:
+        return len(self.value)
 
-    def costs(self) -> dict[str, Cost]:
-        stored = _nbytes(self.value)
-        return {"store": Cost(stored / 2, 1.0 * stored, stored)}
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        return margins.of_values(norm_sq)
+
+    def part(self, samples: slice) -> StoredOperand:
+        return StoredOperand(self.value[samples])
+
+    def kernel(self, strategy: str) -> None:
+        return None
+
+    def offers(self) -> Offers:
+        return stored_offers(self.samples, nbytes(self.value))
 
 
 @dataclass(frozen=True)
@@ -215,27 +281,37 @@ class PieceOperand:
     The rest of this contribution is zero; contributions of other pieces are added as usual.
     """
 
-    piece: Operand
+    operand: Operand
     start: int
     total: int
 
     def norm_sq(self) -> torch.Tensor:
-        return self.piece.norm_sq()
+        return self.operand.norm_sq()
 
     def grad_sample(self) -> torch.Tensor:
-        piece = self.piece.grad_sample()
+        piece = self.operand.grad_sample()
         whole = piece.new_zeros(len(piece), self.total, *piece.shape[2:])
         whole.narrow(1, self.start, piece.shape[1]).copy_(piece)
         return whole
 
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
-        piece = self.piece.clipped_grad(clip_factor)
+        piece = self.operand.clipped_grad(clip_factor)
         whole = piece.new_zeros(self.total, *piece.shape[1:])
         whole.narrow(0, self.start, len(piece)).copy_(piece)
         return whole
 
-    def backend(self, strategy: str) -> str:
-        return self.piece.backend(strategy)
+    @property
+    def samples(self) -> int:
+        return self.operand.samples
 
-    def costs(self) -> dict[str, Cost]:
-        return self.piece.costs()
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        return self.operand.norm_bound(norm_sq)
+
+    def part(self, samples: slice) -> PieceOperand:
+        return replace(self, operand=self.operand.part(samples))
+
+    def kernel(self, strategy: str) -> Call | None:
+        return self.operand.kernel(strategy)
+
+    def offers(self) -> Offers:
+        return self.operand.offers()

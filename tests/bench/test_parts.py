@@ -107,7 +107,7 @@ def test_every_candidate_gives_the_same_clipped_sum() -> None:
         found = [call() for call in regret._candidates(operand).values()]
         assert len(found) >= 3
         for other in found[1:]:
-            torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(other, found[0], rtol=2e-3, atol=1e-4)
 
 
 def test_a_small_grid_of_regret_is_written_and_told(tmp_path: Path, monkeypatch) -> None:

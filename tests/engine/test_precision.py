@@ -161,12 +161,15 @@ def test_a_sample_that_overflows_counts_as_zero(
         max_grad_norm=BOUND,
         grad_scaler=scaler,
         materialize_grad_samples=materialize,
+        memory_budget=0,
     )
     x = overflowing(X).half()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.warns(UserWarning, match="1 of 6 samples"):
         scaler.scale(squared_loss(lambda b: wrapped(b).float(), (x,))).backward()
-    assert {row["strategy"] for row in engine.explain().rows} >= {"gram", "store"}
+    strategies = {row["strategy"] for row in engine.explain().rows}
+    assert "store" in strategies
+    assert strategies & {"gram", "recompute"}
     assert optimizer.last_step.clip_factor[2] == 0
     assert (optimizer.last_step.clip_factor[[0, 1, 3, 4, 5]] > 0).all()
     assert_close_to_truth(gradients(model), expected, TOLERANCE[torch.float16])

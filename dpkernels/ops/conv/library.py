@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dpkernels.ops.checks import kept_samples, result_dtype, why_not_exact
 from dpkernels.ops.conv import gram, output_size
 from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.sums import squared_norms
 
 SCRATCH_ELEMENTS = 1 << 20
 FOLDED_WEIGHTS = 1 << 21
@@ -137,7 +138,7 @@ def norm_sq_by(
         form(seen, grad, geometry).flatten(1)
         for seen, grad in zip(input.split(chunk), grad_output.split(chunk), strict=True)
     )
-    return torch.cat([torch.linalg.vector_norm(part, dim=1).square_() for part in parts])
+    return torch.cat([squared_norms(part) for part in parts])
 
 
 def _operands(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops.checks import kept_samples, result_dtype
+from dpkernels.ops.sums import squared_norms
 
 
 def embedding_norm_sq(
@@ -24,7 +25,7 @@ def embedding_norm_sq(
     rows = segments + torch.arange(batch, device=indices.device).unsqueeze(1) * positions
     table = grads.new_zeros((batch * positions, grads.shape[2]))
     table.index_add_(0, rows.reshape(-1), grads.reshape(-1, grads.shape[2]))
-    return torch.linalg.vector_norm(table.view(batch, -1), dim=1).square_()
+    return squared_norms(table.view(batch, -1))
 
 
 def embedding_grad_sample(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops.checks import kept_samples, result_dtype, why_not_exact
+from dpkernels.ops.sums import squared_norms
 
 SCRATCH_ELEMENTS = 1 << 21
 GRAM_TILE = 256
@@ -92,7 +93,7 @@ def recompute_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> t
     for first in range(0, batch, chunk):
         rows = slice(first, first + chunk)
         grads = torch.bmm(grad_output[rows].transpose(1, 2), activations[rows]).flatten(1)
-        norm_sq[rows] = torch.linalg.vector_norm(grads, dim=1).square_()
+        norm_sq[rows] = squared_norms(grads)
     return norm_sq
 
 

@@ -53,7 +53,7 @@ def check_float32_convolutions() -> None:
         torch.manual_seed(0)
         _, model, _, _ = private(wrap(cnn()), (x, y))
         loss(model, own_part((x, y), (0, 2), (2, 6))).backward()
-        assert_close(gradients(model), expected.gradients, 1e-6)
+        assert_close(gradients(model), expected.gradients, 3e-5)
 
 
 def check_every_clipping_equals_one_process() -> None:

@@ -1,0 +1,124 @@
+"""A device's ridge point: the operations it does in the time of moving one byte.
+
+Measured once per device, version of PyTorch and number of threads, and kept in the user's cache
+directory (``XDG_CACHE_HOME``, else ``~/.cache``), in ``dpkernels/ridge.json``. The environment
+variable ``DPKERNELS_RIDGE`` states it instead: a number, or ``table`` for a value by kind of
+device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_TABLE = {"cpu": 10.0, "cuda": 160.0}
+#: side of the square matrices, float32 values moved, repeats
+_PROBES = {"cpu": (384, 1 << 22, 5), "cuda": (4096, 1 << 26, 5)}
+
+
+def ridge_point(device: torch.device) -> float:
+    """Operations per byte of this device.
+
+    Raises:
+        ValueError: ``DPKERNELS_RIDGE`` is neither ``table``, ``measure`` nor a number > 0.
+    """
+    stated = os.environ.get("DPKERNELS_RIDGE", "measure")
+    if stated not in ("measure", "table"):
+        try:
+            value = float(stated)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf"):
+            raise ValueError(
+                f"DPKERNELS_RIDGE={stated!r}: expected 'measure', 'table' or a finite number > 0"
+            )
+        return value
+    if stated == "table" or device.type not in _PROBES:
+        return _TABLE.get(device.type, _TABLE["cpu"])
+    return _cached(device, _key(device))
+
+
+@functools.cache
+def _cached(device: torch.device, key: str) -> float:
+    """From the file, or measured and written into it; by the table where it cannot be written."""
+    path = _path()
+    known = _read(path)
+    if key in known:
+        return known[key]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.touch()
+    except OSError:
+        return _TABLE[device.type]
+    with contextlib.suppress(OSError):
+        value = measure(device)
+        scratch.write_text(json.dumps({**_read(path), key: value}, indent=1))
+        scratch.replace(path)
+        return value
+    return _TABLE[device.type]
+
+
+def _path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(cache) / "dpkernels" / "ridge.json"
+
+
+def _read(path: Path) -> dict[str, float]:
+    """What the file holds; nothing where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and v > 0}
+
+
+def _key(device: torch.device) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        name = f"{name} {os.cpu_count()} cores"
+    return f"{name} | torch {torch.__version__} | {torch.get_num_threads()} threads"
+
+
+def measure(device: torch.device) -> float:
+    """Rate of a float32 matrix product over the rate of a copy, in operations per byte."""
+    side, values, repeats = _PROBES[device.type]
+    left, right = (torch.ones(side, side, device=device) for _ in range(2))
+    product = torch.empty_like(left)
+    source = torch.ones(values, device=device)
+    target = torch.empty_like(source)
+    with torch.no_grad():
+        compute = _seconds(lambda: torch.mm(left, right, out=product), device, repeats)
+        move = _seconds(lambda: target.copy_(source), device, repeats)
+    return (2.0 * side**3 / compute) / (8.0 * values / move)
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of a call after one that does not count."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    run()
+    times = []
+    for _ in range(repeats):
+        wait()
+        began = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - began)
+    return max(statistics.median(times), 1e-9)

@@ -1,0 +1,124 @@
+"""What each strategy holds of a gradient from the layer's backward until the factors are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dpkernels import ops
+from dpkernels.layers import margins
+from dpkernels.layers.operands import Operand
+from dpkernels.ops.sums import squared_norms
+
+#: values of per-sample gradients that `recompute` forms at a time
+_FORMED_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+
+class Factored(Protocol):
+    """A gradient that is not formed before the clip factors are known."""
+
+    def norm_sq(self) -> torch.Tensor:
+        """[B]: squared norms."""
+
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        """[B]: what a sample's contribution can reach, before its clip factor."""
+
+    def grad_sample(self) -> torch.Tensor:
+        """[B, *shape]."""
+
+    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
+        """[*shape]: the weighted sum."""
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """An operand whose gradients are formed twice, a few samples at a time, and never kept.
+
+    Both times the same op forms them from the same samples, so the norms are those of the very
+    values that are summed.
+    """
+
+    operand: Operand | OnBackend
+    chunk: int
+
+    @classmethod
+    def of(cls, operand: Operand | OnBackend, parameter: torch.Tensor) -> Recomputed:
+        """As many samples at a time as the device's scratch takes."""
+        values = _FORMED_AT_ONCE.get(parameter.device.type, _FORMED_AT_ONCE["cpu"])
+        return cls(operand, max(1, values // max(1, parameter.numel())))
+
+    def norm_sq(self) -> torch.Tensor:
+        return torch.cat([squared_norms(grads) for _, grads in self._formed()])
+
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        return margins.of_values(norm_sq)
+
+    def grad_sample(self) -> torch.Tensor:
+        return torch.cat([grads for _, grads in self._formed()])
+
+    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor | None = None
+        for samples, grads in self._formed():
+            total = torch.zeros_like(grads[0]) if total is None else total
+            ops.weighted_sum_(total, grads, clip_factor[samples])
+        if total is None:
+            raise ValueError("clipped_grad(): no sample, expected at least one")
+        return total
+
+    def _formed(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        for first in range(0, self.operand.samples, self.chunk):
+            samples = slice(first, first + self.chunk)
+            yield samples, self.operand.part(samples).grad_sample()
+
+
+@dataclass(frozen=True)
+class OnBackend:
+    """An operand whose kernels run on one backend."""
+
+    operand: Operand
+    backend: str
+
+    @property
+    def samples(self) -> int:
+        return self.operand.samples
+
+    def norm_sq(self) -> torch.Tensor:
+        with ops.use_backend(self.backend):
+            return self.operand.norm_sq()
+
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        return self.operand.norm_bound(norm_sq)
+
+    def grad_sample(self) -> torch.Tensor:
+        with ops.use_backend(self.backend):
+            return self.operand.grad_sample()
+
+    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
+        with ops.use_backend(self.backend):
+            return self.operand.clipped_grad(clip_factor)
+
+    def part(self, samples: slice) -> OnBackend:
+        return OnBackend(self.operand.part(samples), self.backend)
+
+
+def held_by(
+    strategy: str, operand: Operand, parameter: torch.Tensor, backend: str | None = None
+) -> torch.Tensor | Factored:
+    """What a strategy holds of an operand until the clip factors are known.
+
+    Args:
+        strategy: one of :data:`dpkernels.layers.costs.STRATEGIES`.
+        operand: the gradient.
+        parameter: whose gradient it is.
+        backend: runs the kernels there; None leaves it to the registry.
+
+    Returns:
+        Per-sample gradients [B, *shape], or a gradient that is still factored.
+    """
+    chosen: Operand | OnBackend = operand if backend is None else OnBackend(operand, backend)
+    if strategy in ("store", "single"):
+        return chosen.grad_sample()
+    return Recomputed.of(chosen, parameter) if strategy == "recompute" else chosen
