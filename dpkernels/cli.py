@@ -10,6 +10,7 @@ import typer
 _COMMANDS = (
     ("account", "dpkernels.accounting.cli", "dpkernels"),
     ("risk", "dpkernels.reconstruction.cli", "dpkernels"),
+    ("audit", "dpkernels.engine.cli", "dpkernels"),
     ("segment", "dpkernels.segmentation.cli", "dpkernels[segmentation]"),
 )
 
