@@ -60,21 +60,25 @@ def regret(path: Path) -> list[str]:
     rows = table.read(path)
     if not rows:
         return []
-    above = sorted(
-        (r for r in rows if float(r["regret"]) > _REGRET_SHOWN), key=lambda r: -float(r["regret"])
-    )
-    ratios = [1.0 + float(row["regret"]) for row in rows]
-    listed = "".join(
-        f" {r['shape']}: {float(r['regret']):.0%} ({r['chosen']} for {r['best']});" for r in above
-    )
-    return [
-        f"The planner's choice takes {statistics.geometric_mean(ratios) - 1.0:.1%} more time than "
-        f"the best measured candidate (geometric mean of {len(rows)} shapes), at most "
-        f"{max(ratios) - 1.0:.0%}."
-        + (f" Above 10 %:{listed[:-1]}." if above else "")
-        + " "
-        + _where(rows)
-    ]
+    lines = []
+    for title, prefix in (("The planner's choice", ""), ('plan="measured"', "measured_")):
+        regrets = {r["shape"]: float(r[f"{prefix}regret"]) for r in rows}
+        mean = statistics.geometric_mean(1.0 + value for value in regrets.values()) - 1.0
+        above = sorted(
+            (row for row in rows if regrets[row["shape"]] > _REGRET_SHOWN),
+            key=lambda row: -regrets[row["shape"]],
+        )
+        listed = "; ".join(
+            f"{r['shape']} {regrets[r['shape']]:.0%} ({r[f'{prefix}chosen']} for {r['best']})"
+            for r in above
+        )
+        lines.append(
+            f"{title} takes {mean:.1%} more time than the best measured candidate (geometric mean "
+            f"of {len(rows)} shapes), at most {max(regrets.values()):.0%}."
+            + (f" Above 10 %: {listed}." if listed else "")
+            + f" {_where(rows)}"
+        )
+    return lines
 
 
 def roofline(path: Path) -> list[str]:

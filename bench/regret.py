@@ -1,10 +1,10 @@
 """What the planner's choice costs against the best measured one, shape by shape.
 
-Candidates are the strategies on offer (stored gradients, gradients formed twice, or norms from the
-factors and a second pass) times the backends that can run them; for convolutions, in the place of
-the slow reference, each form that the CPU backend chooses from. Each call is the work of one
-parameter in a step: norms, clip, clipped sum. The best candidate is found on every other round and
-judged on the rest, so that picking the luckiest of several noisy times does not count as regret.
+Candidates are the strategies on offer times the backends worth timing; for convolutions also each
+form that the CPU backend chooses from. Each call is the work of one parameter in a step: norms,
+clip, clipped sum. The best candidate is found on every other round and judged on the rest, so that
+picking the luckiest of several noisy times does not count as regret. Judged are the plan that
+counts operations, and (columns ``measured_``) the one that times a first step.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from dpkernels.engine.strategies import held_by
+from dpkernels.layers.costs import Cost
+from dpkernels.ops.sums import squared_norms
 
 from bench import results, table, work
 from dpkernels import ops
-from dpkernels.engine.planner import Planner
-from dpkernels.engine.strategies import held_by
+from dpkernels.engine.planner import PLANS, Planner
 from dpkernels.layers import margins
-from dpkernels.layers.costs import Cost
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand
 from dpkernels.ops.conv import library, tiles
 from dpkernels.ops.conv.cpu import GradSample
 from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.registry import BackendUnavailable
-from dpkernels.ops.sums import squared_norms
 
 PATH = results.RESULTS / "regret.csv"
 KEY = ("device", "threads", "shape")
@@ -38,6 +38,8 @@ _ROUNDS = 6
 _UNBOUNDED = 1 << 60
 _BOUND = 1.0
 _AUTO = "auto"
+#: of the columns of each kind of plan
+_PREFIXES = {"auto": "", "measured": "measured_"}
 #: a candidate whose first call takes this many times the fastest one's is not a candidate
 _FAR_SLOWER = 4.0
 #: what the convolution's CPU backend chooses from
@@ -103,45 +105,43 @@ def grid() -> dict[str, Callable[[], Operand]]:
     return found
 
 
-def measure(operand: Operand, seconds: float = _SECONDS) -> dict[str, object]:
-    """The planner's choice and the best candidate on one operand, and what lies between."""
-    like = next(
-        v for v in vars(operand).values() if isinstance(v, torch.Tensor) and v.is_floating_point()
-    )
-    planner = Planner(memory_budget=_UNBOUNDED)
-    strategy = planner.choose(operand, "weight", "layer", like).strategy
-    calls = _candidates(operand)
-    chosen = f"{strategy}, {_AUTO}"
+def measure(
+    operand: Operand, parameter: torch.Tensor, seconds: float = _SECONDS
+) -> dict[str, object]:
+    """What each kind of plan chooses for one operand, and the best candidate."""
+    calls = _candidates(operand, parameter)
     search, judge = _interleaved(calls, seconds)
     best = min(search, key=search.__getitem__)
-    return {
-        "chosen": chosen,
-        "backend": _own_backend(operand, strategy),
-        "chosen_ms": 1e3 * judge[chosen],
-        "best": best,
-        "best_ms": 1e3 * judge[best],
-        "regret": judge[chosen] / judge[best] - 1.0,
-        "candidates": "; ".join(f"{name} {1e3 * t:.3g} ms" for name, t in judge.items()),
-    }
+    row: dict[str, object] = {"best": best, "best_ms": 1e3 * judge[best]}
+    for plan in PLANS:
+        planner = Planner(memory_budget=_UNBOUNDED, plan=plan)
+        choice = planner.choose(operand, "weight", "layer", parameter)
+        chosen = f"{choice.strategy}, {choice.forced or _AUTO}"
+        chosen = chosen if chosen in judge else f"{choice.strategy}, {_AUTO}"
+        prefix = _PREFIXES[plan]
+        row[f"{prefix}chosen"] = chosen
+        row[f"{prefix}regret"] = judge[chosen] / judge[best] - 1.0
+    row["candidates"] = "; ".join(f"{name} {1e3 * t:.3g} ms" for name, t in judge.items())
+    return row
 
 
 def _write(name: str, make: Callable[[], Operand], path: Path, report: work.Report) -> None:
     torch.manual_seed(0)
-    row = {"shape": name, **measure(make())}
+    operand = make()
+    row = {"shape": name, **measure(operand, _parameter(operand))}
     here = asdict(results.Environment.here(torch.device("cpu"), "system"))
     table.replace(path, [{**row, **here}], KEY)
 
 
-def _candidates(operand: Operand) -> dict[str, Callable[[], object]]:
+def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Callable[[], object]]:
     """What can run and is not far slower than the others at the first call."""
     calls: dict[str, Callable[[], object]] = {}
-    offered = [name for name, offer in operand.offers().items() if isinstance(offer, Cost)]
-    for strategy in offered:
-        own = _own_backend(operand, strategy)
-        for backend in (_AUTO, "cpu", "library", "reference"):
-            slow = backend == "reference" and isinstance(operand, ConvOperand)
-            if backend != own and not slow:
-                calls[f"{strategy}, {backend}"] = partial(_by, strategy, backend, operand)
+    for strategy in (name for name, offer in operand.offers().items() if isinstance(offer, Cost)):
+        calls[f"{strategy}, {_AUTO}"] = partial(_work, operand, parameter, strategy, None)
+        op, arguments = operand.kernel(strategy) or (None, ())
+        for backend in op.candidates(*arguments)[1:] if op else ():
+            name = f"{strategy}, {backend}"
+            calls[name] = partial(_work, operand, parameter, strategy, backend)
     if isinstance(operand, ConvOperand):
         for name, form in _CONV_FORMS.items():
             calls[f"store, {name}"] = partial(_formed, form, operand)
@@ -155,24 +155,14 @@ def _candidates(operand: Operand) -> dict[str, Callable[[], object]]:
     return {n: calls[n] for n, t in first.items() if t <= limit or n.endswith(_AUTO)}
 
 
-def _own_backend(operand: Operand, strategy: str) -> str:
-    op, arguments = operand.kernel(strategy)
-    return op.backend(*arguments)
-
-
-def _by(strategy: str, backend: str, operand: Operand) -> torch.Tensor:
-    like = torch.empty(_weights(operand), device="meta")
-    held = held_by(strategy, operand, like, None if backend == _AUTO else backend)
+def _work(
+    operand: Operand, parameter: torch.Tensor, strategy: str, backend: str | None
+) -> torch.Tensor:
+    held = held_by(strategy, operand, parameter, backend)
     if isinstance(held, torch.Tensor):
         return _clipped(held)
     bound_sq = held.norm_bound(held.norm_sq()).square().float()
     return held.clipped_grad(ops.clip_factor(bound_sq, _BOUND))
-
-
-def _weights(operand: Operand) -> int:
-    """Number of values of the parameter."""
-    store = operand.offers()["store"]
-    return store.kept // operand.samples // 4 if isinstance(store, Cost) else 1
 
 
 def _formed(form: GradSample, operand: ConvOperand) -> torch.Tensor:
@@ -186,6 +176,11 @@ def _clipped(stored: torch.Tensor) -> torch.Tensor:
     bound_sq = margins.of_values(squared_norms(stored)).square().float()
     out = stored.new_zeros(stored.shape[1:])
     return ops.weighted_sum_(out, stored, ops.clip_factor(bound_sq, _BOUND))
+
+
+def _parameter(operand: Operand) -> torch.Tensor:
+    """A parameter of the shape that the operand is the gradient of."""
+    return torch.zeros(operand.part(slice(0, 1)).grad_sample().shape[1:])
 
 
 def _interleaved(

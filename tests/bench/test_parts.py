@@ -94,7 +94,7 @@ def test_regret_is_the_chosen_time_over_that_of_the_best_found_before(
         return search, judge
 
     monkeypatch.setattr(regret, "_interleaved", times)
-    row = regret.measure(operand)
+    row = regret.measure(operand, torch.zeros(64, 64))
     assert row["chosen"] == "gram, auto"
     assert row["best"] == "store, auto"
     assert row["regret"] == 0.5
@@ -104,7 +104,8 @@ def test_every_candidate_gives_the_same_clipped_sum() -> None:
     torch.manual_seed(0)
     conv = regret.grid()["conv B=4 128->128 4^3 k=3 s=1"]()
     for operand in (LinearOperand(torch.randn(4, 5, 8), torch.randn(4, 5, 6)), conv):
-        found = [call() for call in regret._candidates(operand).values()]
+        parameter = regret._parameter(operand)
+        found = [call() for call in regret._candidates(operand, parameter).values()]
         assert len(found) >= 3
         for other in found[1:]:
             torch.testing.assert_close(other, found[0], rtol=2e-3, atol=1e-4)
@@ -115,8 +116,9 @@ def test_a_small_grid_of_regret_is_written_and_told(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(regret, "grid", lambda: {"tiny": lambda: regret._linear(2, 3, 4, 5)})
     monkeypatch.setattr(regret, "_SECONDS", 0.01)
     assert regret.run(None, fresh=True, path=path).complete
-    (line,) = digest.regret(path)
-    assert "geometric mean of 1 shapes" in line
+    counted, measured = digest.regret(path)
+    assert "geometric mean of 1 shapes" in counted
+    assert measured.startswith('plan="measured" takes')
 
 
 def test_noise_passes_its_tests_and_wrong_noise_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
