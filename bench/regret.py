@@ -17,19 +17,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from dpkernels.engine.strategies import held_by
-from dpkernels.layers.costs import Cost
-from dpkernels.ops.sums import squared_norms
 
 from bench import results, table, work
 from dpkernels import ops
 from dpkernels.engine.planner import PLANS, Planner
+from dpkernels.engine.strategies import held_by
 from dpkernels.layers import margins
+from dpkernels.layers.costs import Cost
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand
 from dpkernels.ops.conv import library, tiles
 from dpkernels.ops.conv.cpu import GradSample
 from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.registry import BackendUnavailable
+from dpkernels.ops.sums import squared_norms
 
 PATH = results.RESULTS / "regret.csv"
 KEY = ("device", "threads", "shape")

@@ -37,7 +37,7 @@ class Memory:
     """Which items an interrupted run has finished; a run with other settings starts anew."""
 
     def __init__(self, path: Path, settings: Mapping[str, object], fresh: bool = False):
-        self._path, self._settings = path, dict(settings)
+        self._path, self._settings = path, json.loads(json.dumps(settings))
         self.done: list[str] = []
         if path.exists() and not fresh:
             earlier = json.loads(path.read_text())

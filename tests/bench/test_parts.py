@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from bench import __main__ as main
 from bench import (
     accounting_bench,
     cases,
@@ -81,6 +83,24 @@ def test_what_was_done_with_other_settings_is_done_again() -> None:
 
 def _fail(report: work.Report) -> None:
     raise ValueError("no")
+
+
+def test_all_goes_on_with_the_parts_that_are_not_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def finished(part: main._Part, limit: float, fresh: bool) -> bool:
+        asked.append((part.command[0], limit))
+        return len(asked) != 2
+
+    monkeypatch.setattr(main, "_PARTS", tuple(main._Part((n,), 10.0, "") for n in "abc"))
+    monkeypatch.setattr(main, "_finished", finished)
+    monkeypatch.setattr(main, "_write_reports", lambda: None)
+    assert CliRunner().invoke(main.app, ["all", "--seconds", "1000"]).exit_code == 1
+    assert CliRunner().invoke(main.app, ["all", "--seconds", "1000"]).exit_code == 0
+    assert [name for name, _ in asked] == ["a", "b", "c", "b"]
+    assert all(limit == 20.0 for _, limit in asked)
+    assert CliRunner().invoke(main.app, ["all", "--seconds", "0"]).exit_code == 1
+    assert len(asked) == 4
 
 
 def test_regret_is_the_chosen_time_over_that_of_the_best_found_before(
