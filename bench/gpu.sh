@@ -3,8 +3,10 @@
 #
 #     bench/gpu.sh OUT_DIR
 #
-# Builds the extensions for the GPU at hand, runs the tests marked gpu and the GPU cases of the
-# bench, and writes build.log, tests.log, bench.log and steps.csv into OUT_DIR; a short table last.
+# Builds the extensions for the GPU at hand, runs the tests marked gpu, times every backend of every
+# op against its roofline and whole steps against ordinary PyTorch, Opacus and a per-sample loop, and
+# writes build.log, tests.log, kernels.log, bench.log, kernels.csv and steps.csv into OUT_DIR; a short
+# table last. The limits of the parts add up to 535 s.
 #
 # PYTHON                       interpreter with torch (default: python3)
 # DPKERNELS_WHEELS             folder of wheels for what that interpreter lacks (default: wheels)
@@ -57,10 +59,11 @@ fi
 if ! command -v nvcc >/dev/null && [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then
     export CUDA_HOME=/usr/local/cuda
 fi
-part build 150 "$python" setup.py build_ext --inplace
-part info 30 "$python" -m dpkernels info
-part tests 100 "$python" -m pytest -m gpu -q --continue-on-collection-errors
-part bench 210 "$python" -m bench --device cuda --fresh --output "$out/steps.csv"
+part build 120 "$python" setup.py build_ext --inplace
+part info 20 "$python" -m dpkernels info
+part tests 110 "$python" -m pytest -m gpu -q --continue-on-collection-errors
+part kernels 95 "$python" -m bench.kernels "$out/kernels.csv" --budget 70
+part bench 190 "$python" -m bench --device cuda --fresh --budget 150 --output "$out/steps.csv"
 
 grep -E "passed|failed|error" "$out/tests.log" | tail -n 1
 "$python" -m bench report --short --source "$out/steps.csv"

@@ -99,6 +99,25 @@ def test_equals_one_sample_at_a_time(name: str, dtype: torch.dtype, backend: str
     assert_as_exact_as_torch(clipped, *truth.clipped(factor))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", shapes.CONV)
+def test_library_calls_on_the_device(name: str, dtype: torch.dtype) -> None:
+    """cuDNN and cuBLAS as a backend of their own; in float64 they are the automatic choice."""
+    case = shapes.CONV[name]
+    operands_here = operands(case, dtype)
+    moved = tuple(operand.cuda() for operand in operands_here)
+    truth = Truth(*operands_here, case)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        if dtype == torch.float64:
+            assert ops.conv_grad_sample.backend(*moved, *case.geometry) == "library"
+        with ops.use_backend("library"):
+            grads = ops.conv_grad_sample(*moved, *case.geometry).cpu()
+            norm_sq = ops.conv_norm_sq(*moved, *case.geometry).cpu()
+    assert_as_exact_as_torch(grads, *truth.grads())
+    assert_as_exact_as_torch(norm_sq, *truth.norm_sq())
+
+
 @pytest.mark.parametrize("layout", [name for name in shapes.LAYOUTS if name != "contiguous"])
 @pytest.mark.parametrize("name", ["1d", "2d, stride 2, remainder", "2d, depthwise", "3d"])
 def test_any_memory_layout(name: str, layout: str) -> None:

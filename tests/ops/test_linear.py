@@ -69,6 +69,20 @@ def test_equals_one_sample_at_a_time(name: str, dtype: torch.dtype, backend: str
     assert_as_exact_as_torch(total, *clipped)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", shapes.LINEAR)
+def test_library_calls_on_the_device(name: str, dtype: torch.dtype) -> None:
+    """cuBLAS as a backend of its own: 16-bit operands as they are, answers in float32."""
+    activations, grad_output = operands(name, dtype)
+    grads = truths(activations, grad_output)
+    with ops.use_backend("library"):
+        found = ops.linear_grad_sample(activations.cuda(), grad_output.cuda()).cpu()
+        norm_sq = ops.linear_norm_sq(activations.cuda(), grad_output.cuda()).cpu()
+    assert_as_exact_as_torch(found, *grads)
+    assert_as_exact_as_torch(norm_sq, *square_sums(grads))
+
+
 @pytest.mark.parametrize("layout", shapes.LAYOUTS)
 @pytest.mark.parametrize("name", ["odd", "one position", "several Gram tiles"])
 def test_any_memory_layout(name: str, layout: str) -> None:
