@@ -4,7 +4,8 @@ The launchers run on tensors without storage while every kernel of the modules i
 recorder; each recorded launch is compiled for the wanted architectures with the specialisation
 that Triton's just-in-time compiler would choose. Run as ``python -m tests.ops.aot`` in a process
 without TRITON_INTERPRET: it writes the names of all kernels, then one row per kernel and
-architecture, as lines of JSON.
+architecture, as lines of JSON. ``python -m tests.ops.aot KERNEL`` instead counts the matrix
+instructions in the machine code of that kernel, case by case.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,15 +118,21 @@ def _type_of(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def compiled(case: str, launch: Any, architecture: int) -> Resources:
-    """Compile one recorded launch and read its resources from the binary."""
+def binary_of(launch: Any, architecture: int) -> Any:
+    """One recorded launch, compiled."""
     kernel, args, options = launch
     chosen = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
-    binary = triton.compile(
+    return triton.compile(
         specialised(kernel, args, options),
         target=GPUTarget("cuda", architecture, 32),
         options=chosen,
     )
+
+
+def compiled(case: str, launch: Any, architecture: int) -> Resources:
+    """Compile one recorded launch and read its resources from the binary."""
+    kernel = launch[0]
+    binary = binary_of(launch, architecture)
     usage = _resource_usage(binary.asm["cubin"])
     return Resources(
         case=case,
@@ -139,15 +147,29 @@ def compiled(case: str, launch: Any, architecture: int) -> Resources:
     )
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def _cuobjdump(option: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", done.stdout)}
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    found = re.findall(r"\b([A-Z]+):(\d+)", _cuobjdump("-res-usage", cubin))
+    return {name: int(n) for name, n in found}
+
+
+def matrix_instructions(name: str) -> Iterator[str]:
+    """A line for each case and architecture in which the kernel `name` is launched."""
+    for case, call in aot_cases.CASES.items():
+        for launch in (one for one in record(MODULES, call) if one[0].__name__ == name):
+            for architecture in ARCHITECTURES:
+                sass = _cuobjdump("-sass", binary_of(launch, architecture).asm["cubin"])
+                counts = Counter(re.findall(r"\b(?:HMMA|HGMMA)[.\w]*", sass))
+                found = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+                yield f"{case}, sm_{architecture}: {found or 'none'}"
 
 
 def kernel_names() -> list[str]:
@@ -173,6 +195,10 @@ def rows() -> Iterator[Resources]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        for line in matrix_instructions(sys.argv[1]):
+            sys.stdout.write(line + "\n")
+        raise SystemExit
     sys.stdout.write(json.dumps(kernel_names()) + "\n")
     for row in rows():
         sys.stdout.write(json.dumps(asdict(row)) + "\n")
