@@ -27,6 +27,7 @@ _SECONDS = 0.8
 _CALLS = 5
 _STREAM_ELEMENTS = 1 << 24
 _MATRIX = 1536
+_PARAMETERS = 16
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Peaks:
 class Work:
     """A call with its tensors, and the work it cannot avoid."""
 
-    call: Callable[[], torch.Tensor]
+    call: Callable[[], torch.Tensor | list[torch.Tensor]]
     flops: float
     bytes: float
 
@@ -191,6 +192,19 @@ def _finish(noise_std: float, batch: int, size: int) -> Work:
     return Work(call, 2.0 * samples.numel(), 4.0 * (samples.numel() + out.numel()))
 
 
+def _finish_many(noise_std: float, batch: int, size: int) -> Work:
+    """The end of a step of a network of sixteen parameters."""
+    outs = list(torch.zeros(_PARAMETERS, size // _PARAMETERS).unbind(0))
+    samples = [torch.randn(batch, len(out)) for out in outs]
+    factors = [torch.full((batch,), 0.5)] * _PARAMETERS
+    source = NoiseSource()
+    taken = [source.take(len(out)) for out in outs]
+    arguments = (noise_std, 1.0 / batch, taken[0][0], [block for _, block in taken])
+    accumulate = [False] * _PARAMETERS
+    call = partial(ops.finish_grads_, outs, samples, factors, *arguments, accumulate)
+    return Work(call, 2.0 * batch * size, 4.0 * (batch + 1) * size)
+
+
 def _noise(batch: int, size: int) -> Work:
     out = torch.zeros(batch * size)
     key, block = NoiseSource().take(out.numel())
@@ -202,6 +216,7 @@ _STREAMS = {
     "weighted_sum_": _weighted_sum,
     "finish_grad_, no noise": partial(_finish, 0.0),
     "finish_grad_, noise": partial(_finish, 1.0),
+    "finish_grads_, noise": partial(_finish_many, 1.0),
     "gaussian_noise_": _noise,
 }
 
