@@ -64,6 +64,18 @@ class TightAccountant(IAccountant):
     def mechanism(cls) -> str:
         return MECHANISM
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a history, also one that an accountant of Opacus has counted.
+
+        All of them record (noise multiplier, sample rate, steps) of the same mechanism.
+
+        Raises:
+            ValueError: it is not the state of such an accountant.
+        """
+        if state_dict and state_dict.get("mechanism") in _ACCOUNTANTS:
+            state_dict = {**state_dict, "mechanism": MECHANISM}
+        super().load_state_dict(state_dict)
+
 
 def register() -> None:
     """Makes `PrivacyEngine(accountant="tight")` known to Opacus; calling it again is harmless."""

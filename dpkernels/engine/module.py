@@ -31,7 +31,11 @@ def install(root: nn.Module, capture: ModelCapture) -> list[CapturedForward]:
 
     Returns:
         The captured forwards in the order of installation (remove them in reverse).
+
+    Raises:
+        ValueError: the model is private already.
     """
+    _refuse_captured(root)
     installed: list[CapturedForward] = []
     for forward in _captured(root, "", capture, capture.axis, set()):
         forward.install()
@@ -39,6 +43,21 @@ def install(root: nn.Module, capture: ModelCapture) -> list[CapturedForward]:
     installed.append(RootForward(root, "", capture))
     installed[-1].install()
     return installed
+
+
+def _refuse_captured(root: nn.Module) -> None:
+    """Raise where another capture trains the model; take off what a copied model still carries."""
+    for module in root.modules():
+        forward = module.__dict__.get("forward")
+        while isinstance(forward, CapturedForward):
+            if forward.capture.held is not None:
+                raise ValueError(
+                    f"module: its {type(module).__name__} was made private before, and would be "
+                    "clipped and noised twice; pass the wrapped module, or call its "
+                    "to_standard_module() (cleanup() with wrap_model=False) first"
+                )
+            forward.remove()
+            forward = module.__dict__.get("forward")
 
 
 def _captured(

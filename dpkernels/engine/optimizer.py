@@ -324,7 +324,10 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         return float(self.expected_batch_size or 0) * iterations * self.processes.world_size
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Clear gradients; sums of physical batches survive until their logical batch ends."""
+        """Clear gradients; sums of physical batches survive until their logical batch ends.
+
+        A parameter that was frozen meanwhile has none, not zeros that momentum would follow.
+        """
         for p in self.params:
             p.grad_sample = None
         if not self._is_last_step_skipped:
@@ -336,6 +339,9 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         self._consumed = False
         self._private.clear()
         self.original_optimizer.zero_grad(set_to_none)
+        for p in self.held_parameters():
+            if not p.requires_grad:
+                p.grad = None
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool | None:
         """Check that every gradient is private, and count the step with the accountant.

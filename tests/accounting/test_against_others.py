@@ -85,8 +85,11 @@ def test_accountant_state_survives_checkpoints():
     restored = TightAccountant()
     restored.load_state_dict(pickle.loads(pickle.dumps(accountant.state_dict())))
     assert restored.history == accountant.history
-    with pytest.raises(ValueError, match="mechanism"):
-        restored.load_state_dict(RDPAccountant().state_dict())
+    other = _steps(RDPAccountant(), (1.0, 0.1, 5))
+    restored.load_state_dict(other.state_dict())
+    assert restored.history == other.history
+    with pytest.raises(ValueError, match="state_dict of other .*tight"):
+        restored.load_state_dict({"history": [], "mechanism": "other"})
 
 
 def test_accountant_edges():

@@ -119,3 +119,43 @@ def test_checkpoints_load_across_the_packages(ours_first: bool, tmp_path) -> Non
     assert other.accountant.history == engine.accountant.history
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
     assert len(twin_optimizer.state_dict()["state"]) == len(list(twin.parameters()))
+
+
+@pytest.mark.parametrize("mechanism", ["prv", "rdp", "gdp"])
+def test_a_checkpoint_of_opacus_loads_into_the_default_engine(mechanism: str, tmp_path) -> None:
+    """Swap the import, go on training: Opacus' default accountant is not ours."""
+    from opacus import PrivacyEngine as OpacusEngine
+
+    def made(engine):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        model, optimizer, _ = engine.make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(images(16), batch_size=8), noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )  # fmt: skip
+        return engine, model, optimizer
+
+    engine, model, optimizer = made(OpacusEngine(accountant=mechanism))
+    nn.functional.cross_entropy(model(images(4).tensors[0]), images(4).tensors[1]).backward()
+    optimizer.step()
+    engine.save_checkpoint(path=tmp_path / "c.pt", module=model, optimizer=optimizer)
+    ours, twin, twin_optimizer = made(PrivacyEngine())
+    ours.load_checkpoint(path=tmp_path / "c.pt", module=twin, optimizer=twin_optimizer)
+    assert ours.accountant.history == [(1.0, 0.5, 1)]
+    assert 0 < ours.get_epsilon(1e-3) < 10
+    with pytest.raises(ValueError, match="nonsense"):
+        ours.accountant.load_state_dict({"history": [], "mechanism": "nonsense"})
+
+
+def test_a_model_is_not_made_private_twice() -> None:
+    model = cnn()
+    _, wrapped, _, _ = private(model, images(16))
+    with pytest.raises(ValueError, match="made private before.*to_standard_module"):
+        private(model, images(16))
+    x, y = images(4).tensors
+    twin = copy.deepcopy(model)
+    _, again, optimizer, _ = private(twin, images(16))
+    nn.functional.cross_entropy(again(x), y).backward()
+    optimizer.step()
+    wrapped.to_standard_module()
+    private(model, images(16))

@@ -53,3 +53,19 @@ def test_an_added_parameter_group_is_private_too() -> None:
     optimizer.original_optimizer.add_param_group({"params": list(added.parameters())})
     squared_loss(wrapped, (x,)).backward()
     assert relative_error(added.weight.grad, expected.gradients["0.weight"]) < 1e-5
+
+
+def test_a_parameter_frozen_later_stays_where_it_is() -> None:
+    """Also under momentum, and with Opacus' ``zero_grad()``, which leaves zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x = values(4, 5).float()
+    _, wrapped, optimizer, _ = made_private(model, x)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    step(wrapped, optimizer, x)
+    model[2].requires_grad_(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    step(wrapped, optimizer, x)
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
+    assert moved == [True, True, False, False]
+    assert optimizer.last_step.per_sample_norm.shape == (4,)
