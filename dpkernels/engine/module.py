@@ -231,6 +231,12 @@ class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):
         )
         self._start(m, views_per_sample, memory_budget, plan)
 
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clear gradients, and the optimizer's sums with them: ``model.zero_grad()`` is enough."""
+        super().zero_grad(set_to_none)
+        if self._optimizer is not None:
+            self._optimizer.zero_grad(set_to_none)
+
 
 class FusedGradSampleHooks(_FusedCapture, AbstractGradSampleHooks):
     """The same without a wrapper (``wrap_model=False``): go on using your own model."""

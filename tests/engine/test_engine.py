@@ -83,6 +83,26 @@ def test_batch_memory_manager_gives_the_gradient_of_the_logical_batch(physical: 
     assert engine.accountant.history == [(0.0, 1.0, 1)]
 
 
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_the_models_zero_grad_is_enough(set_to_none: bool) -> None:
+    """Opacus' sums survive ``model.zero_grad()`` and are released again."""
+    torch.manual_seed(0)
+    x, y = images(8).tensors
+    model = cnn()
+    expected = microbatching(
+        model, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), (x, y), 1.0
+    )
+    engine, model, optimizer, _ = private(model, images(8), 8, 0.0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for _ in range(2):
+        model.zero_grad(set_to_none)
+        nn.functional.cross_entropy(model(x), y).backward()
+        for name, p in model._module.named_parameters():
+            assert relative_error(p.grad, expected.gradients[name]) < 1e-5
+        optimizer.step()
+    assert engine.accountant.history == [(0.0, 1.0, 2)]
+
+
 def test_empty_batches_step_with_noise_alone() -> None:
     engine, model, optimizer, loader = private(cnn(), images(40), 1)
     empty = 0
