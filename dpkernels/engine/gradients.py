@@ -66,10 +66,8 @@ class ParameterGradient:
         """
         norm_sq = self.norm_sq()
         if self.factored is not None:
-            bound = self.factored.norm_bound(norm_sq)
-        else:
-            bound = margins.of_values(norm_sq)
-        return bound.square().to(norm_sq.dtype)
+            return self.factored.norm_bound(norm_sq).square().to(norm_sq.dtype)
+        return margins.of_values_sq(norm_sq)
 
 
 class PendingGradients:

@@ -8,11 +8,13 @@ number of the dtype in which norms and sums are accumulated.
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch.nn import functional as F
 
 from dpkernels.ops.checks import result_dtype
 from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.sums import squared_norms
 
 #: units of rounding between the values that are summed and their norm, all scaling included
 _VALUE_UNITS = 160
@@ -43,6 +45,11 @@ def of_values(norm_sq: torch.Tensor) -> torch.Tensor:
     return norm_sq.double().sqrt() * (1.0 + _VALUE_UNITS * unit(norm_sq.dtype))
 
 
+def of_values_sq(norm_sq: torch.Tensor) -> torch.Tensor:
+    """[B], dtype of `norm_sq`: the square of :func:`of_values`, in one operation."""
+    return norm_sq * (1.0 + _VALUE_UNITS * unit(norm_sq.dtype)) ** 2
+
+
 def of_outer_product(norm_sq: torch.Tensor, inputs: float) -> torch.Tensor:
     """[B]: one position, so that the norm is a product of two norms.
 
@@ -60,8 +67,8 @@ def of_gram(
 
     Args:
         norm_sq: [B], as computed.
-        magnitude: [B], sum over positions of |A_t| |G_t|: its square is what the Gram's terms add
-            up to in absolute value, and it bounds the entries of the summed products.
+        magnitude: [B], at least the sum over positions of |A_t| |G_t|: its square is what the
+            Gram's terms add up to in absolute value, and it bounds the summed products.
         positions: T, the length of the sums that form the gradient.
         features: I + O, the lengths of the two Grams' inner products; for a convolution the
             channels of a group and the number of taps, over which sums are taken one by one.
@@ -83,33 +90,34 @@ def of_segments(norm_sq: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
     if grads.shape[1] == 1:
         return of_values(norm_sq)
     step = unit(norm_sq.dtype)
-    return of_values(norm_sq) + 2 * (grads.shape[1] + 2) * step * _norms(grads, 2).sum(1)
+    positions = grads.shape[1]
+    return of_values(norm_sq) + 2 * (positions + 2) * step * math.sqrt(positions) * _norms(grads)
 
 
-def linear_magnitude(activations: torch.Tensor, backprops: torch.Tensor) -> torch.Tensor:
-    """[B], float64: sum over positions of |A_t| |G_t| for [B, T, I] and [B, T, O]."""
-    return (_norms(activations, 2) * _norms(backprops, 2)).sum(1)
+def magnitude(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[B], float64: at least the sum over positions of |A_t| |G_t| (Cauchy and Schwarz).
+
+    Args:
+        left: [B, ...], the activations at all positions.
+        right: [B, ...], the gradients at all positions.
+    """
+    return _norms(left) * _norms(right)
 
 
 def conv_magnitude(
     input: torch.Tensor, backprops: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
-    """[B], float64: the same for a convolution's patches, root sum of squares over groups."""
-    groups, axes = geometry.groups, geometry.axes
-    energy = _norms(input.unflatten(1, (groups, -1)), 2).square()
-    taps = torch.ones((groups, 1, *geometry.kernel), dtype=energy.dtype, device=energy.device)
-    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[axes]
-    patches = convolution(
-        energy, taps, None, geometry.stride, geometry.padding, geometry.dilation, groups
-    )
-    grads = _norms(backprops.unflatten(1, (groups, -1)), 2)
-    for axis, size in enumerate(grads.shape[2:]):
-        patches = patches.narrow(2 + axis, 0, size)
-    by_group = (patches.clamp(min=0).sqrt() * grads).flatten(2).sum(2)
-    return torch.linalg.vector_norm(by_group, dim=1)
+    """[B], float64: the same for a convolution's patches, root sum of squares over groups.
+
+    A value of the input stands in at most one patch per tap, and per axis without dilation in at
+    most kernel / stride of them, rounded up.
+    """
+    axes = zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+    patches = math.prod(-(-k // s) if d == 1 else k for k, s, d in axes)
+    return math.sqrt(patches) * magnitude(input, backprops)
 
 
-def _norms(tensor: torch.Tensor, axis: int) -> torch.Tensor:
-    """Norms along an axis, float64."""
-    dtype = result_dtype(tensor)
-    return torch.linalg.vector_norm(tensor, dim=axis, dtype=dtype).double()
+def _norms(tensor: torch.Tensor) -> torch.Tensor:
+    """[B], float64: norms of the rows of a tensor [B, ...]."""
+    rows = tensor.to(result_dtype(tensor)).reshape(len(tensor), -1)
+    return of_values(squared_norms(rows))

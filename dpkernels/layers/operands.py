@@ -90,7 +90,7 @@ class LinearOperand:
         length, inputs = self.activations.shape[1:]
         if length == 1:
             return margins.of_outer_product(norm_sq, margins.product_unit(self.backprops))
-        magnitude = margins.linear_magnitude(self.activations, self.backprops)
+        magnitude = margins.magnitude(self.activations, self.backprops)
         return margins.of_gram(norm_sq, magnitude, length, inputs + self.backprops.shape[2])
 
     def part(self, samples: slice) -> LinearOperand:
