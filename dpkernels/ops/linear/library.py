@@ -51,7 +51,7 @@ def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torc
     _, positions, features_in = activations.shape
     features_out = grad_output.shape[2]
     if positions == 1:
-        return activations.square().sum((1, 2)) * grad_output.square().sum((1, 2))
+        return squared_norms(activations) * squared_norms(grad_output)
     if positions * (features_in + features_out) < 2 * features_in * features_out:
         return gram_norm_sq(activations, grad_output)
     return recompute_norm_sq(activations, grad_output)
