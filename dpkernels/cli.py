@@ -12,6 +12,7 @@ _COMMANDS = (
     ("risk", "dpkernels.reconstruction.cli", "dpkernels"),
     ("audit", "dpkernels.engine.cli", "dpkernels"),
     ("segment", "dpkernels.segmentation.cli", "dpkernels[segmentation]"),
+    ("classify", "dpkernels.classification.cli", "dpkernels[classification]"),
 )
 
 app = typer.Typer(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +13,11 @@ import torch.nn.functional as F
 from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.decathlon import DecathlonFolder, Scan
 from dpkernels.segmentation.volume import Volume, check_headers, load_volume
+from dpkernels.training.augment import Augmentation, augmented
+from dpkernels.training.reading import for_each
 from dpkernels.training.sampling import PatientViews
 
 _FOREGROUND_VOXELS = 4096
-_READERS = 4
-_FAULTS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -99,16 +97,6 @@ def _target_shape(
     return x, y, z
 
 
-class Augmentation(Protocol):
-    """A MONAI dictionary transform with random state."""
-
-    def set_random_state(self, seed: int | None = None) -> Any:
-        """Fix what the next call draws."""
-
-    def __call__(self, data: Any, /) -> Any:
-        """Transform the keys image and label."""
-
-
 class CaseStore:
     """Prepared scans, read once (cache "memory") or on every access ("none")."""
 
@@ -124,7 +112,7 @@ class CaseStore:
         Raises:
             ValueError: the faulty files, each by name.
         """
-        _raise_faults(map(_fault_of(check_headers), self.folder.scans))
+        for_each(self.folder.scans, check_headers, "scans")
 
         def read(scan: Scan) -> None:
             case = self._load(scan)
@@ -132,8 +120,7 @@ class CaseStore:
                 self._cases[scan.name] = case
             on_progress()
 
-        with ThreadPoolExecutor(_READERS) as readers:
-            _raise_faults(readers.map(_fault_of(read), self.folder.scans))
+        for_each(self.folder.scans, read, "scans")
 
     def volume(self, scan: Scan) -> Volume:
         """The scan on its native grid."""
@@ -145,27 +132,6 @@ class CaseStore:
 
     def _load(self, scan: Scan) -> Case:
         return prepare(self.volume(scan), self.config, self.divisor)
-
-
-def _fault_of(action: Callable[[Scan], None]) -> Callable[[Scan], str | None]:
-    def attempt(scan: Scan) -> str | None:
-        try:
-            action(scan)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    return attempt
-
-
-def _raise_faults(found: Iterable[str | None]) -> None:
-    faults = [fault for fault in found if fault is not None]
-    if len(faults) == 1:
-        raise ValueError(faults[0])
-    if faults:
-        more = [f"... and {len(faults) - _FAULTS_SHOWN} more"] * (len(faults) > _FAULTS_SHOWN)
-        listed = "\n".join(f"- {fault}" for fault in faults[:_FAULTS_SHOWN] + more)
-        raise ValueError(f"{len(faults)} scans are faulty:\n{listed}")
 
 
 class PatientDataset(PatientViews):
@@ -208,33 +174,9 @@ class PatientDataset(PatientViews):
         if config.crop is not None:
             image, label = crop_view(case, config.crop, config.foreground_share, rng)
         if self._augment is not None:
-            self._augment.set_random_state(seed=int(rng.integers(2**31)))
-            sample = self._augment({"image": image, "label": label})
-            image, label = _plain(sample["image"]).float(), _plain(sample["label"])
+            sample = augmented(self._augment, {"image": image, "label": label}, rng)
+            image, label = sample["image"].float(), sample["label"]
         return image, label.to(torch.uint8)
-
-
-def split_patients(patients: Sequence[str], config: DataConfig, seed: int) -> dict[str, list[str]]:
-    """Split patients, never scans, into train, validation and test.
-
-    Raises:
-        ValueError: too few patients for the shares.
-    """
-    order = np.random.default_rng([seed, 2]).permutation(len(patients))
-    test = max(1, round(config.test_share * len(patients)))
-    validation = round(config.validation_share * len(patients))
-    validation = max(1, validation) if config.validation_share else 0
-    if len(patients) - test - validation < 1:
-        raise ValueError(
-            f"{len(patients)} patients cannot be split with data.test_share={config.test_share} "
-            f"and data.validation_share={config.validation_share}: none is left to train on"
-        )
-    names = [patients[i] for i in order]
-    return {
-        "train": sorted(names[test + validation :]),
-        "validation": sorted(names[test : test + validation]),
-        "test": sorted(names[:test]),
-    }
 
 
 def crop_view(
@@ -267,7 +209,3 @@ def crop_view(
     everything = (slice(None), *box)
     image = F.pad(case.image[everything], padding, value=float(case.image.min()))
     return image, F.pad(case.label[everything], padding)
-
-
-def _plain(value: Any) -> torch.Tensor:
-    return value.as_tensor() if hasattr(value, "as_tensor") else torch.as_tensor(value)

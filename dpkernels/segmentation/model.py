@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkernels.training.targets import instantiate
+from dpkernels.training.targets import build_model
 
 _DEFAULT_DIVISOR = 16
 
@@ -28,19 +28,10 @@ def build_network(
     Raises:
         ValueError: the block cannot be built, or its channel counts are not the data's.
     """
-    wanted = {"in_channels": in_channels, "out_channels": out_channels}
-    for key, value in wanted.items():
-        if block.get(key, value) != value:
-            raise ValueError(
-                f"network.{key} must be {value}, as dataset.json says; got {block[key]}"
-            )
     _check_group_norm(block, out_channels)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = instantiate({**block, **wanted}, "network")
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"network: {block['_target_']} is not a torch.nn.Module")
-    return network
+    return build_model(
+        block, {"in_channels": in_channels, "out_channels": out_channels}, "dataset.json", seed
+    )
 
 
 def total_stride(block: dict[str, Any]) -> int:

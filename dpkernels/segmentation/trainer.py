@@ -12,7 +12,7 @@ from torch import nn
 
 from dpkernels.segmentation import pictures
 from dpkernels.segmentation.config import SegmentationConfig
-from dpkernels.segmentation.data import Augmentation, CaseStore, PatientDataset, split_patients
+from dpkernels.segmentation.data import CaseStore, PatientDataset
 from dpkernels.segmentation.decathlon import Scan, read_decathlon
 from dpkernels.segmentation.evaluate import CaseResult, Predictor, evaluate_scans, summarise
 from dpkernels.segmentation.loss import build_loss
@@ -20,7 +20,8 @@ from dpkernels.segmentation.model import build_network, total_stride
 from dpkernels.segmentation.phantom import write_phantom
 from dpkernels.segmentation.predict import predict_path
 from dpkernels.segmentation.volume import Volume
-from dpkernels.training.targets import instantiate
+from dpkernels.training.augment import build_augmentation
+from dpkernels.training.reading import split_patients
 from dpkernels.training.trainer import Trainer
 
 
@@ -80,8 +81,12 @@ class SegmentationTrainer(Trainer[SegmentationConfig]):
             self._open_store().read_all(advance)
 
     def _split_patients(self) -> dict[str, list[str]]:
+        data = self.config.data
         return split_patients(
-            list(self._open_store().folder.patients), self.config.data, self.config.training.seed
+            list(self._open_store().folder.patients),
+            data.test_share,
+            data.validation_share,
+            self.config.training.seed,
         )
 
     def _description(self) -> dict[str, Any]:
@@ -159,17 +164,9 @@ class SegmentationTrainer(Trainer[SegmentationConfig]):
         return PatientDataset(
             self._split["train"],
             self._open_store(),
-            self._augmentation(),
+            build_augmentation(self.config.data.augmentations),
             self.config.training.seed,
         )
-
-    def _augmentation(self) -> Augmentation | None:
-        blocks = self.config.data.augmentations
-        if not blocks:
-            return None
-        from monai.transforms import Compose
-
-        return Compose([instantiate(b, f"data.augmentations[{i}]") for i, b in enumerate(blocks)])
 
     def _validate(self, network: nn.Module) -> float | None:
         predictor = Predictor(network, self.config, self.device)

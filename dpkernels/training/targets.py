@@ -1,9 +1,9 @@
-"""`_target_` blocks, built by MONAI's ConfigParser; trainable parameters; the device."""
+"""Network, optimizer and other `_target_` blocks, built by MONAI's ConfigParser; the device."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,31 @@ def instantiate(block: dict[str, Any], name: str) -> Any:
     if isinstance(built, dict):
         raise ValueError(f"{name}: `_target_` {block.get('_target_')!r} names nothing importable")
     return built
+
+
+def build_model(
+    block: dict[str, Any], channels: Mapping[str, int], source: str, seed: int
+) -> nn.Module:
+    """Build the network; channel counts come from the data unless the block states them.
+
+    Args:
+        block: `_target_` and keyword arguments.
+        channels: the counts by argument name.
+        source: where they come from, for the error.
+        seed: of the initialisation; the global generator is left as it was.
+
+    Raises:
+        ValueError: the block cannot be built, or its channel counts are not the data's.
+    """
+    for key, value in channels.items():
+        if block.get(key, value) != value:
+            raise ValueError(f"network.{key} must be {value}, as {source} says; got {block[key]}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = instantiate({**block, **channels}, "network")
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"network: {block['_target_']} is not a torch.nn.Module")
+    return network
 
 
 def build_optimizer(

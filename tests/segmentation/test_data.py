@@ -12,10 +12,10 @@ from dpkernels.segmentation.data import (
     crop_view,
     prepare,
     restore,
-    split_patients,
 )
 from dpkernels.segmentation.decathlon import read_decathlon
 from dpkernels.segmentation.volume import Volume
+from dpkernels.training.reading import split_patients
 from dpkernels.training.sampling import flatten_views
 
 
@@ -74,13 +74,13 @@ def test_restore_undoes_prepare():
 
 def test_split_is_of_patients_disjoint_complete_and_fixed_by_the_seed():
     names = [f"p{i}" for i in range(20)]
-    config = DataConfig(shape=(8, 8, 8), test_share=0.2, validation_share=0.1)
-    split = split_patients(names, config, seed=3)
+    split = split_patients(names, 0.2, 0.1, seed=3)
     assert [len(split[part]) for part in ("train", "validation", "test")] == [14, 2, 4]
     assert sorted(functools.reduce(operator.iadd, split.values(), [])) == sorted(names)
-    assert split == split_patients(names, config, seed=3) != split_patients(names, config, seed=4)
+    assert split == split_patients(names, 0.2, 0.1, seed=3)
+    assert split != split_patients(names, 0.2, 0.1, seed=4)
     with pytest.raises(ValueError, match="none is left to train on"):
-        split_patients(["a"], config, seed=0)
+        split_patients(["a"], 0.2, 0.1, seed=0)
 
 
 def test_views_of_a_patient_are_adjacent_rows_from_any_of_their_scans(folder, manifest):

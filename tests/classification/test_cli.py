@@ -1,0 +1,66 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from dpkernels.classification.cli import app
+
+TINY = [
+    "--set=data.size=16",
+    "--set=data.views_per_patient=2",
+    "--set=network.channels=[4,4,4,4]",
+    "--set=training.batch_size=6",
+    "--delta=1e-3",
+    "--device=cpu",
+    "--steps=2",
+]
+
+
+@pytest.fixture
+def run():
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+    return invoke
+
+
+def test_help_names_the_commands_and_the_layouts(run):
+    text = run("--help").output
+    for word in ("train", "evaluate", "predict", "report", "synthetic", "HAM10000", "RadImageNet"):
+        assert word in text
+    for option in ("--data", "--epsilon", "--positive", "--patients", "--resume", "--set"):
+        assert option in run("train", "--help").output
+
+
+def test_from_synthetic_images_to_report_and_predictions(run, tmp_path):
+    data, out = tmp_path / "images", tmp_path / "run"
+    made = run("synthetic", data, "--lesions", 40, "--size", 16, "--layout", "folders")
+    assert made.exit_code == 0, made.output
+    with pytest.warns(UserWarning, match="taken by itself"):
+        trained = run("train", "--data", data, "--positive", "", "--out", out, *TINY)
+    assert trained.exit_code == 0, trained.output
+    assert "per image, 2 steps" in trained.output
+    classes = json.loads((out / "data.json").read_text())["classes"]
+    assert classes == ["akiec", "bcc", "bkl", "mel", "nv"]
+    with pytest.warns(UserWarning, match="taken by itself"):
+        assert "balanced" in run("evaluate", out).output
+    predicted = run("predict", out, data / "mel", tmp_path / "out.csv")
+    assert predicted.exit_code == 0, predicted.output
+    assert (tmp_path / "out.csv").read_text().startswith("image,class,akiec")
+    assert "The unit is the image" in run("report", out).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "isic"], "--preset must be one of synthetic, ham10000, radimagenet"),
+        (["--data", "nowhere"], "is not a folder"),
+        (["--resume"], "--resume needs --out"),
+    ],
+)
+def test_faults_end_in_one_line_and_exit_code_2(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("train", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
