@@ -17,8 +17,8 @@ _SYNTHETIC: dict[str, Any] = {
     "network": {"_target_": _RESNET, "channels": [8, 16, 16, 16], "groups": 4},
     "training": {
         "steps": 150,
-        "batch_size": 32,
-        "optimizer": {"_target_": "torch.optim.NAdam", "lr": 4e-3},
+        "batch_size": 64,
+        "optimizer": {"_target_": "torch.optim.NAdam", "lr": 5e-3},
         "ema_decay": 0.9,
     },
     "privacy": {"epsilon": 8.0, "delta": 1e-4, "max_grad_norm": 1.0},
