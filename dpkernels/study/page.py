@@ -36,7 +36,9 @@ def facts(cells: Sequence[Mapping[str, Any]], accountant: str, seeds: int) -> li
         "the table also gives what the same noise guarantees under a tight accountant",
         "tight": "a tight accountant, so it is what the noise guarantees",
     }[accountant]
-    minutes = sum(cell["seconds"] for cell in cells) / 60
+    minutes = {
+        part: sum(cell["seconds"][part] for cell in cells) / 60 for part in cells[0]["seconds"]
+    }
     machine = cells[0]["environment"]
     packages = machine["packages"]
     return [
@@ -55,10 +57,13 @@ def facts(cells: Sequence[Mapping[str, Any]], accountant: str, seeds: int) -> li
         "over the attacked records; chance is what as many candidates of pure noise reach.",
         "Bounds: worst case and relaxed are the largest probability of picking the right one "
         f"among {plan['patients']} candidates from the whole run; NCC bounds hold for an attacker "
-        "without prior knowledge and a record whose whole norm is signal.",
-        f"Training, evaluation and attacks took {minutes:.1f} minutes in all, on "
-        f"{machine['gpu'] or machine['device']} with {machine['threads']} threads; dpkernels "
-        f"{packages['dpkernels']}, torch {packages['torch']}, {machine['started'][:10]}.",
+        "without prior knowledge and a record whose whole norm is signal, up to fluctuations of "
+        f"about 1/sqrt(D) = {cells[0]['dimension'] ** -0.5:.1g}, and more for the best of many "
+        "candidates.",
+        f"The steps of all runs took {minutes['training']:.1f} minutes and the attacks "
+        f"{minutes['attacks']:.1f}, on {machine['gpu'] or machine['device']} with "
+        f"{machine['threads']} threads; dpkernels {packages['dpkernels']}, "
+        f"torch {packages['torch']}, {machine['started'][:10]}.",
     ]
 
 

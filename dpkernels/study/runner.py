@@ -24,6 +24,7 @@ from dpkernels.study.campaign import (
 from dpkernels.study.progress import StudyDisplay
 from dpkernels.study.verdict import Verdict, conclude
 from dpkernels.training.config import RunConfig
+from dpkernels.training.logs import read_metrics
 from dpkernels.training.privacy import PrivacyPlan
 from dpkernels.training.run_folder import RunFolder, steps_begun
 from dpkernels.training.settings import merge
@@ -186,7 +187,6 @@ class Study:
         title: Callable[[str], None],
         attacked: Callable[[], None],
     ) -> None:
-        began = time.monotonic()
         folder = self._cell(epsilon, seed)
         trainer = self._make(folder, self._changes(epsilon, seed), display)
         result = trainer.finished()
@@ -195,6 +195,7 @@ class Study:
         else:
             display.advance(self._config.training.steps, skipped=True)
         title("attack")
+        began = time.monotonic()
         plan, exposed = trainer.plan(), trainer.exposed(self.settings.patients)
         found = attack_run(exposed, plan, self.settings.adversaries, attacked)
         pictures.save_sections(found, exposed, folder / "sections.npz")
@@ -217,7 +218,10 @@ class Study:
                 "prior_ncc": guess_without_model(exposed),
                 "attacks": {name: attack.to_dict() for name, attack in found.items()},
                 "environment": trainer.folder.read_json("env.json"),
-                "seconds": round(time.monotonic() - began, 1),
+                "seconds": {
+                    "training": round(sum(read_metrics(trainer.folder.metrics_csv)["seconds"]), 1),
+                    "attacks": round(time.monotonic() - began, 1),
+                },
             },
         )
 
