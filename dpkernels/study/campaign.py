@@ -104,7 +104,8 @@ ADVERSARIES: Mapping[str, Adversary] = {
     "imprint": Adversary(
         "imprint",
         "A malicious server puts a layer with 128 bins in front of the user's model and reads one "
-        "update of a batch of the expected size; the realistic attacker.",
+        "update of a batch of the expected size (of the attacked records, where those are fewer: "
+        "easier for the attack); the realistic attacker.",
         _imprint,
     ),
     "optimal": Adversary(
