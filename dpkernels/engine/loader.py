@@ -215,16 +215,15 @@ def check_shared(data_loader: DataLoader, processes: Processes, poisson_sampling
         sample_rate=sample_rate_of(data_loader),
         steps=len(data_loader),
     )
-    sampler = getattr(data_loader.batch_sampler, "sampler", None)
-    if poisson_sampling or isinstance(data_loader.batch_sampler, DistributedPoissonSampler):
+    if poisson_sampling:
         return
-    if not isinstance(sampler, DistributedSampler) or (sampler.rank, sampler.num_replicas) != (
-        processes.rank,
-        processes.world_size,
-    ):
+    sampler = getattr(data_loader.batch_sampler, "sampler", data_loader.batch_sampler)
+    share = getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None)
+    if share != (processes.rank, processes.world_size):
         raise ValueError(
             "data_loader: with poisson_sampling=False every process would draw from all records, "
             "so one could enter a step several times; give it a torch.utils.data."
             f"DistributedSampler(dataset, num_replicas={processes.world_size}, "
-            f"rank={processes.rank})"
+            f"rank={processes.rank}), or a sampler of your own that states its share by the same "
+            "two attributes"
         )

@@ -20,6 +20,7 @@ from dpkernels.training.privacy import (
     PrivateUpdate,
     StepStatistics,
 )
+from dpkernels.training.processes import ALONE, TrainingProcesses
 from dpkernels.training.progress import Display
 from dpkernels.training.run_folder import RunFolder, StepLedger
 from dpkernels.training.sampling import PatientViews
@@ -41,6 +42,7 @@ class TrainingLoop:
         folder: where checkpoints and metrics go.
         network: in place; parameters that do not require a gradient stay as they are.
         dataset: the training patients.
+        processes: those that take the steps together.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TrainingLoop:
         folder: RunFolder,
         network: nn.Module,
         dataset: PatientViews,
+        processes: TrainingProcesses = ALONE,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -61,7 +64,7 @@ class TrainingLoop:
         )
         self._rate = optimizer.param_groups[0]["lr"]
         self._update = (PrivateUpdate if plan.enabled else PlainUpdate)(
-            network, optimizer, dataset, plan, config.physical_batch_size
+            network, optimizer, dataset, plan, config.physical_batch_size, processes
         )
         self.average = WeightAverage(network, config.ema_decay)
         self._steps = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -129,10 +130,10 @@ def configuration(
 
 
 def console() -> Console:
-    """The terminal, or whatever stands in its place."""
+    """The terminal, or whatever stands in its place; of torchrun's processes the first has it."""
     from rich.console import Console
 
-    return Console()
+    return Console(quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0")
 
 
 def display(console: Console) -> ConsoleDisplay:
@@ -155,6 +156,7 @@ class PlainErrors:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            self._console.quiet = False
             self._console.print(
                 f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
             )

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import nn
 
 from dpkernels import PrivacyEngine
 from dpkernels.accounting import get_epsilon, get_noise_multiplier
 from dpkernels.training.config import RunConfig
+from dpkernels.training.processes import ALONE, TrainingProcesses
 from dpkernels.training.sampling import PatientViews, flatten_views, patient_batches
 
 
@@ -183,14 +185,18 @@ class PrivateUpdate:
         dataset: PatientViews,
         plan: PrivacyPlan,
         physical_batch_size: int,
+        processes: TrainingProcesses = ALONE,
     ) -> None:
         self.plan = plan
         self._physical = physical_batch_size
         self._engine = PrivacyEngine(accountant=plan.accountant)
+        several = processes.world_size > 1
         self.model, self.optimizer, loader = self._engine.make_private(
-            module=network,
+            module=DifferentiallyPrivateDistributedDataParallel(network) if several else network,
             optimizer=optimizer,
-            data_loader=patient_batches(dataset, plan.sample_rate, plan.insecure_fixed_noise),
+            data_loader=patient_batches(
+                dataset, plan.sample_rate, plan.insecure_fixed_noise, processes
+            ),
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             poisson_sampling=False,  # the batches are Poisson already, from better entropy
@@ -263,7 +269,13 @@ class PlainUpdate:
         dataset: PatientViews,
         plan: PrivacyPlan,
         physical_batch_size: int,
+        processes: TrainingProcesses = ALONE,
     ) -> None:
+        if processes.world_size > 1:
+            raise ValueError(
+                f"--non-private: {processes.world_size} processes train together, which only a "
+                "private run does; start it without torchrun"
+            )
         self.plan = plan
         self.model = network
         self.optimizer = optimizer

@@ -11,6 +11,8 @@ import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader, Dataset
 
+from dpkernels.training.processes import ALONE, TrainingProcesses
+
 
 class PatientViews(Dataset, ABC):
     """One item per patient (the privacy unit): K views of it as adjacent rows.
@@ -46,15 +48,24 @@ class PoissonSampler(UniformWithReplacementSampler):
         patients: number of patients N.
         sample_rate: chance q with which a patient enters a batch.
         insecure_seed: seed instead of entropy, for tests only.
+        processes: of several, each keeps every n-th patient.
     """
 
-    def __init__(self, patients: int, sample_rate: float, insecure_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        patients: int,
+        sample_rate: float,
+        insecure_seed: int | None = None,
+        processes: TrainingProcesses = ALONE,
+    ) -> None:
         super().__init__(num_samples=patients, sample_rate=sample_rate)
+        self.rank, self.num_replicas = processes.rank, processes.world_size
+        self._share = np.arange(patients) % self.num_replicas == self.rank
         self._fixed = None if insecure_seed is None else np.random.default_rng(insecure_seed)
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
-            yield np.flatnonzero(self._coins() < self.sample_rate).tolist()
+            yield np.flatnonzero(self._share & (self._coins() < self.sample_rate)).tolist()
 
     def _coins(self) -> np.ndarray:
         """[N], float64, uniform on [0, 1)."""
@@ -65,7 +76,10 @@ class PoissonSampler(UniformWithReplacementSampler):
 
 
 def patient_batches(
-    dataset: PatientViews, sample_rate: float, insecure_seed: int | None = None
+    dataset: PatientViews,
+    sample_rate: float,
+    insecure_seed: int | None = None,
+    processes: TrainingProcesses = ALONE,
 ) -> DataLoader:
     """Endless Poisson batches: image [B, K, ...], label [B, K, ...]; B may be 0.
 
@@ -81,7 +95,7 @@ def patient_batches(
         images, labels = zip(*items, strict=True)
         return torch.stack(images), torch.stack(labels)
 
-    sampler = PoissonSampler(len(dataset), sample_rate, insecure_seed)
+    sampler = PoissonSampler(len(dataset), sample_rate, insecure_seed, processes)
     loader: DataLoader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
     loader.sample_rate = sample_rate
     return loader

@@ -19,6 +19,7 @@ from dpkernels.training.curves import draw_progress
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.loop import TrainingLoop, rows_loss
 from dpkernels.training.privacy import PrivacyPlan, check_patients_do_not_mix, plan_privacy
+from dpkernels.training.processes import ALONE, TrainingProcesses
 from dpkernels.training.progress import Display, SilentDisplay
 from dpkernels.training.report import PrivacyReport, build_report
 from dpkernels.training.run_folder import RunFolder, environment, load_checkpoint, steps_begun
@@ -96,6 +97,7 @@ class Trainer(ABC, Generic[Config]):
         self.display = display or SilentDisplay()
         self.device = resolve_device(config.training.device)
         self._split: dict[str, list[str]] = {}
+        self._processes = ALONE
 
     @classmethod
     def from_run(cls, out: str | Path, display: Display | None = None) -> Self:
@@ -111,6 +113,9 @@ class Trainer(ABC, Generic[Config]):
     def fit(self, *, resume: bool = False) -> TrainingResult:
         """Train, evaluate and write the run folder.
 
+        Under ``torchrun`` the processes train together: each samples its share of the patients,
+        the first writes, and every one returns its result.
+
         Args:
             resume: continue the run in the folder; otherwise the folder must hold none.
 
@@ -119,6 +124,19 @@ class Trainer(ABC, Generic[Config]):
                 holds a run, or a resume with other privacy parameters or nothing left to do.
             OSError: the run folder cannot be written; the last checkpoint stays whole.
         """
+        self._processes = TrainingProcesses.join()
+        self.device = self._processes.own_device(self.device)
+        if not self._processes.first:
+            self.display = SilentDisplay()
+        self.folder = self._processes.own_folder(self.folder, resume)
+        try:
+            result = self._fit(resume)
+        finally:
+            self._processes.leave(self.folder)
+        return self._processes.from_first(result)
+
+    def _fit(self, resume: bool) -> TrainingResult | None:
+        """What `fit` does; the result in the first process only."""
         open_folder = RunFolder.open if resume else RunFolder.create
         self.folder = open_folder(self.folder.root)
         self._open_data()
@@ -137,6 +155,8 @@ class Trainer(ABC, Generic[Config]):
             self.folder.write_json("plan.json", plan.to_dict())
             self.folder.write_json("data.json", self._description())
         steps = self._train(network, criterion, plan, checkpoint)
+        if not self._processes.first:
+            return None
         summary = self._evaluate()
         report = self._write_report(plan, steps)
         return TrainingResult(
@@ -307,19 +327,22 @@ class Trainer(ABC, Generic[Config]):
         dataset = self._training_set()
         if plan.enabled:
             check_patients_do_not_mix(network.train(), criterion, dataset, self.device)
-        loop = TrainingLoop(training, plan, self.folder, network, dataset)
+        loop = TrainingLoop(training, plan, self.folder, network, dataset, self._processes)
         if checkpoint is not None:
             loop.load_state_dict(checkpoint)
 
         def validate() -> float | None:
+            if not self._processes.first:
+                return None
             with loop.average.applied_to(network):
                 return self._validate(network)
 
         counted = loop.run(
             rows_loss(criterion, self.device, training.precision), validate, self.display
         )
-        columns = read_metrics(self.folder.metrics_csv)
-        draw_progress(columns, plan, self.metric, self.folder.root / "progress.png")
+        if self._processes.first:
+            columns = read_metrics(self.folder.metrics_csv)
+            draw_progress(columns, plan, self.metric, self.folder.root / "progress.png")
         return counted
 
     def _write_report(self, plan: PrivacyPlan, steps: int) -> PrivacyReport:
