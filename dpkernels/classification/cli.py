@@ -1,4 +1,4 @@
-"""`dpkernels classify ...`: train, evaluate, predict, report, synthetic."""
+"""`dpkernels classify ...`: the commands of image classification (attack, study: `study.py`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpkernels.classification import study
 from dpkernels.training import options
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ and leaves a run folder with metrics, pictures and a privacy report. Then pass y
 filename,label), or one folder of images per class."""
 
 app = typer.Typer(help=_HELP, no_args_is_help=True)
+study.register(app)
 
 
 def register(parent: typer.Typer) -> None:

@@ -171,10 +171,20 @@ class StepLedger:
             self._file.write(b"\n")
 
     def begin(self) -> int:
-        """Enter one more step and return its number, from 1."""
+        """Enter one more step and return its number, from 1.
+
+        Raises:
+            OSError: the disk is full or read-only; the step must not be taken.
+        """
         self.count += 1
-        self._file.write(b"%d\n" % self.count)
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(b"%d\n" % self.count)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self._file.name}: {error}. Step {self.count} was not taken, and the "
+                "last checkpoint is whole; make room and continue with --resume"
+            ) from error
         return self.count
 
     def close(self) -> None:

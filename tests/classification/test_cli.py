@@ -50,6 +50,19 @@ def test_from_synthetic_images_to_report_and_predictions(run, tmp_path):
     assert "The unit is the image" in run("report", out).output
 
 
+def test_a_study_of_two_budgets_attacks_images_and_writes_its_page(run, tmp_path, lesions):
+    settings = [a for a in TINY if not a.startswith("--delta")]
+    studied = run(
+        "study", "--data", lesions, "--epsilons", "8,1e12", "--attacks", "optimal",
+        "--attacked", 2, "--set=privacy.delta=1e-3", "--out", tmp_path / "study", *settings,
+    )  # fmt: skip
+    assert studied.exit_code == 0, studied.output
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "MCC" in page
+    assert "lesion" in page
+    assert len((tmp_path / "study" / "table.csv").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
@@ -301,6 +302,29 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatc
     result = SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True)
     assert result.steps == 4
     assert history(tmp_path / "run")[0][2] == 4
+
+
+def test_a_step_that_cannot_be_entered_in_the_ledger_is_not_taken(tiny, tmp_path):
+    """A limit on file sizes stands for the full disk: real writes fail, also those of root."""
+    config = tiny({"training": {"steps": 3, "checkpoint_every": 1}})
+    with pytest.raises(KeyboardInterrupt):
+        SegmentationTrainer(config, tmp_path / "run", StopAfter(2)).fit()
+    ledger = tmp_path / "run" / "checkpoints" / "steps.ledger"
+    counted, saved = steps_begun(ledger), weights(tmp_path / "run")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.stat().st_size, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"steps.ledger: .*Step 3 was not taken.*--resume"):
+            entered = StepLedger(ledger)
+            entered.begin()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+        entered.close()
+    assert steps_begun(ledger) == counted == 2
+    torch.testing.assert_close(weights(tmp_path / "run"), saved)
+    assert SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True).steps == 3
 
 
 def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):
