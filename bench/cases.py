@@ -250,7 +250,7 @@ CASES = (
         partial(few_fields, 16_000, 16, 512),
         leave_out=_FAR_SLOWER_ON_TABLES,
     ),
-    unet(32, 2, "quick"),
+    replace(unet(32, 2, "quick"), leave_out=("hooks", "ghost")),
     encoder(64, 128, 2, 8, "quick"),
     Case(
         "resnet-small-32-b16",
@@ -265,6 +265,7 @@ CASES = (
         ("quick",),
         partial(models.Recommender, 4_000, 16, 16, (256, 128)),
         partial(few_fields, 4_000, 16, 256),
+        leave_out=_FAR_SLOWER_ON_TABLES,
     ),
     unet(96, 2, "gpu", precision="bfloat16"),
     unet(96, 4, "gpu", precision="bfloat16"),
