@@ -182,8 +182,8 @@ class StepLedger:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(
-                f"cannot write {self._file.name}: {error}. Step {self.count} was not taken, and the "
-                "last checkpoint is whole; make room and continue with --resume"
+                f"cannot write {self._file.name}: {error}. Step {self.count} was not taken, and "
+                "the last checkpoint is whole; make room and continue with --resume"
             ) from error
         return self.count
 

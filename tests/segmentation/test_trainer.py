@@ -263,6 +263,51 @@ def test_every_faulty_scan_is_listed_at_once(tiny, tmp_path, folder, rewrite):
         SegmentationTrainer(tiny(root=folder), tmp_path / "run").fit()
 
 
+def test_a_patient_with_three_scans_flipped_and_anisotropic_ones_and_leftovers_train(
+    tiny, tmp_path, folder, manifest
+):
+    def three_scans_of_one_patient(values):
+        for number, entry in enumerate(values["training"]):
+            entry["patient_id"] = "many" if number < 3 else f"p{number}"
+
+    manifest(folder, three_scans_of_one_patient)
+    (folder / "imagesTr" / "._phantom_000.nii.gz").write_bytes(b"leftover")
+    for kind in ("imagesTr", "labelsTr"):
+        flipped = folder / kind / "phantom_001.nii.gz"
+        image = nib.load(flipped)
+        turn = nib.orientations.ornt_transform(
+            nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(("L", "S", "P"))
+        )
+        nib.save(image.as_reoriented(turn), flipped)
+        anisotropic = folder / kind / "phantom_002.nii.gz"
+        image = nib.load(anisotropic)
+        thick = np.asanyarray(image.dataobj)[:, :, ::3]
+        nib.save(nib.Nifti1Image(thick, image.affine @ np.diag([1, 1, 3, 1])), anisotropic)
+    config = tiny({"training": {"steps": 2}}, root=folder)
+    SegmentationTrainer(config, tmp_path / "run").fit()
+    report = json.loads((tmp_path / "run" / "privacy_report.json").read_text())
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert sum(map(len, split.values())) == 6
+    assert report["patients"] == len(split["train"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda array: array[:, :, 1:], "a label map has the image's voxels"),
+        (lambda array: np.where(array == 2, 7, array), r"label values \[7\] found"),
+        (lambda array: np.stack([array, array], axis=-1), "a label map has the image's voxels"),
+    ],
+)
+def test_faulty_labels_are_refused_before_the_first_step(
+    tiny, tmp_path, folder, rewrite, damage, message
+):
+    rewrite(folder / "labelsTr" / "phantom_004.nii.gz", damage)
+    with pytest.raises(ValueError, match=rf"phantom_004.*{message}"):
+        SegmentationTrainer(tiny(root=folder), tmp_path / "run").fit()
+    assert not (tmp_path / "run" / "checkpoints" / "steps.ledger").exists()
+
+
 def test_a_ledger_line_cut_short_still_counts(tmp_path):
     path = tmp_path / "steps.ledger"
     path.write_bytes(b"1\n2\n3")
@@ -311,12 +356,12 @@ def test_a_step_that_cannot_be_entered_in_the_ledger_is_not_taken(tiny, tmp_path
         SegmentationTrainer(config, tmp_path / "run", StopAfter(2)).fit()
     ledger = tmp_path / "run" / "checkpoints" / "steps.ledger"
     counted, saved = steps_begun(ledger), weights(tmp_path / "run")
+    entered = StepLedger(ledger)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.stat().st_size, limits[1]))
     try:
         with pytest.raises(OSError, match=r"steps.ledger: .*Step 3 was not taken.*--resume"):
-            entered = StepLedger(ledger)
             entered.begin()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
