@@ -41,6 +41,8 @@ def facts(cells: Sequence[Mapping[str, Any]], accountant: str, seeds: int) -> li
     }
     machine = cells[0]["environment"]
     packages = machine["packages"]
+    views = plan["views_per_patient"]
+    several = f" A step averages {views} views of a {unit}; the attacks are given one: easier."
     return [
         f"A budget epsilon is that of {meaning} (delta {plan['delta']:g}).",
         f"{plan['patients']} training {unit}s, {plan['steps']} steps, sample rate "
@@ -54,7 +56,8 @@ def facts(cells: Sequence[Mapping[str, Any]], accountant: str, seeds: int) -> li
         f"{cells[0]['dimension']} values each, with Euclidean norms from {min(norms):.3g} to "
         f"{max(norms):.3g}. Every attack reads the gradient that the engine really releases, with "
         "the run's own clipping bound and noise. NCC is the correlation about the mean, median "
-        "over the attacked records; chance is what as many candidates of pure noise reach.",
+        "over the attacked records; chance is what as many candidates of pure noise reach."
+        + (several if views > 1 else ""),
         "Bounds: worst case and relaxed are the largest probability of picking the right one "
         f"among {plan['patients']} candidates from the whole run; NCC bounds hold for an attacker "
         "without prior knowledge and a record whose whole norm is signal, up to fluctuations of "
