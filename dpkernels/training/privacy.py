@@ -95,7 +95,7 @@ def plan_privacy(config: RunConfig, patients: int, unit: str = "patient") -> Pri
     if training.batch_size > patients:
         raise ValueError(
             f"training.batch_size must be at most the {patients} training {unit}s, got "
-            f"{training.batch_size}"
+            f"{training.batch_size}; for example --set training.batch_size={max(1, patients // 4)}"
         )
     if privacy.enabled and privacy.delta >= 1 / patients:
         raise ValueError(
