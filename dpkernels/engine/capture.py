@@ -48,6 +48,10 @@ class NotPerSample(ValueError):
     """No per-sample gradient can be told apart; the message names the module and the remedy."""
 
 
+class Untried(NotPerSample):
+    """A layer met rows that no trial run has met: try this batch too."""
+
+
 class ModelCapture:
     """What the captured layers of one model share: batch geometry, switches, and the sink.
 
@@ -70,6 +74,9 @@ class ModelCapture:
         self.samples: int | None = None
         self.empty = False
         self.probe: Callable[..., None] | None = None
+        #: layers and their rows per sample that a trial run has passed; None before the first
+        self.tried: set[tuple[str, int]] | None = None
+        self._trying = False
         #: what the optimizer holds now (frozen parameters too: they may be unfrozen later)
         self.held: Callable[[], Iterable[nn.Parameter]] | None = None
         self.trained: frozenset[int] = frozenset()
@@ -204,7 +211,35 @@ class ModelCapture:
                 "be assigned to samples. Give it an input whose first axis is the sample axis "
                 "(batch_first=False if it is the second), or freeze the layer"
             )
+        if samples > 1 and self.tried is not None:
+            self._check_tried(layer, rows // samples)
         return samples
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """A trial run is under way; what it meets counts as tried if it passes."""
+        before = self.tried
+        self.tried, self._trying = set(before or ()), True
+        try:
+            yield
+        except BaseException:
+            self.tried = before
+            raise
+        finally:
+            self._trying = False
+
+    def _check_tried(self, layer: str, count: int) -> None:
+        """Raise where a layer has another number of rows per sample than in any trial run."""
+        if self.tried is None or (layer, count) in self.tried:
+            return
+        if self._trying:
+            self.tried.add((layer, count))
+        elif count > 1 or any(other == layer for other, _ in self.tried):
+            raise Untried(
+                f"layer {layer!r}: it has {count} rows for each sample, which it had in no trial "
+                "run, so which rows are whose is unknown; let it see the same rows whenever it is "
+                "called, and use checkpoint(use_reentrant=False)"
+            )
 
 
 class LayerCall:

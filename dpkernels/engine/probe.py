@@ -250,12 +250,13 @@ def check_criterion(
         return [criterion(model(*inputs), target)]
 
     probe, capture.probe = capture.probe, None
+    tried, capture.tried = capture.tried, None
     samples = rows // capture.views
     try:
         for source in sorted({1, samples // 2, samples - 1}):
             refuse_mixing(capture, run, list(batch), rows, source)
     finally:
-        capture.probe = probe
+        capture.probe, capture.tried = probe, tried
 
 
 def refuse_mixing(

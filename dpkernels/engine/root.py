@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, leaves_of
+from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, Untried, leaves_of
 from dpkernels.engine.composite import CompositeForward
 
 
@@ -40,11 +40,14 @@ class RootForward(CapturedForward):
             )
         capture.samples = rows // capture.views
         try:
-            if capture.probe is not None and capture.samples > 1:
-                probe, capture.probe = capture.probe, None
-                probe(capture, self._trial, (args, kwargs), rows)
+            if capture.tried is None and capture.samples > 1:
+                self._try((args, kwargs), rows)
             capture.marked = False
-            output = self.original(*args, **kwargs)
+            try:
+                output = self.original(*args, **kwargs)
+            except Untried:
+                self._try((args, kwargs), rows)
+                output = self.original(*args, **kwargs)
         finally:
             samples, capture.samples = capture.samples, None
         if capture.empty:
@@ -53,6 +56,12 @@ class RootForward(CapturedForward):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(_Begin(capture, samples, capture.marked))
         return output
+
+    def _try(self, batch: Any, rows: int) -> None:
+        """Refuse a model in which the samples of this batch mix."""
+        if self.capture.probe is not None:
+            with self.capture.trial():
+                self.capture.probe(self.capture, self._trial, batch, rows)
 
     def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
         """The tensors that a forward pass over `batch` returns."""

@@ -18,7 +18,7 @@ from tests.engine.support import (
     step,
     values,
 )
-from tests.engine.truth import assert_private
+from tests.engine.truth import assert_private, microbatching
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
@@ -95,6 +95,47 @@ def test_rows_that_are_not_samples_are_refused() -> None:
         x = values(rows, 6).float()
         with pytest.raises(ValueError, match=message):
             made_private(Prototypes(), x)[1](x)
+
+
+class Pairs(nn.Module):
+    """Sees each sample once, later twice: behind one another, or side by side."""
+
+    def __init__(self, adjacent: bool) -> None:
+        super().__init__()
+        self.layer, self.adjacent, self.twice = nn.Linear(6, 4), adjacent, False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.twice:
+            return self.layer(x)
+        pairs = torch.stack([x, x.tanh()], 1 if self.adjacent else 0)
+        both = self.layer(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
+        return both.sum(1 if self.adjacent else 0)
+
+
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_a_layer_that_sees_other_rows_later_is_tried_again(adjacent: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Pairs(adjacent), values(4, 6).float()
+    _, wrapped, optimizer, _ = made_private(model, x)
+    step(wrapped, optimizer, x)
+    model.twice = True
+    optimizer.zero_grad()
+    if not adjacent:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"'layer'.*move when sample"):
+                wrapped(x)
+        return
+    expected = microbatching(model, squared_loss, (x,), 1.0)
+    squared_loss(wrapped, (x,)).backward()
+    torch.testing.assert_close(optimizer.last_step.per_sample_norm, expected.norms)
+
+
+def test_a_refused_model_is_refused_again() -> None:
+    model = Call(nn.Embedding(5, 6), lambda m, x: x + m(torch.arange(5)[None])[0])
+    wrapped, x = made_private(model, values(4, 5, 6).float())[1], values(4, 5, 6).float()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'module'.*sample 0 move"):
+            wrapped(x)
 
 
 def test_batch_norm_is_refused_also_when_thawed_later() -> None:
