@@ -93,6 +93,7 @@ def test_per_layer_clipping_and_its_noise() -> None:
     squared_loss(wrapped, (x[:1],)).backward()
     halves = [float(p.summed_grad.norm()) for p in model.parameters()]
     assert all(h <= c / 2 * (1 + 1e-5) for h, c in zip(halves, bounds))
+    wrapped.to_standard_module()
     _, wrapped, optimizer, _ = made_private(model, x, 2.0, bounds, clipping="per_layer")
     optimizer.make_private_noise_only()
     for p in model.parameters():
@@ -133,9 +134,9 @@ def test_adaptive_clipping_spends_the_rest_on_the_gradient() -> None:
     assert abs(float(model.weight.grad.std()) / expected - 1) < 6 / math.sqrt(2 * 1e4)
     settings = {k: v for k, v in ADAPTIVE.items() if k != "unclipped_num_std"}
     with pytest.raises(ValueError, match="needs unclipped_num_std"):
-        made_private(model, values(4, 100), 1.0, 2.0, clipping="adaptive", **settings)
+        made_private(nn.Linear(100, 100), values(4, 100), 1.0, 2.0, clipping="adaptive", **settings)
     with pytest.raises(ValueError, match="smaller than 2 \\* unclipped_num_std"):
-        made_private(model, values(4, 100), 2.0, 2.0, clipping="adaptive", **ADAPTIVE)
+        made_private(nn.Linear(100, 100), values(4, 100), 2.0, 2.0, clipping="adaptive", **ADAPTIVE)
 
 
 def test_bounds_that_do_not_fit_the_clipping_are_refused() -> None:
