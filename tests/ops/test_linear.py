@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dpkernels import ops
+from dpkernels.ops import native
 from dpkernels.ops.linear import cpu, library
 from tests.ops import shapes
 from tests.ops.compare import BACKENDS, DTYPES, assert_as_exact_as_torch, skip_unless_runs
@@ -101,6 +102,28 @@ def test_every_norm_strategy(name: str, form: object, monkeypatch: pytest.Monkey
         activations, grad_output = operands(name, dtype)
         grads = truths(activations, grad_output)
         assert_as_exact_as_torch(form(activations, grad_output), *square_sums(grads))  # type: ignore[operator]
+
+
+@pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
+@pytest.mark.parametrize("layout", shapes.LAYOUTS)
+@pytest.mark.parametrize("name", shapes.LINEAR)
+def test_the_compiled_gram(name: str, layout: str, threads: None) -> None:
+    """Any length and any layout; the same bits with any number of threads."""
+    activations, grad_output = operands(name, torch.float32, layout)
+    torch.set_num_threads(1)
+    norm_sq = cpu.short_gram_norm_sq(activations, grad_output)
+    assert_as_exact_as_torch(norm_sq, *square_sums(truths(activations, grad_output)))
+    torch.set_num_threads(3)
+    assert torch.equal(cpu.short_gram_norm_sq(activations, grad_output), norm_sq)
+
+
+@pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
+def test_which_sequences_are_short() -> None:
+    widest = native.extension(torch.zeros(1)).instruction_set == "avx512"
+    assert cpu._is_short(torch.zeros(2, 128, 3)) is widest
+    assert not cpu._is_short(torch.zeros(2, 129, 3))
+    assert not cpu._is_short(torch.zeros(2, 1, 3))
+    assert not cpu._is_short(torch.zeros(2, 9, 3, dtype=torch.float64))
 
 
 def test_calls_of_one_module_add_before_the_norm() -> None:

@@ -18,7 +18,8 @@ GRAM_TILE = 256
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _operands(activations: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def widened(activations: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Both in the result's dtype."""
     dtype = result_dtype(activations, grad_output)
     return activations.to(dtype), grad_output.to(dtype)
 
@@ -39,7 +40,7 @@ def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> 
     """See the contract."""
     if grad_output.is_cuda and activations.dtype == grad_output.dtype in HALF_DTYPES:
         return torch.bmm(grad_output.transpose(1, 2), activations, out_dtype=torch.float32)
-    activations, grad_output = _operands(activations, grad_output)
+    activations, grad_output = widened(activations, grad_output)
     if activations.shape[1] == 1:
         return grad_output.transpose(1, 2) * activations
     return torch.bmm(grad_output.transpose(1, 2), activations)
@@ -47,14 +48,19 @@ def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> 
 
 def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
-    activations, grad_output = _operands(activations, grad_output)
-    _, positions, features_in = activations.shape
-    features_out = grad_output.shape[2]
-    if positions == 1:
+    activations, grad_output = widened(activations, grad_output)
+    if activations.shape[1] == 1:
         return squared_norms(activations) * squared_norms(grad_output)
-    if positions * (features_in + features_out) < 2 * features_in * features_out:
+    if gram_is_cheaper(activations, grad_output):
         return gram_norm_sq(activations, grad_output)
     return recompute_norm_sq(activations, grad_output)
+
+
+def gram_is_cheaper(activations: torch.Tensor, grad_output: torch.Tensor) -> bool:
+    """Whether two Grams over positions take fewer operations than the gradient."""
+    _, positions, features_in = activations.shape
+    features_out = grad_output.shape[2]
+    return positions * (features_in + features_out) < 2 * features_in * features_out
 
 
 def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
@@ -102,7 +108,7 @@ def linear_clipped_grad(
 ) -> torch.Tensor:
     """See the contract."""
     factor, operands = kept_samples(clip_factor, activations, grad_output)
-    activations, grad_output = _operands(*operands)
+    activations, grad_output = widened(*operands)
     factor = factor.to(grad_output.dtype)[:, None, None]
     if grad_output.shape[2] <= activations.shape[2]:
         grad_output = grad_output * factor
