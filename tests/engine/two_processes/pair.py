@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
@@ -46,7 +47,7 @@ def _work(rank: int, folder: str) -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=WORLD_SIZE,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=120),
     )
     report = Path(folder) / f"{rank}.json"
     outcomes: dict[str, str] = {}
@@ -56,11 +57,11 @@ def _work(rank: int, folder: str) -> None:
             check()
             dist.barrier()
             outcomes[name] = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             outcomes[name] = f"process {rank}: {traceback.format_exc()}"
         report.write_text(json.dumps(outcomes))
         if outcomes[name]:
-            return
+            os._exit(1)  # an orderly end would wait for the twin
     dist.destroy_process_group()
 
 
