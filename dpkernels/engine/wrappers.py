@@ -145,8 +145,8 @@ class Lockstep:
             last = self.is_last()
             others_go_on, too_few = self.processes.largest([float(not last), rows < 2 * views])
             if not self._probed and not too_few:
-                self._probed = True
                 self._alone(refuse_mixing, self.capture, self._outputs, (args, kwargs), rows)
+                self._probed = True
             if not (last and others_go_on):
                 return
             empty = tree_map(lambda leaf: _without_rows(leaf, axis, rows), (args, kwargs))
