@@ -52,7 +52,10 @@ def train(
     ] = None,
     positive: Annotated[
         str | None,
-        typer.Option(help="Classes to tell from all others, such as mel,bcc; '' for all classes."),
+        typer.Option(
+            help="Classes to tell from all others, such as mel,bcc; '' for all classes. Default "
+            "of synthetic and ham10000: akiec,bcc,mel, the malignant or nearly so."
+        ),
     ] = None,
     seed: options.Seed = None,
     device: options.Device = None,

@@ -36,7 +36,10 @@ def train(
         typer.Option(help="Decathlon folder. Default: the embedded synthetic phantom."),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Named starting point: phantom, msd-liver, msd-liver-fast.")
+        str,
+        typer.Option(
+            help="Named starting point: phantom, phantom-study, msd-liver, msd-liver-fast."
+        ),
     ] = "phantom",
     epsilon: options.Epsilon = None,
     delta: options.Delta = None,

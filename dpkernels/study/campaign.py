@@ -116,8 +116,8 @@ ADVERSARIES: Mapping[str, Adversary] = {
     ),
     "optimal-run": Adversary(
         "optimal, whole run",
-        "The same, and averages over all updates that contain the record, q * T of them, with the "
-        "weights held still.",
+        "The same, and averages over all updates that contain the record, sample rate times steps "
+        "of them, with the weights held still.",
         lambda exposed, plan: _optimal(exposed, plan, participations(plan)),
     ),
     "trap-weights": Adversary(
@@ -182,7 +182,7 @@ def attack_run(
     exposed: Exposed,
     plan: PrivacyPlan,
     adversaries: Sequence[str] = DEFAULT_ADVERSARIES,
-    on_progress: Callable[[], None] = lambda: None,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, AttackResult]:
     """Attack a run with its own data, clipping bound and noise, through the engine.
 
@@ -190,7 +190,7 @@ def attack_run(
         exposed: the run's patients, network and loss.
         plan: its privacy; without privacy there is no noise.
         adversaries: keys of `ADVERSARIES`.
-        on_progress: called after each adversary.
+        on_progress: called with the share of one adversary's work that was just done.
 
     Raises:
         ValueError: no such adversary.
@@ -200,8 +200,8 @@ def attack_run(
         raise ValueError(f"--attack must be among {', '.join(ADVERSARIES)}; got {unknown[0]!r}")
     found = {}
     for name in adversaries:
-        found[name] = _assess(name, exposed, ADVERSARIES[name].attack(exposed, plan))
-        on_progress()
+        groups = ADVERSARIES[name].attack(exposed, plan)
+        found[name] = _assess(name, exposed, groups, on_progress)
     return found
 
 
@@ -211,7 +211,9 @@ def guess_without_model(exposed: Exposed) -> float | None:
     return float(np.median(prior_ncc(truths))) if len(truths) > 1 else None
 
 
-def _assess(name: str, exposed: Exposed, groups: Groups) -> AttackResult:
+def _assess(
+    name: str, exposed: Exposed, groups: Groups, on_progress: Callable[[float], None]
+) -> AttackResult:
     truths = exposed.images.cpu().numpy()
     low, high = float(truths.min()), float(truths.max())
     middle = np.full(truths.shape[1:], (low + high) / 2, truths.dtype)
@@ -229,6 +231,7 @@ def _assess(name: str, exposed: Exposed, groups: Groups) -> AttackResult:
         chances.append(
             chance_ncc(truths[group], candidates=len(candidates), repeats=_CHANCE_REPEATS).ravel()
         )
+        on_progress(len(group) / len(truths))
     return AttackResult(
         name,
         tuple(matches),

@@ -50,16 +50,20 @@ def facts(cells: Sequence[Mapping[str, Any]], accountant: str, seeds: int) -> li
         f"step on average; clipping bound C = {plan['max_grad_norm']:g}. A {unit} joins "
         f"{plan['sample_rate'] * plan['steps']:.3g} updates on average.",
         f"{seeds} run{'s' if seeds > 1 else ''} for each budget, with other initialisations and "
-        f"splits; utility is that of held-out {unit}s, its spread the standard deviation over the "
-        "runs.",
+        f"splits; utility is {cells[0]['metric']} ({next(iter(cells[0]['summary']))}) of held-out "
+        f"{unit}s, its spread the standard deviation over the runs.",
         f"Attacked: {len(cells[0]['data_norms'])} training {unit}s of each run, of "
         f"{cells[0]['dimension']} values each, with Euclidean norms from {min(norms):.3g} to "
         f"{max(norms):.3g}. Every attack reads the gradient that the engine really releases, with "
-        "the run's own clipping bound and noise. NCC is the correlation about the mean, median "
-        "over the attacked records; chance is what as many candidates of pure noise reach."
+        "the run's own clipping bound and noise. NCC is the correlation of record and "
+        "reconstruction (0: nothing in common, 1: the same up to brightness and contrast), SSIM "
+        "the likeness of their structures (1: the same), both the median over the attacked "
+        "records; chance is what as many candidates of pure noise reach."
         + (several if views > 1 else ""),
-        "Bounds: worst case and relaxed are the largest probability of picking the right one "
-        f"among {plan['patients']} candidates from the whole run; NCC bounds hold for an attacker "
+        "Bounds, which no attack can pass: worst case and relaxed are the largest probability of "
+        f"picking the right one among {plan['patients']} candidates from the whole run, for an "
+        "attacker who knows the gradient of every candidate, or only how large it is. NCC bounds "
+        "hold for an attacker "
         "without prior knowledge and a record whose whole norm is signal, up to fluctuations of "
         f"about 1/sqrt(D) = {cells[0]['dimension'] ** -0.5:.1g}, and more for the best of many "
         "candidates.",

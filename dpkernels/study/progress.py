@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -69,7 +70,7 @@ class StudyDisplay:
         now = time.monotonic()
         if self._console is None or self._console.is_terminal or skipped:
             return
-        if now - self._line >= _SECONDS_BETWEEN_LINES or self._done >= self._total:
+        if now - self._line >= _SECONDS_BETWEEN_LINES or math.isclose(self._done, self._total):
             self._line = now
             speed = (self._done - self._skipped) / (now - self._began)
             left = max(0.0, self._total - self._done) / speed

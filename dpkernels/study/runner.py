@@ -176,7 +176,7 @@ class Study:
                     seed,
                     display,
                     lambda text, place=place: display.title(f"{place}, {text}"),  # type: ignore[misc]
-                    lambda: display.advance(attack),
+                    lambda share: display.advance(share * attack),
                 )
 
     def _do_cell(
@@ -185,7 +185,7 @@ class Study:
         seed: int,
         display: StudyDisplay,
         title: Callable[[str], None],
-        attacked: Callable[[], None],
+        attacked: Callable[[float], None],
     ) -> None:
         folder = self._cell(epsilon, seed)
         trainer = self._make(folder, self._changes(epsilon, seed), display)
@@ -346,7 +346,7 @@ def attack_folder(
     with StudyDisplay(console, len(adversaries)) as display:
         display.title("Attacking")
         exposed = trainer.exposed(patients)
-        found = attack_run(exposed, plan, adversaries, lambda: display.advance(1))
+        found = attack_run(exposed, plan, adversaries, display.advance)
     out = trainer.folder.root / "attack"
     out.mkdir(exist_ok=True)
     observations = participations(plan) if plan.noise_multiplier else 1

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,11 +43,9 @@ class RunFolder:
                 f"--out: {folder.root} holds a run that took steps; continue it with --resume, "
                 "or choose another folder"
             )
-        try:
+        with _naming(folder.root):
             for part in (folder.root, folder.checkpoints, folder.overlays):
                 part.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--out: cannot write to {folder.root}: {error}") from None
         return folder
 
     @classmethod
@@ -63,6 +62,16 @@ class RunFolder:
                 "`train` printed"
             )
         return folder
+
+    def check_writable(self) -> None:
+        """Find out before the work starts whether its results can be kept.
+
+        Raises:
+            ValueError: a file system mounted read-only, or missing permission.
+        """
+        for part in (self.root, self.checkpoints):
+            with _naming(part), tempfile.TemporaryFile(dir=part):
+                pass
 
     @property
     def config(self) -> Path:
@@ -190,6 +199,16 @@ class StepLedger:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--out: cannot write to {folder}: {error}. Choose a folder that can be written"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -139,6 +139,7 @@ class Trainer(ABC, Generic[Config]):
         """What `fit` does; the result in the first process only."""
         open_folder = RunFolder.open if resume else RunFolder.create
         self.folder = open_folder(self.folder.root)
+        self.folder.check_writable()
         self._open_data()
         network = self._build_network(self.config.training.seed).to(self.device)
         criterion = self._build_criterion()

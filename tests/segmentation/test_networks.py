@@ -38,6 +38,7 @@ SMALL = {
         "filters": [8, 8, 8],
     },
     "phantom": {"channels": [4, 8], "strides": [2]},
+    "phantom-study": {"channels": [4, 8], "strides": [2]},
 }
 
 

@@ -143,11 +143,20 @@ def test_budgets_and_seeds_can_be_added_other_settings_not(tiny, tmp_path, monke
 
 
 @pytest.mark.parametrize(("sigma", "near"), [(1e-6, True), (20.0, False)])
-def test_attacking_a_run_uses_its_noise(tiny, tmp_path, sigma, near) -> None:
+def test_attacking_a_run_uses_its_noise(tiny, tmp_path, monkeypatch, sigma, near) -> None:
     change = {**QUICK, "privacy": {"epsilon": None, "noise_multiplier": sigma}}
     SegmentationTrainer(tiny(change), tmp_path / "run").fit()
     names = ("imprint", "optimal", "optimal-run", "trap-weights")
+    shares = []
+    whole = progress.StudyDisplay.advance
+    monkeypatch.setattr(
+        progress.StudyDisplay,
+        "advance",
+        lambda self, amount, **named: shares.append(amount) or whole(self, amount, **named),
+    )
     found = attack_folder(SegmentationTrainer.from_run(tmp_path / "run"), names, 3, None)
+    assert sum(shares) == pytest.approx(len(names))
+    assert len(shares) > len(names)  # the bar moves within an attack, too
     for name in ("imprint", "optimal", "optimal-run"):
         assert (found[name].median("ncc") > 0.95) is near, name
     stored = json.loads((tmp_path / "run" / "attack" / "attack.json").read_text())

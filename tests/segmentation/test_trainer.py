@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.trainer import SegmentationTrainer
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.progress import SilentDisplay
-from dpkernels.training.run_folder import StepLedger, load_checkpoint, steps_begun
+from dpkernels.training.run_folder import RunFolder, StepLedger, load_checkpoint, steps_begun
 from dpkernels.training.settings import load_yaml, merge
 
 
@@ -376,6 +377,35 @@ def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"--out: cannot write to .*file"):
         SegmentationTrainer(tiny(), tmp_path / "file" / "run").fit()
+
+
+@contextlib.contextmanager
+def unprivileged():
+    """Permissions do not hold root back."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_read_only_run_folder_is_named_before_the_data_are_read(tiny, resume):
+    with tempfile.TemporaryDirectory() as place:  # below tmp_path others than root see nothing
+        run = RunFolder.create(Path(place) / "run")
+        run.write_yaml("config.yaml", {})
+        for part in (Path(place), run.root, run.checkpoints, run.overlays):
+            part.chmod(0o555)
+        nothing = tiny({"data": {"root": str(Path(place) / "no-data")}})
+        try:
+            with unprivileged(), pytest.raises(ValueError, match=r"--out: cannot write to .*run:"):
+                SegmentationTrainer(nothing, run.root).fit(resume=resume)
+        finally:
+            for part in (Path(place), run.root, run.checkpoints, run.overlays):
+                part.chmod(0o755)
 
 
 def _run_and_say(values: dict, out: Path, resume: bool) -> None:
