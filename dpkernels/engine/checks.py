@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from itertools import chain
+
 from opacus.validators.errors import IllegalModuleConfigurationError
-from torch import nn
+from torch import nn, optim
 
 from dpkernels.engine.module import incompatibilities
+
+#: the modes of opacus.PrivacyEngine
+_OPACUS_MODES = ("hooks", "functorch", "ew", "ghost", "ghost_fsdp", "no_op")
 
 
 def faults_of(module: nn.Module) -> list[Exception]:
@@ -41,3 +47,47 @@ def check_arguments(
     whole = not isinstance(views_per_sample, bool) and views_per_sample == int(views_per_sample)
     if not whole or views_per_sample < 1:
         raise ValueError(f"views_per_sample={views_per_sample}: expected an integer >= 1")
+
+
+def check_mode(grad_sample_mode: str) -> None:
+    """Raise ``ValueError`` for a mode that neither we nor Opacus have."""
+    if grad_sample_mode not in _OPACUS_MODES:
+        raise ValueError(
+            f"grad_sample_mode={grad_sample_mode!r}: expected 'fused' or one of Opacus' modes "
+            f"({', '.join(_OPACUS_MODES)})"
+        )
+
+
+def check_same_parameters(module: nn.Module, optimizer: optim.Optimizer) -> None:
+    """Raise ``ValueError`` if the optimizer holds a parameter that is not the module's."""
+    known = set(module.parameters())
+    for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        if p not in known:
+            raise ValueError(
+                "Module parameters are different than optimizer Parameters: the optimizer "
+                f"holds a parameter of shape {tuple(p.shape)} that is not in the module. Build "
+                "the optimizer from module.parameters() of the very module that is made private"
+            )
+
+
+def warn_of_lone_channels(before: nn.Module, after: nn.Module) -> None:
+    """Name every batch normalisation that became a GroupNorm with one channel in each group.
+
+    That is an instance normalisation: it takes every channel's mean away, and of a map of one
+    position it leaves nothing. Opacus' rule gcd(32, channels) does so up to 32 channels.
+    """
+    replaced = dict(before.named_modules())
+    lone = [
+        name
+        for name, module in after.named_modules()
+        if isinstance(module, nn.GroupNorm)
+        and module.num_groups == module.num_channels
+        and not isinstance(replaced.get(name), nn.GroupNorm)
+    ]
+    if lone:
+        warnings.warn(
+            f"get_compatible_module(num_groups=None): the GroupNorm at {', '.join(lone)} has one "
+            "channel in each group, so it erases every channel's mean; state num_groups (8, say), "
+            "a divisor of the numbers of channels",
+            stacklevel=3,
+        )

@@ -91,6 +91,20 @@ def refuse_other_samplers(data_loader: DataLoader) -> None:
         )
 
 
+def refuse_random_rows(data_loader: DataLoader, rand_on_empty: bool) -> None:
+    """Raise where an empty batch would become a row of random numbers.
+
+    The engine could not tell it from a sample, so the sums of an empty batch and of a batch of one
+    record would differ by two clipped gradients instead of one.
+    """
+    if rand_on_empty or getattr(data_loader.collate_fn, "rand_on_empty", False):
+        raise ValueError(
+            "rand_on_empty=True: the random row of an empty batch would count as a sample, so one "
+            "record could move the sum by twice max_grad_norm; leave it False (an empty batch "
+            "runs through model and loss as it is, and its step is noise alone)"
+        )
+
+
 def warn_of_other_samplers(data_loader: DataLoader) -> None:
     """State that epsilon does not hold for a sampler that is kept and draws otherwise."""
     iterable = isinstance(data_loader.dataset, IterableDataset)

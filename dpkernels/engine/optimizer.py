@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
 from opacus.optimizers.utils import params
 from torch import nn
@@ -17,7 +19,7 @@ from dpkernels.engine.clipping import make_clipping, total_norm_sq
 from dpkernels.engine.distributed import Processes
 from dpkernels.engine.gradients import ParameterGradient, PendingGradients
 from dpkernels.engine.scaling import ScaledLossOptimizer, warn_of_overflow
-from dpkernels.engine.steps import Mechanism, StepReport
+from dpkernels.engine.steps import Mechanism, StepCounter, StepReport
 from dpkernels.ops.noise.source import NoiseSource
 
 
@@ -94,6 +96,21 @@ class FusedDPOptimizer(ScaledLossOptimizer):
     def accumulated_iterations(self) -> int:
         """Number of backward passes in the gradient that ``step()`` will use."""
         return max(self._iterations, 1)
+
+    def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
+        """Call `fn` before each step, in the place of what was attached before.
+
+        As in Opacus there is one such hook, and the engine's counts the steps; a warning says so
+        when another takes its place. ``register_step_post_hook`` adds hooks.
+        """
+        if isinstance(self.step_hook, StepCounter):
+            warnings.warn(
+                "attach_step_hook(): replaces the hook that counts steps for the accountant, so "
+                "get_epsilon() will not grow unless yours counts them; register_step_post_hook() "
+                "adds one beside it",
+                stacklevel=2,
+            )
+        super().attach_step_hook(fn)
 
     def is_last_physical_batch(self) -> bool:
         """Whether the backward pass to come ends a logical batch."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,18 +14,26 @@ from opacus.accountants.utils import get_noise_multiplier as opacus_noise_multip
 from opacus.data_loader import switch_generator
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
+from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
 from dpkernels.accounting import get_noise_multiplier
 from dpkernels.accounting.opacus_adapter import register
-from dpkernels.engine.checks import check_arguments, faults_of
+from dpkernels.engine.checks import (
+    check_arguments,
+    check_mode,
+    check_same_parameters,
+    faults_of,
+    warn_of_lone_channels,
+)
 from dpkernels.engine.distributed import Processes, processes_of
 from dpkernels.engine.loader import (
     check_shared,
     expected_batch_size_of,
     poisson_loader,
+    refuse_random_rows,
     sample_rate_of,
     warn_of_other_samplers,
 )
@@ -90,6 +97,27 @@ class PrivacyEngine(OpacusPrivacyEngine):
         if faults:
             raise UnsupportedModuleError(faults)
 
+    @classmethod
+    def get_compatible_module(
+        cls, module: nn.Module, *, num_groups: int | None = None
+    ) -> nn.Module:
+        """A copy of the model with batch normalisations replaced by ``nn.GroupNorm``.
+
+        Args:
+            module: the model; what has per-sample gradients stays as it is.
+            num_groups: of every GroupNorm, a divisor of its channels; None takes Opacus'
+                gcd(32, channels), and warns where that leaves one channel in each group.
+
+        Raises:
+            UnsupportedModuleError: a module mixes samples and has no replacement.
+        """
+        stated = {} if num_groups is None else {"num_groups": num_groups}
+        fixed = ModuleValidator.fix(module, **stated)
+        if num_groups is None:
+            warn_of_lone_channels(module, fixed)
+        ModuleValidator.validate(fixed, strict=True)
+        return fixed
+
     def make_private(
         self,
         *,
@@ -116,9 +144,31 @@ class PrivacyEngine(OpacusPrivacyEngine):
     ) -> tuple[Any, ...]:
         """Private counterparts of model, optimizer and data loader.
 
-        Arguments and results are those of ``opacus.PrivacyEngine.make_private``; beyond them:
+        Arguments and results are those of ``opacus.PrivacyEngine.make_private``, and some more.
 
         Args:
+            module: the model, in training mode; also in DDP or under ``fully_shard``.
+            optimizer: over parameters of `module`.
+            criterion: for Opacus' ghost modes; "fused" takes any loss, as the loop computes it.
+            data_loader: its dataset, batch size and number of batches are kept; under Poisson
+                sampling, batches have that size on average.
+            noise_multiplier: std of the noise divided by `max_grad_norm`.
+            max_grad_norm: bound C on the norm of each sample's gradient; a list, one for each
+                trained parameter, with ``clipping="per_layer"``.
+            batch_first: whether the first axis of the model's inputs is the sample axis; False if
+                it is the second.
+            loss_reduction: ``"mean"`` or ``"sum"``, as the loss reduces over the batch.
+            poisson_sampling: draw batches as the accountant counts them; False keeps the loader,
+                and epsilon does not hold.
+            clipping: ``"flat"``, ``"automatic"``, ``"per_layer"`` or ``"adaptive"`` (docs/math.md,
+                section 1; the settings of "adaptive" are further keyword arguments, as in Opacus).
+            noise_generator: draws the noise, repeatably; None draws from ChaCha20 keyed by the
+                operating system.
+            grad_sample_mode: ``"fused"``, or one of Opacus': ``"hooks"``, ``"functorch"``,
+                ``"ew"``, ``"ghost"``, ``"ghost_fsdp"``, ``"no_op"``.
+            wrap_model: False leaves the model itself as it is and returns what holds the hooks.
+            rand_on_empty: for Opacus' modes; refused in mode "fused", where empty batches run as
+                they are.
             memory_budget: bytes for stored per-sample gradients; None takes a quarter of the memory
                 that is free at the first step.
             plan: ``"auto"`` counts operations and bytes, ``"measured"`` times every strategy on the
@@ -136,6 +186,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             UnsupportedModuleError: a module mixes samples.
         """
         if grad_sample_mode != _FUSED:
+            check_mode(grad_sample_mode)
             ours = {
                 "views_per_sample": views_per_sample != 1,
                 "memory_budget": memory_budget,
@@ -165,7 +216,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 **kwargs,
             )
         check_arguments(noise_multiplier, max_grad_norm, views_per_sample)
-        self._refuse_unsupported(module, optimizer)
+        check_same_parameters(module, optimizer)
+        refuse_random_rows(data_loader, rand_on_empty)
         processes = processes_of(
             module._module if isinstance(module, AbstractGradSampleModule) else module
         )
@@ -385,13 +437,3 @@ class PrivacyEngine(OpacusPrivacyEngine):
             memory_budget=memory_budget,
             plan=plan,
         )
-
-    def _refuse_unsupported(self, module: nn.Module, optimizer: optim.Optimizer) -> None:
-        known = set(module.parameters())
-        for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
-            if p not in known:
-                raise ValueError(
-                    "Module parameters are different than optimizer Parameters: the optimizer "
-                    f"holds a parameter of shape {tuple(p.shape)} that is not in the module. Build "
-                    "the optimizer from module.parameters() of the very module that is made private"
-                )

@@ -14,15 +14,15 @@ _SPECTRAL = (
 
 
 def batch_norm_refusal(module: nn.Module) -> str | None:
-    """Why a batch normalisation cannot be trained; None if it is frozen (eval mode) or none."""
+    """Why a batch normalisation mixes samples; None in eval mode, with fixed statistics."""
     instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
     if instance or not isinstance(module, nn.modules.batchnorm._NormBase):
         return None
-    if module.training or any(p.requires_grad for p in module.parameters()):
+    if module.training or module.running_mean is None:
         return (
-            "normalises over the batch, so samples mix and no per-sample gradient exists; "
-            "use nn.GroupNorm with a stated number of groups, "
-            "PrivacyEngine.get_compatible_module(model), or freeze it in eval mode"
+            "normalises over the batch, so samples mix and no per-sample gradient exists; use "
+            "nn.GroupNorm with a stated number of groups (PrivacyEngine.get_compatible_module("
+            "model, num_groups=...)), or keep it in eval mode with its running statistics"
         )
     return None
 

@@ -81,6 +81,8 @@ def test_bad_input_is_named() -> None:
         private(model, dataset, max_grad_norm=0.0)
     with pytest.raises(ValueError, match="views_per_sample=0"):
         private(model, dataset, views_per_sample=0)
+    with pytest.raises(ValueError, match="grad_sample_mode='nonsense'.*'fused'.*ghost"):
+        private(model, dataset, grad_sample_mode="nonsense")
     with pytest.raises(ValueError, match="clipping='nonsense'"):
         private(model, dataset, clipping="nonsense")
     foreign = torch.optim.SGD(cnn().parameters(), lr=0.1)

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from opacus.optimizers import DPOptimizer
+from opacus.schedulers import ExponentialGradClip, ExponentialNoise
 from torch import nn
 from torch.utils.data import (
     DataLoader,
@@ -69,6 +70,17 @@ def test_step_hooks_of_the_optimizer_run() -> None:
     assert calls == ["pre", "post"]
 
 
+def test_a_hook_in_the_place_of_the_counter_is_pointed_out() -> None:
+    engine, _, optimizer, _ = private(cnn(), images(16))
+    calls = []
+    with pytest.warns(UserWarning, match="attach_step_hook.*get_epsilon.*register_step_post_hook"):
+        optimizer.attach_step_hook(calls.append)
+    optimizer.make_private_noise_only()
+    optimizer.step()
+    assert calls == [optimizer]
+    assert engine.accountant.history == []
+
+
 def test_checkpoints_restore_the_history(tmp_path) -> None:
     engine, model, optimizer, loader = private(cnn(), images(16))
     for x, y in loader:
@@ -94,13 +106,14 @@ def test_without_wrapper_the_model_stays_the_users() -> None:
     assert "forward" not in model.__dict__
 
 
+@pytest.mark.parametrize("accountant", ["rdp", "tight"])
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_checkpoints_load_across_the_packages(ours_first: bool, tmp_path) -> None:
+def test_checkpoints_load_across_the_packages(ours_first: bool, accountant: str, tmp_path) -> None:
     from opacus import PrivacyEngine as OpacusEngine
 
     def made(kind: type) -> tuple:
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-        engine = kind(accountant="rdp")
+        engine = kind(accountant=accountant)
         model, optimizer, _ = engine.make_private(
             module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
             data_loader=DataLoader(images(16), batch_size=8), noise_multiplier=1.0,
@@ -114,8 +127,20 @@ def test_checkpoints_load_across_the_packages(ours_first: bool, tmp_path) -> Non
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     path = tmp_path / "checkpoint.pt"
-    engine.save_checkpoint(path=path, module=model, optimizer=optimizer)
-    other.load_checkpoint(path=path, module=twin, optimizer=twin_optimizer)
+
+    def schedulers(optimizer: DPOptimizer, gamma: float) -> dict[str, object]:
+        return {
+            "noise_scheduler": ExponentialNoise(optimizer, gamma=gamma),
+            "grad_clip_scheduler": ExponentialGradClip(optimizer, gamma=gamma),
+        }
+
+    theirs, restored = schedulers(optimizer, 0.5), schedulers(twin_optimizer, 0.9)
+    for scheduler in theirs.values():
+        scheduler.step()
+    engine.save_checkpoint(path=path, module=model, optimizer=optimizer, **theirs)
+    other.load_checkpoint(path=path, module=twin, optimizer=twin_optimizer, **restored)
+    for name, scheduler in restored.items():
+        assert (scheduler.gamma, scheduler.last_epoch) == (0.5, 1), name
     assert other.accountant.history == engine.accountant.history
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
     assert len(twin_optimizer.state_dict()["state"]) == len(list(twin.parameters()))

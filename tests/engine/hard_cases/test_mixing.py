@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from dpkernels import PrivacyEngine
 from tests.engine.support import (
     Call,
     made_private,
@@ -149,6 +151,42 @@ def test_batch_norm_is_refused_also_when_thawed_later() -> None:
     wrapped.train()
     with pytest.raises(ValueError, match=r"'1' \(BatchNorm2d\).*in training mode now.*\.eval\(\)"):
         wrapped(x)
+
+
+def normalised(**kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, **kwargs)).double()
+    for statistic in model[1].buffers():
+        if statistic.is_floating_point():
+            statistic.uniform_(0.5, 2.0)
+    model[1].eval()
+    return model
+
+
+def test_batch_norm_with_fixed_statistics_trains_its_scale() -> None:
+    assert_private(normalised(), squared_loss, (values(4, 1, 5, 5),))
+
+
+def test_batch_norm_without_running_statistics_mixes_in_eval_mode_too() -> None:
+    for trained in (True, False):
+        model = normalised(track_running_stats=False)
+        model[1].requires_grad_(trained)
+        with pytest.raises(UnsupportedModuleError, match=r"'1' \(BatchNorm2d\).*GroupNorm"):
+            made_private(model, values(4, 1, 5, 5))
+
+
+def test_a_fixed_model_keeps_its_signal() -> None:
+    """gcd(32, channels) groups of one channel each leave nothing of a map of one position."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 5), nn.BatchNorm2d(8), nn.GroupNorm(8, 8))
+    x = values(4, 1, 5, 5).float()
+    with pytest.warns(UserWarning, match="GroupNorm at 1 has one channel.*state num_groups"):
+        erased = PrivacyEngine.get_compatible_module(model)
+    assert float(erased[:2](x).detach().abs().max()) < 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = PrivacyEngine.get_compatible_module(model, num_groups=2)
+    assert kept[1].num_groups == 2
+    assert float(kept[:2](x).detach().abs().max()) > 0.1
 
 
 def test_instance_norm_with_running_statistics_is_refused() -> None:

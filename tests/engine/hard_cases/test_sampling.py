@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from opacus.data_loader import DPDataLoader
 from torch import nn
 from torch.utils.data import (
     DataLoader,
@@ -36,6 +37,19 @@ def test_rate_steps_and_denominator(count: int, batch: int) -> None:
     assert len(loader) == len(list(loader.batch_sampler)) == math.ceil(count / batch)
     assert loader.sample_rate == batch / count
     assert optimizer.expected_batch_size == batch
+
+
+@pytest.mark.parametrize("poisson_sampling", [True, False])
+def test_random_rows_for_empty_batches_are_refused(poisson_sampling: bool) -> None:
+    """Opacus clips such a row as if it were a record: twice the sensitivity."""
+    model = nn.Linear(3, 2)
+    arguments = {"module": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+                 "noise_multiplier": 1.0, "max_grad_norm": 1.0}  # fmt: skip
+    plain = DataLoader(TensorDataset(torch.randn(8, 3)), batch_size=1)
+    filled = DPDataLoader.from_data_loader(plain, rand_on_empty=True)
+    for given in ({"data_loader": plain, "rand_on_empty": True}, {"data_loader": filled}):
+        with pytest.raises(ValueError, match="rand_on_empty=True.*leave it False"):
+            PrivacyEngine().make_private(**arguments, **given, poisson_sampling=poisson_sampling)
 
 
 class EveryOther(Sampler):

@@ -49,11 +49,15 @@ def check_float32_convolutions() -> None:
     torch.manual_seed(0)
     plain = cnn()
     expected = microbatching(plain, loss, (x, y), 0.3, expected_batch_size=4.0)
+    torch.manual_seed(0)
+    _, alone, _, _ = private(cnn(), (x, y))
+    loss(alone, (x, y)).backward()
     for wrap in (DistributedDataParallel, sharded):
         torch.manual_seed(0)
         _, model, _, _ = private(wrap(cnn()), (x, y))
         loss(model, own_part((x, y), (0, 2), (2, 6))).backward()
         assert_close(gradients(model), expected.gradients, 3e-5)
+        assert_close(gradients(model), gradients(alone), 1e-6)
 
 
 def check_every_clipping_equals_one_process() -> None:
