@@ -62,6 +62,7 @@ class TrainingProcesses:
         """
         if self.world_size == 1:
             return folder
+        dist.barrier()  # what the first process wrote before is whole
         own = folder
         if not self.first:
             own = RunFolder(Path(tempfile.mkdtemp(prefix="dpkernels-")) / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -14,10 +15,20 @@ from torch import multiprocessing
 
 from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.trainer import SegmentationTrainer
-from dpkernels.training.run_folder import load_checkpoint, steps_begun
+from dpkernels.training.run_folder import RunFolder, load_checkpoint, steps_begun
 from dpkernels.training.settings import merge
 from dpkernels.training.trainer import TrainingResult
 from tests.segmentation.test_trainer import StopAfter
+
+
+_save_checkpoint = RunFolder.save_checkpoint
+
+
+def _slowly_saved(folder: RunFolder, name: str, state: dict) -> None:
+    """The first process is still writing when the others are back to resume."""
+    if folder.root.name == "two":
+        time.sleep(0.5)
+    _save_checkpoint(folder, name, state)
 
 
 def _interrupted_and_resumed(config: SegmentationConfig, out: str | Path) -> TrainingResult:
@@ -25,6 +36,7 @@ def _interrupted_and_resumed(config: SegmentationConfig, out: str | Path) -> Tra
     with (
         pytest.raises(KeyboardInterrupt),
         mock.patch("dpkernels.training.trainer.SilentDisplay", side_effect=lambda: StopAfter(2)),
+        mock.patch.object(RunFolder, "save_checkpoint", _slowly_saved),
     ):
         SegmentationTrainer(config, out).fit()
     return SegmentationTrainer(config, out).fit(resume=True)
