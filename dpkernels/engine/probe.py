@@ -42,6 +42,8 @@ class _Observer:
     def __init__(self) -> None:
         self.samples: int | None = None
         self.seen: list[_Seen] = []
+        #: by name, what the pass left in each buffer
+        self.buffers: dict[str, torch.Tensor] = {}
 
     def reset(self) -> None:
         self.samples = None
@@ -95,7 +97,7 @@ def find_mixing(
     source %= samples
     replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
     devices = sorted({p.device.index or 0 for p in capture.root.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), _kept_buffers(capture.root):
+    with torch.random.fork_rng(devices):
         seed = int(torch.randint(2**31, ()))
         first = _observe(capture, run, batch, seed)
         for target, source in replaced:
@@ -113,19 +115,22 @@ def find_mixing(
 
 def _observe(
     capture: ModelCapture, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
-) -> list[_Seen]:
+) -> _Observer:
     sink, observer = capture.sink, _Observer()
     capture.sink = observer
     try:
-        torch.manual_seed(seed)
-        outputs = [t for t in run(batch) if t.requires_grad]
-        torch.manual_seed(seed + 1)
-        total = [_curved(t) if t.ndim > capture.axis else t.sum() for t in outputs]
-        if total:
-            torch.stack([t.double() for t in total]).sum().backward()
+        with _kept_buffers(capture.root):
+            torch.manual_seed(seed)
+            outputs = [t for t in run(batch) if t.requires_grad]
+            torch.manual_seed(seed + 1)
+            total = [_curved(t) if t.ndim > capture.axis else t.sum() for t in outputs]
+            if total:
+                torch.stack([t.double() for t in total]).sum().backward()
+            buffers = capture.root.named_buffers()
+            observer.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
     finally:
         capture.sink = sink
-    return observer.seen
+    return observer
 
 
 def _curved(output: torch.Tensor) -> torch.Tensor:
@@ -134,10 +139,10 @@ def _curved(output: torch.Tensor) -> torch.Tensor:
     return (values * torch.rand_like(values) + values.square() / 2).sum()
 
 
-def _compare(first: list[_Seen], second: list[_Seen], replaced: int) -> str | None:
-    if [(s.layer, s.kind) for s in first] != [(s.layer, s.kind) for s in second]:
+def _compare(first: _Observer, second: _Observer, replaced: int) -> str | None:
+    if [(s.layer, s.kind) for s in first.seen] != [(s.layer, s.kind) for s in second.seen]:
         return "the model takes another path through its layers when one sample is replaced"
-    for a, b in zip(first, second):
+    for a, b in zip(first.seen, second.seen):
         moved = (a.fingerprint - b.fingerprint).abs()
         moved[replaced] = 0.0
         sum_scale, norm_sq_scale = a.fingerprint.abs().amax(0)
@@ -147,7 +152,26 @@ def _compare(first: list[_Seen], second: list[_Seen], replaced: int) -> str | No
         samples = (moved > a.tolerance * scale).any(1).nonzero()
         if len(samples):
             return _sentence(a, int(samples[0]), replaced)
+    for name, buffer in first.buffers.items():
+        if _moved(buffer, second.buffers.get(name)):
+            return (
+                f"buffer {name!r}: what the forward pass leaves in it moves when sample {replaced} "
+                "is replaced, so it keeps private data that nothing clips or adds noise to. Do not "
+                "update it in training (put its module in eval mode)"
+            )
     return None
+
+
+def _moved(buffer: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether two runs left a buffer different, beyond rounding."""
+    if other is None or buffer.shape != other.shape:
+        return True
+    if not buffer.is_floating_point():
+        return not torch.equal(buffer, other)
+    tolerance = _TOLERANCE.get(buffer.dtype, _COARSE_TOLERANCE)
+    return not torch.allclose(
+        buffer.double(), other.double(), rtol=tolerance, atol=0.0, equal_nan=True
+    )
 
 
 def _sentence(seen: _Seen, sample: int, replaced: int) -> str:
@@ -218,13 +242,19 @@ def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedS
 @contextlib.contextmanager
 def _kept_buffers(model: nn.Module) -> Iterator[None]:
     """Give buffers their values back afterwards: a trial run leaves no trace."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
+            for module, name, buffer, value in kept:
                 buffer.copy_(value)
+                module._buffers[name] = buffer
 
 
 def check_criterion(

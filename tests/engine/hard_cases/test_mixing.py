@@ -153,6 +153,39 @@ def test_batch_norm_is_refused_also_when_thawed_later() -> None:
         wrapped(x)
 
 
+class Average(nn.Module):
+    """Keeps a moving average of what it sees, in place or anew."""
+
+    def __init__(self, in_place: bool, private: bool = True) -> None:
+        super().__init__()
+        self.in_place, self.private = in_place, private
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("average", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = x.mean(0) if self.private else self.layer.weight.detach().mean(0)
+        if self.in_place:
+            self.average.mul_(0.9).add_(seen)
+        else:
+            self.average = 0.9 * self.average + seen
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_buffers_that_keep_private_data_are_refused(in_place: bool) -> None:
+    x = values(4, 4)
+    model = Average(in_place).double()
+    _, wrapped, _, _ = made_private(model, x)
+    with pytest.raises(ValueError, match="buffer 'average'.*private data"):
+        squared_loss(wrapped, (x,))
+    assert float(model.average.abs().max()) == 0.0, "the trial leaves no trace"
+    model = Average(in_place, private=False).double()
+    expected = model.layer.weight.detach().mean(0).clone()
+    _, wrapped, optimizer, _ = made_private(model, x)
+    step(wrapped, optimizer, x)
+    assert torch.equal(model.average, expected), "of the weights alone it is nobody's"
+
+
 def normalised(**kwargs: object) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, **kwargs)).double()
