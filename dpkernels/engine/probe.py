@@ -243,17 +243,17 @@ def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedS
 def _kept_buffers(model: nn.Module) -> Iterator[None]:
     """Give buffers their values back afterwards: a trial run leaves no trace."""
     kept = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
     ]
     try:
         yield
     finally:
         with torch.no_grad():
             for module, name, buffer, value in kept:
-                buffer.copy_(value)
+                if buffer is not None:
+                    buffer.copy_(value)
                 module._buffers[name] = buffer
 
 

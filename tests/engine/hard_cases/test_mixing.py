@@ -174,6 +174,17 @@ class Average(nn.Module):
 @pytest.mark.parametrize("in_place", [True, False])
 def test_buffers_that_keep_private_data_are_refused(in_place: bool) -> None:
     x = values(4, 4)
+
+    class First(Average):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.average = x.mean(0) if self.average is None else self.average
+            return self.layer(x)
+
+    model = First(in_place).double()
+    model.average = None
+    with pytest.raises(ValueError, match="buffer 'average'.*private data"):
+        squared_loss(made_private(model, x)[1], (x,))
+    assert model.average is None
     model = Average(in_place).double()
     _, wrapped, _, _ = made_private(model, x)
     with pytest.raises(ValueError, match="buffer 'average'.*private data"):
