@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +180,8 @@ class ClassificationTrainer(Trainer[ClassificationConfig]):
 
     def _evaluate_images(self) -> list[ImageResult]:
         store, found = self._open_store(), self._pictures_of("test")
-        with self.display.counting("Evaluating held-out images", 1) as advance:
-            results = self._predicted(self._trained_network(), found)
-            advance()
+        with self.display.counting("Evaluating held-out images", len(found)) as advance:
+            results = self._predicted(self._trained_network(), found, advance)
         shutil.rmtree(self.folder.overlays, ignore_errors=True)
         self.folder.overlays.mkdir()
         shown = [store.image(picture) for picture in found[: pictures.SHOWN]]
@@ -208,19 +207,22 @@ class ClassificationTrainer(Trainer[ClassificationConfig]):
         )
         return results
 
-    def _predicted(self, network: nn.Module, found: Sequence[Picture]) -> list[ImageResult]:
+    def _predicted(
+        self,
+        network: nn.Module,
+        found: Sequence[Picture],
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> list[ImageResult]:
         store = self._open_store()
         rows = predict_rows(network, map(store.image, found), self.device)
-        return [
-            ImageResult(
-                picture.name,
-                picture.patient_id,
-                picture.label,
-                max(range(len(probabilities)), key=probabilities.__getitem__),
-                probabilities,
+        results = []
+        for picture, probabilities in zip(found, rows, strict=True):
+            best = max(range(len(probabilities)), key=probabilities.__getitem__)
+            results.append(
+                ImageResult(picture.name, picture.patient_id, picture.label, best, probabilities)
             )
-            for picture, probabilities in zip(found, rows, strict=True)
-        ]
+            on_progress()
+        return results
 
     def _pictures_of(self, part: str) -> list[Picture]:
         groups = self._open_store().folder.patients

@@ -21,7 +21,9 @@ def attack(console: Console, trainer: Trainer, adversaries: tuple[str, ...], pat
         highlight=False,
     )
     count = len(next(iter(found.values())).matches)
-    shown = Table(title=f"Medians over {count} {plan.unit}s; success: 1 - NCC below {ETA}")
+    shown = Table(
+        title=f"Medians over {count} {plan.unit}{'s' * (count > 1)}; success: 1 - NCC below {ETA}"
+    )
     shown.add_column("attack", no_wrap=True)
     for column in ("NCC", "best", "chance", "SSIM", "PSNR, dB", "success"):
         shown.add_column(column, justify="right")

@@ -40,6 +40,8 @@ def test_from_synthetic_images_to_report_and_predictions(run, tmp_path):
         trained = run("train", "--data", data, "--positive", "", "--out", out, *TINY)
     assert trained.exit_code == 0, trained.output
     assert "per image, 2 steps" in trained.output
+    held_out = len(json.loads((out / "metrics.json").read_text())["cases"])
+    assert f"Evaluating held-out images: {held_out} done" in trained.output
     classes = json.loads((out / "data.json").read_text())["classes"]
     assert classes == ["akiec", "bcc", "bkl", "mel", "nv"]
     with pytest.warns(UserWarning, match="taken by itself"):

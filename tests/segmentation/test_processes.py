@@ -20,7 +20,6 @@ from dpkernels.training.settings import merge
 from dpkernels.training.trainer import TrainingResult
 from tests.segmentation.test_trainer import StopAfter
 
-
 _save_checkpoint = RunFolder.save_checkpoint
 
 
