@@ -3,6 +3,10 @@
 Run once before training starts, this finds what no list of layer types can: a transposed batch
 axis, positions embedded once for the whole batch, statistics over the batch, a loss that
 normalises by the whole batch. Both runs draw the same random numbers, so dropout does not matter.
+
+Each run is a forward and a backward pass over the whole batch, without weight gradients. A few of
+its samples would not do: statistics over groups of ``batch / groups`` samples mix nobody in a batch
+of ``groups``, and everybody in a larger one.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from dpkernels.layers.operands import Operand
 #: relative change of another sample's values that counts as rounding, by significand
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 3e-2
+#: values that a processor sums up in float64 at a time: what it can hold without going to memory
+_IN_CACHE = 2**16
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,22 @@ class _Observer:
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
         flat = merge_rows(rows.detach().reshape(len(rows), -1), samples)
-        values = flat.reshape(samples, -1)
-        values = values if values.dtype.is_floating_point else values.double()
-        sums = values.sum(1, dtype=torch.float64)
-        norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
-        fingerprint = torch.stack([sums, norms.square()], 1)
+        fingerprint = _moments(flat.reshape(samples, -1))
         tolerance = _TOLERANCE.get(rows.dtype, _COARSE_TOLERANCE)
         if not rows.dtype.is_floating_point:
             tolerance = _TOLERANCE[torch.float64]
         self.seen.append(_Seen(layer, kind, fingerprint, tolerance))
+
+
+def _moments(values: torch.Tensor) -> torch.Tensor:
+    """[samples, 2] float64: sum and sum of squares of each row of `values` [samples, n]."""
+    moments = torch.zeros(len(values), 2, dtype=torch.float64, device=values.device)
+    width = values.shape[1] if values.is_cuda else max(1, _IN_CACHE // max(1, len(values)))
+    for piece in values.split(max(1, width), 1):
+        exact = piece.double()
+        moments[:, 0] += exact.sum(1)
+        moments[:, 1] += exact.square().sum(1)
+    return moments
 
 
 def find_mixing(

@@ -132,6 +132,19 @@ def test_a_layer_that_sees_other_rows_later_is_tried_again(adjacent: bool) -> No
     torch.testing.assert_close(optimizer.last_step.per_sample_norm, expected.norms)
 
 
+def test_statistics_over_a_quarter_of_the_batch_are_refused() -> None:
+    """They mix nobody in a batch of four samples, which a trial run must not shrink to."""
+
+    def centred_in_quarters(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        hidden = layer(x).unflatten(0, (4, -1))
+        return (hidden - hidden.mean(1, keepdim=True)).flatten(0, 1)
+
+    x = values(8, 5).float()
+    wrapped = made_private(Call(nn.Linear(5, 6), centred_in_quarters), x)[1]
+    with pytest.raises(ValueError, match=r"'module'.*sample 1 move when sample 0"):
+        wrapped(x)
+
+
 def test_a_refused_model_is_refused_again() -> None:
     model = Call(nn.Embedding(5, 6), lambda m, x: x + m(torch.arange(5)[None])[0])
     wrapped, x = made_private(model, values(4, 5, 6).float())[1], values(4, 5, 6).float()
