@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,7 +24,7 @@ from dpkernels import ops
 from dpkernels.engine.planner import PLANS, Planner
 from dpkernels.engine.strategies import held_by
 from dpkernels.layers import margins
-from dpkernels.layers.costs import Cost
+from dpkernels.layers.costs import Cost, nbytes, stored_bytes
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand
 from dpkernels.ops.conv import library, tiles
 from dpkernels.ops.conv.cpu import GradSample
@@ -34,6 +35,9 @@ from dpkernels.ops.sums import squared_norms
 PATH = results.RESULTS / "regret.csv"
 KEY = ("device", "threads", "shape")
 _SECONDS = 0.6
+#: other layers of the same shape between the two halves of a call, and the most bytes they touch
+_LAYERS = 10
+_MOST_TOUCHED = 1 << 26
 _ROUNDS = 6
 _UNBOUNDED = 1 << 60
 _BOUND = 1.0
@@ -42,6 +46,9 @@ _AUTO = "auto"
 _PREFIXES = {"auto": "", "measured": "measured_"}
 #: a candidate whose first call takes this many times the fastest one's is not a candidate
 _FAR_SLOWER = 4.0
+Half = TypeVar("Half")
+#: the first half of a call, which returns the second
+Work = Callable[[], Callable[[], torch.Tensor]]
 #: what the convolution's CPU backend chooses from
 _CONV_FORMS: Mapping[str, GradSample] = {
     "tiles": tiles.grad_sample,
@@ -110,7 +117,7 @@ def measure(
 ) -> dict[str, object]:
     """What each kind of plan chooses for one operand, and the best candidate."""
     calls = _candidates(operand, parameter)
-    search, judge = _interleaved(calls, seconds)
+    search, judge = _interleaved(calls, seconds, _other_layers(operand, parameter))
     best = min(search, key=search.__getitem__)
     row: dict[str, object] = {"best": best, "best_ms": 1e3 * judge[best]}
     for plan in PLANS:
@@ -133,9 +140,9 @@ def _write(name: str, make: Callable[[], Operand], path: Path, report: work.Repo
     table.replace(path, [{**row, **here}], KEY)
 
 
-def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Callable[[], object]]:
+def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Work]:
     """What can run and is not far slower than the others at the first call."""
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Work] = {}
     for strategy in (name for name, offer in operand.offers().items() if isinstance(offer, Cost)):
         calls[f"{strategy}, {_AUTO}"] = partial(_work, operand, parameter, strategy, None)
         op, arguments = operand.kernel(strategy) or (None, ())
@@ -149,7 +156,7 @@ def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Callable
     for name, call in calls.items():
         start = time.thread_time()
         with suppress(BackendUnavailable):
-            call()
+            call()()
             first[name] = time.thread_time() - start
     limit = _FAR_SLOWER * min(first.values())
     return {n: calls[n] for n, t in first.items() if t <= limit or n.endswith(_AUTO)}
@@ -157,25 +164,35 @@ def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Callable
 
 def _work(
     operand: Operand, parameter: torch.Tensor, strategy: str, backend: str | None
-) -> torch.Tensor:
+) -> Callable[[], torch.Tensor]:
     held = held_by(strategy, operand, parameter, backend)
     if isinstance(held, torch.Tensor):
-        return _clipped(held)
-    bound_sq = held.norm_bound(held.norm_sq()).square().float()
-    return held.clipped_grad(ops.clip_factor(bound_sq, _BOUND))
+        return _stored(held)
+    norm_sq = held.norm_sq()
+
+    def clipped() -> torch.Tensor:
+        bound_sq = held.norm_bound(norm_sq).square().float()
+        return held.clipped_grad(ops.clip_factor(bound_sq, _BOUND))
+
+    return clipped
 
 
-def _formed(form: GradSample, operand: ConvOperand) -> torch.Tensor:
+def _formed(form: GradSample, operand: ConvOperand) -> Callable[[], torch.Tensor]:
     geometry = Geometry.of(
         operand.weight_shape, operand.stride, operand.padding, operand.dilation, operand.groups
     )
-    return _clipped(form(operand.input, operand.backprops, geometry))
+    return _stored(form(operand.input, operand.backprops, geometry))
 
 
-def _clipped(stored: torch.Tensor) -> torch.Tensor:
-    bound_sq = margins.of_values(squared_norms(stored)).square().float()
-    out = stored.new_zeros(stored.shape[1:])
-    return ops.weighted_sum_(out, stored, ops.clip_factor(bound_sq, _BOUND))
+def _stored(held: torch.Tensor) -> Callable[[], torch.Tensor]:
+    norm_sq = squared_norms(held)
+
+    def clipped() -> torch.Tensor:
+        bound_sq = margins.of_values(norm_sq).square().float()
+        out = held.new_zeros(held.shape[1:])
+        return ops.weighted_sum_(out, held, ops.clip_factor(bound_sq, _BOUND))
+
+    return clipped
 
 
 def _parameter(operand: Operand) -> torch.Tensor:
@@ -184,20 +201,34 @@ def _parameter(operand: Operand) -> torch.Tensor:
 
 
 def _interleaved(
-    calls: Mapping[str, Callable[[], object]], seconds: float
+    calls: Mapping[str, Work], seconds: float, others: torch.Tensor
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Processor time of each call, seconds: lower quartile of the even and of the odd rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     end, rounds = time.monotonic() + seconds * len(calls), 0
     while time.monotonic() < end or rounds < _ROUNDS or rounds % 2:
         for name, call in calls.items():
-            start = time.thread_time()
-            call()
-            times[name].append(time.thread_time() - start)
+            first, finish = _timed(call, others)
+            times[name].append(first + _timed(finish, others)[0])
         rounds += 1
     return tuple(
         {name: sorted(t[half::2])[len(t) // 8] for name, t in times.items()} for half in (0, 1)
     )  # type: ignore[return-value]
+
+
+def _other_layers(operand: Operand, parameter: torch.Tensor) -> torch.Tensor:
+    """As many bytes as the other layers' tensors and stored gradients."""
+    tensors = (v for v in vars(operand).values() if isinstance(v, torch.Tensor))
+    layer = nbytes(*tensors) + stored_bytes(operand.samples, parameter.numel(), parameter)
+    return torch.zeros(min(_LAYERS * layer, _MOST_TOUCHED) // 4)
+
+
+def _timed(run: Callable[[], Half], others: torch.Tensor) -> tuple[float, Half]:
+    """Processor time of a call that finds the caches full of `others`, and what it returns."""
+    others.add_(1.0)
+    start = time.thread_time()
+    found = run()
+    return time.thread_time() - start, found
 
 
 def _linear(batch: int, length: int, inputs: int, outputs: int) -> LinearOperand:

@@ -108,7 +108,7 @@ def test_regret_is_the_chosen_time_over_that_of_the_best_found_before(
 ) -> None:
     operand = LinearOperand(torch.randn(4, 3, 64), torch.randn(4, 3, 64))
 
-    def times(calls, seconds):
+    def times(calls, seconds, others):
         search = dict.fromkeys(calls, 2.0) | {"store, auto": 1.0}
         judge = dict.fromkeys(calls, 0.1) | {"store, auto": 2.0, "gram, auto": 3.0}
         return search, judge
@@ -125,7 +125,7 @@ def test_every_candidate_gives_the_same_clipped_sum() -> None:
     conv = regret.grid()["conv B=4 128->128 4^3 k=3 s=1"]()
     for operand in (LinearOperand(torch.randn(4, 5, 8), torch.randn(4, 5, 6)), conv):
         parameter = regret._parameter(operand)
-        found = [call() for call in regret._candidates(operand, parameter).values()]
+        found = [call()() for call in regret._candidates(operand, parameter).values()]
         assert len(found) >= 3
         for other in found[1:]:
             torch.testing.assert_close(other, found[0], rtol=2e-3, atol=1e-4)
