@@ -15,6 +15,7 @@ from dpkernels.engine.composite import CompositeForward
 class RootForward(CapturedForward):
     """Finds the batch, arms capture, watches the outputs."""
 
+    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
         sink = capture.open_sink

@@ -15,6 +15,7 @@ from dpkernels.ops import native
 from dpkernels.ops.clip import clip_factor, finish_grad_, finish_grads_, weighted_sum_
 from dpkernels.ops.noise import blocks_needed, gaussian_noise_
 from dpkernels.ops.registry import use_backend
+from tests.ops import shapes
 
 BACKENDS = [
     "reference",
@@ -423,9 +424,13 @@ def test_bad_clip_arguments(name: str, value: object) -> None:
         clip_factor(**arguments)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded"])
 @pytest.mark.parametrize("op", [clip_factor, weighted_sum_, finish_grad_, finish_grads_])
-def test_torch_library_registration(op, key: torch.Tensor) -> None:
+def test_torch_library_registration(op, layout: str, key: torch.Tensor) -> None:
     out, grad_sample, factor = operands(3, (10,), torch.float32, torch.float32, "cpu")
+    grad_sample, factor = shapes.LAYOUTS[layout](grad_sample), shapes.LAYOUTS[layout](factor)
+    if layout != "contiguous":
+        out = shapes.LAYOUTS["sliced"](out)
     arguments = {
         "clip_factor": (factor, 1.0, 0.0),
         "weighted_sum_": (out, grad_sample, factor),

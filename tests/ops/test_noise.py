@@ -22,6 +22,7 @@ from dpkernels.ops.noise import (
     NoiseSource,
     blocks_needed,
     chacha20_blocks_,
+    discrete_gaussians,
     gaussian_noise_,
     standard_normals,
 )
@@ -443,12 +444,15 @@ def test_bad_take_and_dtype() -> None:
         standard_normals(torch.zeros((1, 16), dtype=torch.int32), torch.float16)
 
 
-@pytest.mark.parametrize("op", [gaussian_noise_, chacha20_blocks_, standard_normals])
+@pytest.mark.parametrize(
+    "op", [gaussian_noise_, chacha20_blocks_, standard_normals, discrete_gaussians]
+)
 def test_torch_library_registration(op, key: torch.Tensor) -> None:
-    words = torch.zeros((3, 16), dtype=torch.int32)
+    words = torch.zeros((16, 3), dtype=torch.int32).T
     arguments = {
-        "gaussian_noise_": (torch.zeros(10), 1.0, key, 0),
-        "chacha20_blocks_": (words, key, 0, 0),
+        "gaussian_noise_": (torch.zeros(20)[::2], 1.0, key, 0),
+        "chacha20_blocks_": (words.contiguous(), key, 0, 0),
         "standard_normals": (words, torch.float64),
+        "discrete_gaussians": (words,),
     }[op.name]
     torch.library.opcheck(op._library_op, arguments)
