@@ -265,7 +265,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, value in kept:
-                if buffer is not None:
+                if buffer is not None and value is not None:
                     buffer.copy_(value)
                 module._buffers[name] = buffer
 
