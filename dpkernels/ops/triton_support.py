@@ -151,10 +151,9 @@ def common_dtype(*tensors: torch.Tensor) -> tl.dtype:
 
 
 def split_factor(positions: int, weights: int) -> tuple[int, int]:
-    """Over how many slots a sum over one sample's positions is spread.
+    """Over how many slots a sum over positions is spread: one sample's, or a clipped sum's of all.
 
-    A function of the layer's shape alone, from the fixed table SPLITS: neither the batch nor the
-    device enters.
+    A function of the operands' shapes alone, from the fixed table SPLITS: the device never enters.
 
     Returns:
         (slots, positions of each slot).
