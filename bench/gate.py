@@ -20,6 +20,9 @@ _FLOOR = {"float32": 1e-4, "bfloat16": 2e-2}
 #: sample at a time or the whole batch at once (a ReLU that flips is a visible error of both)
 _ROUNDING = 3.0
 _SAMPLES_FOR_BOUND = 3
+#: what a rival may leave for rounding below the largest clip factor allowed (docs/math.md,
+#: section 1); it comes on top of what is allowed
+LARGEST_MARGIN = 1e-2
 
 
 @dataclass(frozen=True)

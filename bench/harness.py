@@ -101,8 +101,9 @@ def _admit(rival: Rival, truths: list[tuple[Workload, gate.Truth]]) -> tuple[Row
         if rival.private:
             errors.append(truth.error(gradients))
             row = replace(row, gate_error=errors[0])
-            if not errors[-1] <= truth.allowed:
-                reason = f"wrong gradient: error {errors[-1]:.2g}, allowed {truth.allowed:.2g}"
+            allowed = truth.allowed + min(trainer.margin(), gate.LARGEST_MARGIN)
+            if not errors[-1] <= allowed:
+                reason = f"wrong gradient: error {errors[-1]:.2g}, allowed {allowed:.2g}"
                 return replace(row, status=reason), None
     privacy.noise_multiplier = _NOISE_MULTIPLIER
     return row, trainer

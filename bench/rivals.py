@@ -44,11 +44,14 @@ class Trainer:
         step: forward, backward and ``optimizer.step()`` on the workload's batch.
         clear: ``optimizer.zero_grad()``, which also frees what the rival keeps per sample.
         parameters: by their names in the workload's network.
+        margin: how far the last step's clip factors lie, on purpose, below ``min(1, C / norm)``,
+            relative to it: what a rival leaves for rounding.
     """
 
     step: Callable[[], None]
     clear: Callable[[], None]
     parameters: dict[str, nn.Parameter]
+    margin: Callable[[], float] = float
 
     def __call__(self) -> None:
         """What is timed: one step, cleared."""
@@ -137,7 +140,14 @@ def _with_engine(
         loss.backward()
         optimizer.step()
 
-    return Trainer(step, _clearing(optimizer), parameters)
+    def margin() -> float:
+        report = getattr(optimizer, "last_step", None)
+        if report is None:
+            return 0.0
+        exact = (privacy.max_grad_norm / report.per_sample_norm).clamp(max=1.0)
+        return float((1.0 - report.clip_factor / exact).max())
+
+    return Trainer(step, _clearing(optimizer), parameters, margin)
 
 
 def _ours(workload: Workload, privacy: Privacy) -> Trainer:

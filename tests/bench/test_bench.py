@@ -84,6 +84,19 @@ def test_the_noise_is_on_while_timing() -> None:
         assert truth.error(gate.released(trainer)) > 0.1, rival.name
 
 
+def test_the_margin_is_what_the_engine_leaves_below_the_bound() -> None:
+    workload = _TINY.build(_CPU)
+    bound = gate.ground_truth(workload).max_grad_norm
+    ours, loop = (
+        rivals.find([name])[1].prepare(workload, rivals.Privacy(bound, 0.0))
+        for name in ("ours", "loop")
+    )
+    ours.step()
+    loop.step()
+    assert 0.0 < ours.margin() < 1e-3
+    assert loop.margin() == 0.0
+
+
 def test_some_samples_are_clipped_and_some_are_not() -> None:
     workload = _TINY.build(_CPU)
     bound = gate.ground_truth(workload).max_grad_norm
