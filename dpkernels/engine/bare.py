@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from dpkernels.engine.capture import ModelCapture, own_parameter, swapped
+from dpkernels.engine.capture import ModelCapture
+from dpkernels.engine.forward import own_parameter, swapped
 from dpkernels.engine.unit import Slot, UnitCall, UnitForward, deterministic
 
 #: the parameter moves no output: it stays as it is, and its guard refuses a gradient

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample
+from dpkernels.engine.capture import ModelCapture, NotPerSample
+from dpkernels.engine.forward import CapturedForward
 from dpkernels.layers.composite import CompositeRule, Found
 
 

@@ -16,13 +16,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from dpkernels.engine.capture import (
-    LayerCall,
-    LayerForward,
-    NotPerSample,
-    own_parameter,
-    swapped,
-)
+from dpkernels.engine.capture import NotPerSample
+from dpkernels.engine.forward import LayerCall, LayerForward, own_parameter, swapped
 from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost, Offers
 from dpkernels.layers.operands import Call, Operand

@@ -11,10 +11,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dpkernels.engine.bare import BareForward
-from dpkernels.engine.capture import CapturedForward, LayerForward, ModelCapture
+from dpkernels.engine.capture import ModelCapture
 from dpkernels.engine.composite import CompositeForward
 from dpkernels.engine.derived import DerivedForward
 from dpkernels.engine.distributed import inner_model
+from dpkernels.engine.forward import CapturedForward, LayerForward
 from dpkernels.engine.gradients import PendingGradients
 from dpkernels.engine.optimizer import FusedDPOptimizer
 from dpkernels.engine.planner import Planner

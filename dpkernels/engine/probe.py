@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture import ModelCapture, NotPerSample, is_packed
+from dpkernels.engine.capture import ModelCapture, NotPerSample
+from dpkernels.engine.forward import is_packed
 from dpkernels.layers.fold import merge_rows
 from dpkernels.layers.operands import Operand
 

@@ -8,8 +8,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture import CapturedForward, ModelCapture, NotPerSample, Untried, leaves_of
+from dpkernels.engine.capture import ModelCapture, NotPerSample, Untried
 from dpkernels.engine.composite import CompositeForward
+from dpkernels.engine.forward import CapturedForward, leaves_of
 
 
 class RootForward(CapturedForward):

@@ -20,14 +20,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from dpkernels.engine.capture import (
-    CapturedForward,
-    ModelCapture,
-    NotPerSample,
-    own_parameter,
-    refuse_packed,
-    swapped,
-)
+from dpkernels.engine.capture import ModelCapture, NotPerSample
+from dpkernels.engine.forward import CapturedForward, own_parameter, refuse_packed, swapped
 from dpkernels.layers.operands import StoredOperand
 from dpkernels.layers.sequence import sample_axes
 

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture import CapturedForward, ModelCapture, is_packed, leaves_of
+from dpkernels.engine.capture import ModelCapture
 from dpkernels.engine.distributed import Processes
+from dpkernels.engine.forward import CapturedForward, is_packed, leaves_of
 from dpkernels.engine.gradients import PendingGradients
 from dpkernels.engine.probe import refuse_mixing
 from dpkernels.layers.operands import Operand
