@@ -96,6 +96,7 @@ namespace DPKERNELS_DEVICE {
 void register_affine(py::module_& m);
 void register_clip(py::module_& m);
 void register_conv(py::module_& m);
+void register_embedding(py::module_& m);
 void register_linear(py::module_& m);
 void register_noise(py::module_& m);
 void register_small_conv(py::module_& m);

@@ -7,6 +7,7 @@ PYBIND11_MODULE(_cpu, m) {
     dpkernels::cpu::register_affine(m);
     dpkernels::cpu::register_clip(m);
     dpkernels::cpu::register_conv(m);
+    dpkernels::cpu::register_embedding(m);
     dpkernels::cpu::register_linear(m);
     dpkernels::cpu::register_noise(m);
 }

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <type_traits>
 
+#include "cpu/blocks.h"
 #include "cpu/elements.h"
-#include "cpu/simd.h"
+#include "cpu/parallel.h"
 
 namespace dpkernels::cpu {
 
@@ -14,38 +14,14 @@ namespace {
 
 using std::int64_t;
 
-// Sums run over blocks in the elements' own width and over blocks in double: the error does not
-// grow with the number of positions.
-constexpr int64_t kBlock = 1024;    // positions of one channel
-constexpr int64_t kBlockRows = 64;  // positions of all channels
+// Channels last; channels first, a block is kBlock positions of one channel.
+constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockColumns = 256;
-
-// Elements below which a second thread costs more than it brings.
-constexpr int64_t kParallelElements = 1 << 16;
-
-template <class Wide>
-struct Lanes {
-    static constexpr int64_t count = 4 * kLanes / sizeof(Wide);
-    typedef Wide Vector __attribute__((vector_size(4 * kLanes)));
-    typedef Wide Unaligned
-        __attribute__((vector_size(4 * kLanes), aligned(alignof(Wide)), may_alias));
-};
 
 struct Sums {
     double weight = 0;
     double bias = 0;
 };
-
-template <class Wide>
-DPK_INLINE double sum_lanes(const typename Lanes<Wide>::Vector (&parts)[4]) {
-    const auto all = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-    Wide lanes[Lanes<Wide>::count];
-    std::memcpy(lanes, &all, sizeof(lanes));
-    for (int64_t half = Lanes<Wide>::count / 2; half > 0; half /= 2) {
-        for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    return static_cast<double>(lanes[0]);
-}
 
 // Adds sum G * (x - mean) and sum G over one block; without an input the former is left alone.
 template <bool HasInput, class Wide>
@@ -79,51 +55,15 @@ DPK_INLINE void add_block(const Wide* input,  // [count]
     }
 }
 
-// The block as float or double: itself, or a copy in `buffer`.
-template <class Wide, class T>
-DPK_INLINE const Wide* widened(const T* source, int64_t count, Wide* buffer) {
-    if constexpr (std::is_same_v<T, Wide>) {
-        return source;
-    } else {
-        for (int64_t i = 0; i < count; ++i) buffer[i] = widen(source[i]);
-        return buffer;
-    }
-}
-
-int team(int64_t elements, Launch launch) {
-    return elements < kParallelElements ? 1 : launch.threads;
-}
-
 int team(const AffineShape& shape, Launch launch) {
-    return team(shape.batch * shape.channels * shape.positions, launch);
-}
-
-// Sum of (x - mean)^2 over one block.
-template <class Wide>
-DPK_INLINE double block_deviation(const Wide* input, int64_t count, Wide mean) {
-    using Unaligned = typename Lanes<Wide>::Unaligned;
-    constexpr int64_t lanes = Lanes<Wide>::count;
-    typename Lanes<Wide>::Vector parts[4] = {};
-    const auto add_vector = [&](int64_t at, int part) {
-        const auto deviation = *reinterpret_cast<const Unaligned*>(input + at) - mean;
-        parts[part] += deviation * deviation;
-    };
-    int64_t i = 0;
-    for (; i + 4 * lanes <= count; i += 4 * lanes) {
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; ++part) add_vector(i + part * lanes, part);
-    }
-    for (; i + lanes <= count; i += lanes) add_vector(i, 0);
-    Wide rest = 0;
-    for (; i < count; ++i) rest += (input[i] - mean) * (input[i] - mean);
-    return sum_lanes<Wide>(parts) + static_cast<double>(rest);
+    return team_for(shape.batch * shape.channels * shape.positions, launch);
 }
 
 // Blocks are centred on their own means and merged in double (Chan, Golub and LeVeque 1983).
 template <class Wide, class T>
 void moments(const T* input, Wide* mean, Wide* rstd, int64_t rows, int64_t count, double eps,
              Launch launch) {
-#pragma omp parallel for num_threads(team(rows* count, launch)) schedule(static)
+#pragma omp parallel for num_threads(team_for(rows* count, launch)) schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         Wide buffer[kBlock];
         double centre = 0, deviation = 0;

@@ -1,5 +1,4 @@
-// Static division of flat ranges into chunks, one thread each; the result never depends on
-// `threads`.
+// How work is divided among threads: statically, and the result never depends on their number.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +6,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "dpkernels/types.h"
+
 namespace dpkernels::cpu {
+
+// Elements below which a second thread costs more than it brings.
+constexpr std::int64_t kParallelElements = 1 << 16;
+
+inline int team_for(std::int64_t elements, Launch launch) {
+    return elements < kParallelElements ? 1 : launch.threads;
+}
 
 // Elements a thread works on at a time: small enough for L1, a multiple of any kPerGroup.
 constexpr std::int64_t kChunk = 2048;

@@ -41,8 +41,9 @@ EMBEDDING = {
     "duplicates": (3, 40, 5, 7),
     "mostly distinct": (2, 30, 1, 1000),
     "wide": (1, 12, 70, 4),
+    "several blocks of columns": (3, 10, 2200, 6),
 }
-"""(B, T, D, V)"""
+"""(B, T, D, V); the last is shared among threads"""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dpkernels import ops
-from dpkernels.ops.embedding import cpu
+from dpkernels.ops import native
+from dpkernels.ops.embedding import compiled, cpu, scatter
 from tests.ops import shapes
 from tests.ops.compare import BACKENDS, DTYPES, assert_as_exact_as_torch, skip_unless_runs
 
@@ -65,6 +66,46 @@ def test_equals_one_sample_at_a_time(
     assert_as_exact_as_torch(clipped, *sums)
 
 
+@pytest.mark.parametrize("name", shapes.EMBEDDING)
+def test_the_library_serves_a_package_without_native_code(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for op in ("embedding_norm_sq", "embedding_grad_sample", "embedding_clipped_grad"):
+        monkeypatch.setattr(cpu, op, getattr(scatter, op))
+    for dtype in (torch.float64, torch.bfloat16):
+        test_equals_one_sample_at_a_time(name, dtype, 0, "cpu")
+
+
+@pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, threads: None) -> None:
+    indices, grad_output, rows = operands("several blocks of columns", dtype)
+    factor = torch.tensor([0.3, 0.0, 0.7])
+    found = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        found.append(
+            (
+                compiled.embedding_norm_sq(indices, grad_output, 0),
+                compiled.embedding_grad_sample(indices, grad_output, rows, 0),
+                compiled.embedding_clipped_grad(indices, grad_output, factor, rows, 0),
+            )
+        )
+    for others in found[1:]:
+        for first, other in zip(found[0], others, strict=True):
+            assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize("index", [-1, 7])
+def test_an_index_outside_the_table_is_refused(index: int) -> None:
+    indices, grad_output, rows = operands("duplicates", torch.float32)
+    indices[1, 3] = index
+    with pytest.raises(IndexError):
+        ops.embedding_grad_sample(indices, grad_output, rows, -1)
+    with pytest.raises(IndexError):
+        ops.embedding_clipped_grad(indices, grad_output, torch.ones(3), rows, -1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_and_expanded(backend: str) -> None:
     """Position ids are one row seen by every sample; gradients may come sliced."""
@@ -102,6 +143,20 @@ def test_a_bad_sample_stays_alone() -> None:
     factor = torch.tensor([0.0, 1.0, 1.0])
     total = ops.embedding_clipped_grad(indices, grad_output, factor, rows, -1)
     assert torch.equal(total, clean)
+
+
+@pytest.mark.parametrize("layout", shapes.LAYOUTS)
+def test_any_memory_layout(layout: str) -> None:
+    """Of the gradient; the indices are a view along the other axis."""
+    indices, grad_output, rows = operands("duplicates", torch.float32)
+    grad_output = shapes.LAYOUTS[layout](grad_output)
+    plain = grad_output.contiguous()
+    expected = ops.embedding_norm_sq(indices, plain, 2)
+    table = ops.embedding_clipped_grad(indices, plain, torch.ones(3), rows, 2)
+    indices = indices.t().contiguous().t()
+    assert torch.equal(ops.embedding_norm_sq(indices, grad_output, 2), expected)
+    actual = ops.embedding_clipped_grad(indices, grad_output, torch.ones(3), rows, 2)
+    assert torch.equal(actual, table)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

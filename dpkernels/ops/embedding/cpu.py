@@ -1,64 +1,12 @@
-"""CPU embedding gradients: sorted segments for norms, the library's scatter for tables."""
+"""CPU embedding gradients: compiled kernels where there are any, else the library."""
 
 from __future__ import annotations
 
-import torch
+from dpkernels.ops import native
+from dpkernels.ops.embedding import compiled, scatter
 
-from dpkernels.ops.checks import kept_samples, result_dtype
-from dpkernels.ops.sums import squared_norms
+_kernels = compiled if native.why_not_cpu() is None else scatter
 
-
-def embedding_norm_sq(
-    indices: torch.Tensor, grad_output: torch.Tensor, padding_idx: int
-) -> torch.Tensor:
-    """See the contract. Equal indices of a sample become one row of a compact table."""
-    dtype = result_dtype(grad_output)
-    batch, positions = indices.shape
-    if indices.numel() == 0:
-        return grad_output.new_zeros(batch, dtype=dtype)
-    ordered, order = indices.sort(dim=1)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    segment_of_sorted = starts.cumsum(1) - 1
-    segments = torch.empty_like(segment_of_sorted).scatter_(1, order, segment_of_sorted)
-    grads = _without_padding(indices, grad_output.to(dtype), padding_idx)
-    rows = segments + torch.arange(batch, device=indices.device).unsqueeze(1) * positions
-    table = grads.new_zeros((batch * positions, grads.shape[2]))
-    table.index_add_(0, rows.reshape(-1), grads.reshape(-1, grads.shape[2]))
-    return squared_norms(table.view(batch, -1))
-
-
-def embedding_grad_sample(
-    indices: torch.Tensor, grad_output: torch.Tensor, num_embeddings: int, padding_idx: int
-) -> torch.Tensor:
-    """See the contract."""
-    batch = indices.shape[0]
-    rows = indices + torch.arange(batch, device=indices.device).unsqueeze(1) * num_embeddings
-    grads = _without_padding(indices, grad_output.to(result_dtype(grad_output)), padding_idx)
-    width = grads.shape[2]
-    table = grads.new_zeros((batch * num_embeddings, width))
-    table.index_add_(0, rows.reshape(-1), grads.reshape(-1, width))
-    return table.view(batch, num_embeddings, width)
-
-
-def embedding_clipped_grad(
-    indices: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    num_embeddings: int,
-    padding_idx: int,
-) -> torch.Tensor:
-    """See the contract."""
-    factor, (indices, grad_output) = kept_samples(clip_factor, indices, grad_output)
-    dtype = result_dtype(grad_output)
-    grads = grad_output.to(dtype) * factor.to(dtype)[:, None, None]
-    grads = _without_padding(indices, grads, padding_idx)
-    table = grads.new_zeros((num_embeddings, grads.shape[2]))
-    return table.index_add_(0, indices.reshape(-1), grads.reshape(-1, grads.shape[2]))
-
-
-def _without_padding(indices: torch.Tensor, grads: torch.Tensor, padding_idx: int) -> torch.Tensor:
-    """`grads` with zeros where the index is the padding index (even over NaN)."""
-    if padding_idx < 0:
-        return grads
-    return grads.masked_fill((indices == padding_idx).unsqueeze(2), 0)
+embedding_norm_sq = _kernels.embedding_norm_sq
+embedding_grad_sample = _kernels.embedding_grad_sample
+embedding_clipped_grad = _kernels.embedding_clipped_grad
