@@ -84,12 +84,9 @@ def study(
             out=None,
             resume=False,
             config=config,
-            changes={
-                "data.root": str(data.resolve()) if data else None,
-                "data.patients_csv": str(patients_csv.resolve()) if patients_csv else None,
-                "training.steps": steps,
-                "training.device": device,
-            },
+            changes=options.common_changes(
+                data=data, patients_csv=patients_csv, steps=steps, device=device
+            ),
             overrides=override or [],
         )
         settings = comparing.settings(epsilons, accountant, seeds, attacked, attacks)

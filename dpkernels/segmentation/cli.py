@@ -80,11 +80,10 @@ def train(
             resume=resume,
             config=config,
             changes={
-                "data.root": str(data.resolve()) if data else None,
-                "data.patients_csv": str(patients.resolve()) if patients else None,
-                "training.steps": steps,
+                **options.common_changes(
+                    data=data, patients_csv=patients, steps=steps, device=device
+                ),
                 "training.seed": seed,
-                "training.device": device,
                 "privacy.insecure_fixed_noise": insecure_fixed_noise,
                 **options.privacy_changes(epsilon, delta, noise_multiplier, non_private),
             },

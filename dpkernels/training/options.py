@@ -129,6 +129,18 @@ def configuration(
     return kind.from_dict(values)
 
 
+def common_changes(
+    *, data: Path | None, patients_csv: Path | None, steps: int | None, device: str | None
+) -> dict[str, Any]:
+    """What the options that every task has change, by dotted path; None: not given."""
+    return {
+        "data.root": str(data.resolve()) if data else None,
+        "data.patients_csv": str(patients_csv.resolve()) if patients_csv else None,
+        "training.steps": steps,
+        "training.device": device,
+    }
+
+
 def console() -> Console:
     """The terminal, or whatever stands in its place; of torchrun's processes the first has it."""
     from rich.console import Console
