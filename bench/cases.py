@@ -100,13 +100,15 @@ class Workload:
         return Workload(case, self.fresh_model().to(dtype), inputs, self.target)
 
 
-def _volumes(side: int, batch: int, generator: torch.Generator) -> Batch:
+def volumes(side: int, batch: int, generator: torch.Generator) -> Batch:
+    """One channel, [B, 1, X, Y, Z], and two classes a voxel."""
     shape = (batch, side, side, side)
     image = torch.randn(batch, 1, side, side, side, generator=generator)
     return image, torch.randint(2, shape, generator=generator)
 
 
-def _images(side: int, batch: int, classes: int, generator: torch.Generator) -> Batch:
+def images(side: int, batch: int, classes: int, generator: torch.Generator) -> Batch:
+    """Three channels, [B, 3, H, W], and one of `classes`."""
     image = torch.randn(batch, 3, side, side, generator=generator)
     return image, torch.randint(classes, (batch,), generator=generator)
 
@@ -146,7 +148,7 @@ def unet(side: int, batch: int, *suites: str, precision: str = "float32", base: 
         f"3D U-Net {'0.76 M' if base == 24 else f'base {base}'}, {side}³, B={batch}",
         suites,
         partial(models.UNet3d, base),
-        partial(_volumes, side, batch),
+        partial(volumes, side, batch),
         precision,
     )
 
@@ -178,7 +180,7 @@ CASES = (
         "MONAI UNet (strided), 64³, B=4",
         ("cpu",),
         models.monai_unet,
-        partial(_volumes, 64, 4),
+        partial(volumes, 64, 4),
         leave_out=("hooks", "ghost"),
     ),
     Case(
@@ -186,14 +188,14 @@ CASES = (
         "MONAI SegResNet, 48³, B=2",
         ("cpu",),
         models.monai_segresnet,
-        partial(_volumes, 48, 2),
+        partial(volumes, 48, 2),
     ),
     Case(
         "monai-dynunet-48-b2",
         "MONAI DynUNet, 48³, B=2",
         ("cpu",),
         models.monai_dynunet,
-        partial(_volumes, 48, 2),
+        partial(volumes, 48, 2),
     ),
     encoder(128, 256, 2, 8, "cpu"),
     encoder(256, 256, 2, 8, "cpu"),
@@ -210,21 +212,21 @@ CASES = (
         "ViT, 32², patch 4, d=192, B=32",
         ("cpu",),
         partial(models.VisionTransformer, 32, 4, 192, 4, 3, 10),
-        partial(_images, 32, 32, 10),
+        partial(images, 32, 32, 10),
     ),
     Case(
         "resnet-small-32-b64",
         "ResNet-like (16 to 64 channels, GroupNorm), 32², B=64",
         ("cpu",),
         partial(models.ResNet, (2, 2, 2), 16),
-        partial(_images, 32, 64, 10),
+        partial(images, 32, 64, 10),
     ),
     Case(
         "resnet18-32-b64",
         "ResNet-18 (GroupNorm), 32², B=64",
         ("cpu",),
         partial(models.ResNet, (2, 2, 2, 2)),
-        partial(_images, 32, 64, 10),
+        partial(images, 32, 64, 10),
         leave_out=_FAR_SLOWER_ON_IMAGES,
     ),
     Case(
@@ -232,7 +234,7 @@ CASES = (
         "ResNet-50 (GroupNorm), 32², B=8",
         ("cpu",),
         partial(models.ResNet, (3, 4, 6, 3), bottleneck=True),
-        partial(_images, 32, 8, 10),
+        partial(images, 32, 8, 10),
         leave_out=_FAR_SLOWER_ON_IMAGES,
     ),
     Case(
@@ -257,7 +259,7 @@ CASES = (
         "ResNet-like (16 to 64 channels, GroupNorm), 32², B=16",
         ("quick",),
         partial(models.ResNet, (1, 1, 1), 16),
-        partial(_images, 32, 16, 10),
+        partial(images, 32, 16, 10),
     ),
     Case(
         "recommender-b256",
@@ -279,7 +281,7 @@ CASES = (
         "ResNet-18 (GroupNorm), 224², B=32",
         ("gpu",),
         partial(models.ResNet, (2, 2, 2, 2), large_images=True, classes=1000),
-        partial(_images, 224, 32, 1000),
+        partial(images, 224, 32, 1000),
         "bfloat16",
     ),
     Case(
@@ -287,7 +289,7 @@ CASES = (
         "ResNet-50 (GroupNorm), 224², B=32",
         ("gpu",),
         partial(models.ResNet, (3, 4, 6, 3), bottleneck=True, large_images=True, classes=1000),
-        partial(_images, 224, 32, 1000),
+        partial(images, 224, 32, 1000),
         "bfloat16",
     ),
     Case(

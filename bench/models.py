@@ -1,4 +1,4 @@
-"""Networks that every rival can run: no batch statistics, no bare parameters beside children."""
+"""Networks without batch statistics, as their authors write them (what rivals need: adapt.py)."""
 
 from __future__ import annotations
 
@@ -269,17 +269,11 @@ def monai_unet(channels: Sequence[int] = (16, 32, 64, 128)) -> nn.Module:
     )
 
 
-#: backward hooks, on which Opacus and BackPACK rely, forbid changing a layer's output in place
-_NOT_IN_PLACE = ("RELU", {"inplace": False})
-
-
 def monai_segresnet() -> nn.Module:
     """MONAI's SegResNet at its defaults: residual blocks, GroupNorm, trilinear upsampling."""
     from monai.networks.nets import SegResNet
 
-    return SegResNet(
-        spatial_dims=3, in_channels=1, out_channels=2, init_filters=8, act=_NOT_IN_PLACE
-    )
+    return SegResNet(spatial_dims=3, in_channels=1, out_channels=2, init_filters=8)
 
 
 def monai_dynunet() -> nn.Module:
@@ -294,5 +288,4 @@ def monai_dynunet() -> nn.Module:
         strides=(1, 2, 2, 2),
         upsample_kernel_size=(2, 2, 2),
         filters=(16, 32, 64, 128),
-        act_name=("leakyrelu", {"negative_slope": 0.01, "inplace": False}),
     )

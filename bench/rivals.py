@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
+from bench import adapt
 from bench.cases import SampleCrossEntropy, Workload
 
 _LEARNING_RATE = 1e-4
@@ -66,7 +67,7 @@ class Rival:
     Attributes:
         name: key of its rows.
         title: for tables.
-        config: how it is set up, and why that is its best; part of each row.
+        config: how it is set up, as its documentation advises; part of each row.
         package: distribution whose version the row states.
         prepare: (workload, privacy) -> Trainer.
         private: False for the ordinary step only.
@@ -112,10 +113,14 @@ def _ordinary(workload: Workload, privacy: Privacy) -> Trainer:
 
 
 def _with_engine(
-    engine: Any, model: nn.Module, workload: Workload, privacy: Privacy, **options: Any
+    engine: Any,
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    workload: Workload,
+    privacy: Privacy,
+    **options: Any,
 ) -> Trainer:
     """The loop that Opacus documents; every argument it does not name is at its default."""
-    parameters = dict(model.named_parameters())
     data = DataLoader(
         TensorDataset(workload.inputs, workload.target), batch_size=workload.batch_size
     )
@@ -151,8 +156,8 @@ def _with_engine(
 
 
 def _ours(workload: Workload, privacy: Privacy) -> Trainer:
-    engine = dpkernels.PrivacyEngine()
-    return _with_engine(engine, workload.fresh_model(), workload, privacy)
+    engine, model = dpkernels.PrivacyEngine(), workload.fresh_model()
+    return _with_engine(engine, model, dict(model.named_parameters()), workload, privacy)
 
 
 def _opacus(mode: str) -> Callable[[Workload, Privacy], Trainer]:
@@ -161,7 +166,11 @@ def _opacus(mode: str) -> Callable[[Workload, Privacy], Trainer]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = ModuleValidator.fix(workload.fresh_model())
-        return _with_engine(engine, model, workload, privacy, grad_sample_mode=mode)
+        if mode == "ew":
+            model = adapt.without_bare_parameters(model)
+        parameters = dict(model.named_parameters())
+        model = adapt.hookable(model)
+        return _with_engine(engine, model, parameters, workload, privacy, grad_sample_mode=mode)
 
     return prepare
 
@@ -206,8 +215,9 @@ def _backpack(workload: Workload, privacy: Privacy) -> Trainer:
     from backpack import backpack, extend
     from backpack.extensions import BatchGrad
 
-    model = workload.fresh_model()
+    model = adapt.without_bare_parameters(workload.fresh_model())
     parameters = dict(model.named_parameters())
+    model = adapt.hookable(model)
     optimizer, criterion = _sgd(model), SampleCrossEntropy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -246,9 +256,10 @@ def _grad_batch(model: nn.Module, parameter: nn.Parameter) -> torch.Tensor:
     raise NotImplementedError(f"BatchGrad has no rule for {type(owner).__name__}")
 
 
+_HOOKABLE = "network as hooks need it (bench/adapt.py: nothing in place, one name a module)"
 _OPACUS = (
-    "ModuleValidator.fix (DPLSTM for an LSTM), PrivacyEngine.make_private defaults, flat clipping, "
-    "fixed batch, whole batch at once; "
+    f"ModuleValidator.fix (DPLSTM for an LSTM), {_HOOKABLE}, PrivacyEngine.make_private defaults, "
+    "flat clipping, fixed batch, whole batch at once; "
 )
 
 RIVALS = (
@@ -291,11 +302,18 @@ RIVALS = (
     Rival(
         "functorch", "Opacus functorch", _OPACUS + "vmap of grad", "opacus", _opacus("functorch")
     ),
-    Rival("ew", "Opacus ew", _OPACUS + "torch ExpandedWeights", "opacus", _opacus("ew")),
+    Rival(
+        "ew",
+        "Opacus ew",
+        _OPACUS + "torch ExpandedWeights; positions from nn.Embedding, not a bare parameter",
+        "opacus",
+        _opacus("ew"),
+    ),
     Rival(
         "backpack",
         "BackPACK",
-        "BatchGrad in one backward pass, clip and noise as in its DP-SGD example",
+        f"{_HOOKABLE}, positions from nn.Embedding; BatchGrad in one backward pass, clip and noise "
+        "as in its DP-SGD example",
         "backpack-for-pytorch",
         _backpack,
     ),
