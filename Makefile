@@ -25,7 +25,8 @@ bench: .venv/.has-segmentation .venv/.has-test .venv/.rivals .venv/.native
 
 bench-quick: .venv/.has-segmentation .venv/.has-test .venv/.rivals .venv/.native
 	$(BIN)/python -m bench --quick
-	$(BIN)/python -m pytest bench --benchmark-storage=bench/results/benchmarks --benchmark-compare
+	$(BIN)/python -m pytest bench --benchmark-storage=bench/results/benchmarks --benchmark-compare \
+		--benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 bench-gpu: .venv/.has-segmentation .venv/.has-test .venv/.native
 	PATH="$(CURDIR)/$(BIN):$$PATH" bench/gpu.sh build/bench-gpu

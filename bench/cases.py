@@ -167,21 +167,22 @@ def encoder(
     )
 
 
-_FAR_SLOWER_ON_VOLUMES = ("hooks", "ghost", "functorch")
-_FAR_SLOWER_ON_IMAGES = ("hooks", "ghost", "functorch")
-_FAR_SLOWER_ON_TABLES = ("hooks", "functorch", "backpack")
+_FAR_SLOWER_ON_VOLUMES = ("hooks", "ghost")
+_FAR_SLOWER_ON_LARGE_VOLUMES = (*_FAR_SLOWER_ON_VOLUMES, "functorch")
+_FAR_SLOWER_ON_IMAGES = ("hooks", "ghost", "functorch", "ew")
+_FAR_SLOWER_ON_TABLES = ("hooks", "functorch", "ew", "backpack")
 
 CASES = (
-    replace(unet(48, 2, "cpu"), leave_out=("hooks", "ghost")),
-    replace(unet(48, 4, "cpu"), leave_out=_FAR_SLOWER_ON_VOLUMES),
-    replace(unet(64, 2, "cpu"), leave_out=_FAR_SLOWER_ON_VOLUMES),
+    replace(unet(48, 2, "cpu"), leave_out=_FAR_SLOWER_ON_VOLUMES),
+    replace(unet(48, 4, "cpu"), leave_out=_FAR_SLOWER_ON_LARGE_VOLUMES),
+    replace(unet(64, 2, "cpu"), leave_out=_FAR_SLOWER_ON_LARGE_VOLUMES),
     Case(
         "monai-unet-64-b4",
         "MONAI UNet (strided), 64³, B=4",
         ("cpu",),
         models.monai_unet,
         partial(volumes, 64, 4),
-        leave_out=("hooks", "ghost"),
+        leave_out=_FAR_SLOWER_ON_VOLUMES,
     ),
     Case(
         "monai-segresnet-48-b2",
@@ -189,6 +190,7 @@ CASES = (
         ("cpu",),
         models.monai_segresnet,
         partial(volumes, 48, 2),
+        leave_out=_FAR_SLOWER_ON_VOLUMES,
     ),
     Case(
         "monai-dynunet-48-b2",
@@ -196,6 +198,7 @@ CASES = (
         ("cpu",),
         models.monai_dynunet,
         partial(volumes, 48, 2),
+        leave_out=_FAR_SLOWER_ON_VOLUMES,
     ),
     encoder(128, 256, 2, 8, "cpu"),
     encoder(256, 256, 2, 8, "cpu"),
@@ -252,7 +255,7 @@ CASES = (
         partial(few_fields, 16_000, 16, 512),
         leave_out=_FAR_SLOWER_ON_TABLES,
     ),
-    replace(unet(32, 2, "quick"), leave_out=("hooks", "ghost")),
+    replace(unet(32, 2, "quick"), leave_out=_FAR_SLOWER_ON_VOLUMES),
     encoder(64, 128, 2, 8, "quick"),
     Case(
         "resnet-small-32-b16",

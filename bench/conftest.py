@@ -1,10 +1,18 @@
-"""pytest-benchmark: what it saves may be committed, so it names no machine."""
+"""pytest-benchmark: what it saves may be committed, so it names no machine; ratios at the end."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+
+#: median seconds of this run and of the one it is compared with, by case and rival
+Medians = dict[tuple[str, str], float]
+NOW, BEFORE = pytest.StashKey[Medians](), pytest.StashKey[Medians]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[NOW], config.stash[BEFORE] = {}, {}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -15,3 +23,28 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     known = {name: machine_info[name] for name in kept if name in machine_info}
     machine_info.clear()
     machine_info.update(known, cpu={"brand_raw": cpu})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_compare_machine_info(config: Any, compared_benchmark: dict[str, Any]) -> None:
+    """Remember the committed run; milliseconds of another machine mean little, ratios more."""
+    for entry in compared_benchmark["benchmarks"]:
+        key = entry["params"]["case"], entry["params"]["rival"]
+        config.stash[BEFORE][key] = entry["stats"]["median"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Ours over the ordinary step, case by case, beside the committed run."""
+    now, before = (_ratios(config.stash[key]) for key in (NOW, BEFORE))
+    for case, ratio in now.items():
+        earlier = f", committed run {before[case]:.2f}" if case in before else ""
+        terminalreporter.write_line(f"{case}: {ratio:.2f} times the ordinary step{earlier}")
+
+
+def _ratios(medians: Medians) -> dict[str, float]:
+    return {
+        case: own / medians[case, "ordinary"]
+        for (case, rival), own in medians.items()
+        if rival == "ours" and (case, "ordinary") in medians
+    }

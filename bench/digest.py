@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from bench import regret as regrets
 from bench import results, table
 from bench.table import number
 
-_REGRET_SHOWN = 0.10
+#: what the planner may cost at most
+_REGRET_WANTED = 0.10
 
 
 def all_lines(folder: Path = results.RESULTS) -> list[str]:
@@ -61,11 +63,11 @@ def regret(path: Path) -> list[str]:
     if not rows:
         return []
     lines = []
-    for title, prefix in (("The planner's choice", ""), ('plan="measured"', "measured_")):
+    for title, prefix in (("the planner's choice", ""), ('plan="measured"', "measured_")):
         regrets = {r["shape"]: float(r[f"{prefix}regret"]) for r in rows}
         mean = statistics.geometric_mean(1.0 + value for value in regrets.values()) - 1.0
         above = sorted(
-            (row for row in rows if regrets[row["shape"]] > _REGRET_SHOWN),
+            (row for row in rows if regrets[row["shape"]] > _REGRET_WANTED),
             key=lambda row: -regrets[row["shape"]],
         )
         listed = "; ".join(
@@ -73,12 +75,53 @@ def regret(path: Path) -> list[str]:
             for r in above
         )
         lines.append(
-            f"{title} takes {mean:.1%} more time than the best measured candidate (geometric mean "
-            f"of {len(rows)} shapes), at most {max(regrets.values()):.0%}."
-            + (f" Above 10 %: {listed}." if listed else "")
-            + f" {_where(rows)}"
+            f"Regret, {title} over the best measured candidate: geometric mean {mean:.1%} of "
+            f"{len(rows)} shapes, at most {max(regrets.values()):.0%}, above "
+            f"{_REGRET_WANTED:.0%} at {len(above)}{': ' if above else ''}{listed}. {_where(rows)}"
         )
     return lines
+
+
+def strategies(path: Path = regrets.PATH) -> list[str]:
+    """Where each strategy takes over: the best measured one and the chosen one, by shape."""
+    rows = table.read(path)
+    if not rows:
+        return []
+    head = (
+        "Where each strategy takes over, one parameter's norms, clip and sum on one thread: the "
+        "strategy that is fastest as measured, in brackets the time of the next one over its own "
+        f"(a strategy {regrets.FAR_SLOWER:.0f} times as slow is not timed). In bold: shapes where "
+        f"the planner takes another one. {_where(rows)}"
+    )
+    grids: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        family, *rest = row["shape"].split()
+        line, column = (rest[0] + " " + rest[1], rest[2]) if len(rest) == 3 else (rest[0], "")
+        if family == "conv":
+            line, column = " ".join(rest), "fastest"
+        grids.setdefault(family, {}).setdefault(line, {})[column] = _taken(row)
+    return [head, *(_grid(family, grid) for family, grid in grids.items())]
+
+
+def _grid(family: str, grid: dict[str, dict[str, str]]) -> str:
+    columns = list(dict.fromkeys(column for line in grid.values() for column in line))
+    lines = [f"| {family} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, line in grid.items():
+        lines.append(f"| {name} | {' | '.join(line.get(c, '–') for c in columns)} |")
+    return "\n".join(lines)
+
+
+def _taken(row: dict[str, str]) -> str:
+    """Of a row of regret: the fastest strategy, the next one, and what the planner took instead."""
+    times: dict[str, float] = {}
+    for candidate in row["candidates"].split("; "):
+        name, _, taken = candidate.rpartition(", ")[0], "", candidate.split()[-2]
+        times[name] = min(times.get(name, float("inf")), float(taken))
+    order = sorted(times, key=times.__getitem__)
+    others = ", ".join(f"{name} {times[name] / times[order[0]]:.2f}" for name in order[1:])
+    text = f"{order[0]} ({others})" if others else order[0]
+    chosen = row["chosen"].partition(",")[0]
+    return text if chosen == order[0] else f"**{text}, taken: {chosen}**"
 
 
 def roofline(path: Path) -> list[str]:
@@ -143,7 +186,4 @@ def accounting(path: Path) -> list[str]:
 
 
 def _where(rows: list[dict[str, str]]) -> str:
-    commits = ", ".join(sorted({row["commit"] for row in rows if row.get("commit")}))
-    dates = sorted({row["date"] for row in rows if row.get("date")})
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}" if dates else ""
-    return f"({span}, commit {commits})"
+    return f"({table.provenance(rows)})"

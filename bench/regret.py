@@ -45,7 +45,7 @@ _AUTO = "auto"
 #: of the columns of each kind of plan
 _PREFIXES = {"auto": "", "measured": "measured_"}
 #: a candidate whose first call takes this many times the fastest one's is not a candidate
-_FAR_SLOWER = 4.0
+FAR_SLOWER = 4.0
 Half = TypeVar("Half")
 #: the first half of a call, which returns the second
 Work = Callable[[], Callable[[], torch.Tensor]]
@@ -158,7 +158,7 @@ def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Work]:
         with suppress(BackendUnavailable):
             call()()
             first[name] = time.thread_time() - start
-    limit = _FAR_SLOWER * min(first.values())
+    limit = FAR_SLOWER * min(first.values())
     return {n: calls[n] for n, t in first.items() if t <= limit or n.endswith(_AUTO)}
 
 

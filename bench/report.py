@@ -1,19 +1,18 @@
-"""The README's table and the pictures, from the rows and nothing else."""
+"""The README's table and the one of the notes, from the rows and nothing else."""
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
-from bench import cases, digest, results, rivals, scaling, targets
+from bench import cases, digest, pictures, results, rivals, scaling, table, targets
 from bench.results import Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _MARK = "*"
+#: where asterisks mean something
+_ESCAPED = "\\*"
 _TITLES = {case.name: case.title for case in cases.CASES}
 _COLUMNS = [rival for rival in rivals.RIVALS if rival.private]
-#: ratios beyond are cut in the pictures, with their value written
-_AXIS_END = 5.0
 _NO_GPU = "GPU: not yet measured."
 
 
@@ -23,19 +22,20 @@ def write_all(root: Path, rows: list[Row]) -> list[Path]:
     Raises:
         ValueError: a file without the markers.
     """
-    pictures = plot(rows, results.RESULTS)
-    curves = scaling.plot(results.read(scaling.PATH), results.RESULTS)
-    pictures += [curves] if curves else []
-    shown = [f"![{path.stem}]({path.relative_to(root)})" for path in pictures]
+    drawn = [pictures.steps(group, results.RESULTS, _caption(group)) for group in _groups(rows)]
+    if curves := pictures.scaling(results.read(scaling.PATH), results.RESULTS):
+        drawn.append(curves)
+    shown = [f"![{path.stem}]({path.relative_to(root)})" for path in drawn]
     others = [f"- {line}" for line in digest.all_lines()]
-    parts = [*tables(rows), "\n".join(others), *shown, *_no_gpu(rows)]
+    parts = [*tables(rows), *shown, "\n".join(others), *_no_gpu(rows)]
+    notes = [outcome_table(rows), *digest.strategies()]
     texts = {
         root / "README.md": "\n\n".join(part for part in parts if part),
-        root / "bench" / "NOTES.md": outcome_table(rows),
+        root / "bench" / "NOTES.md": "\n\n".join(notes),
     }
     for path, text in texts.items():
         write(path, text)
-    return [*pictures, *texts]
+    return [*drawn, *texts]
 
 
 def tables(rows: list[Row]) -> list[str]:
@@ -55,9 +55,9 @@ def outcome_table(rows: list[Row]) -> str:
             target = wanted.get(name)
             goal = f"{_ratio(target.time)} / {_ratio(target.memory)}" if target else "–"
             predicted = target.predicted if target else "–"
-            cells = (_TITLES[name], goal, predicted, _cell(row), missed.get(name, ""))
+            cells = (_TITLES[name], goal, predicted, _cell(row), str(missed.get(name, "")))
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_explained(list(missed.values()))])
 
 
 def write(path: Path, text: str) -> None:
@@ -74,65 +74,25 @@ def write(path: Path, text: str) -> None:
     path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
 
 
-def plot(rows: list[Row], folder: Path) -> list[Path]:
-    """One picture per device, threads and allocator: bars of time and memory by case and rival."""
-    import matplotlib
+def lines(rows: list[Row], strong: str = "") -> list[tuple[str, ...]]:
+    """Case, ordinary milliseconds and one cell per private rival.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    written = []
-    for group in _groups(rows):
-        names = _case_names(group)
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 1.2 + 0.75 * len(names)), sharey=True)
-        by_key = {(r.case, r.rival): r for r in group if r.status == "ok"}
-        shown = [r for r in _COLUMNS if any((n, r.name) in by_key for n in names)]
-        height = 0.8 / max(len(shown), 1)
-        for axis, value, label in zip(
-            axes, ("best_ratio", "memory_ratio"), ("time", "peak memory growth"), strict=True
-        ):
-            for index, rival in enumerate(shown):
-                own = [(i, by_key.get((name, rival.name))) for i, name in enumerate(names)]
-                points = [(i, r) for i, r in own if r and getattr(r, value) is not None]
-                axis.barh(
-                    [i + (index - len(shown) / 2 + 0.5) * height for i, _ in points],
-                    [getattr(r, value) for _, r in points],
-                    height,
-                    color=f"C{index}",
-                    label=rival.title,
-                )
-                for i, r in points:
-                    if getattr(r, value) > _AXIS_END:
-                        y = i + (index - len(shown) / 2 + 0.5) * height
-                        text = f"{getattr(r, value):.0f} "
-                        axis.text(_AXIS_END, y, text, fontsize=6, ha="right", va="center")
-            axis.set_xlim(0, _AXIS_END)
-            axis.axvline(1.0, color="black", linewidth=1)
-            axis.set_xlabel(f"{label}, ordinary step = 1")
-        axes[0].set_yticks(range(len(names)), [_TITLES.get(n, n) for n in names], fontsize=8)
-        axes[0].invert_yaxis()
-        axes[1].legend(fontsize=8)
-        figure.suptitle(textwrap.fill(_caption(group), 150), fontsize=8)
-        figure.tight_layout()
-        first = group[0]
-        device = first.device.lower().replace(" ", "-")
-        written.append(folder / f"steps-{device}-{first.threads}-{first.allocator}.png")
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(written[-1], dpi=110)
-        pyplot.close(figure)
-    return written
-
-
-def lines(rows: list[Row]) -> list[tuple[str, ...]]:
-    """Case, ordinary milliseconds and one cell per private rival: for tables in a terminal."""
+    Args:
+        strong: put before and after the figures of the fastest private rival of a case.
+    """
     by_key = {(row.case, row.rival): row for row in rows}
     marked = targets.missed(rows, targets.read())
     found = []
     for name in _case_names(rows):
         ordinary = by_key.get((name, "ordinary"))
-        cells = [_cell(by_key.get((name, rival.name))) for rival in _COLUMNS]
+        own = [by_key.get((name, rival.name)) for rival in _COLUMNS]
+        cells = [_cell(row) for row in own]
+        times = [row.best_ratio for row in own if row and row.best_ratio is not None]
+        for index, row in enumerate(own):
+            if row and times and row.best_ratio == min(times):
+                cells[index] = f"{strong}{cells[index]}{strong}"
         if name in marked:
-            cells[0] += _MARK
+            cells[0] += _ESCAPED if strong else _MARK
         found.append((_TITLES.get(name, name), _milliseconds(ordinary), *cells))
     return found
 
@@ -144,6 +104,8 @@ def heads() -> tuple[str, ...]:
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
     keys = sorted({(row.device != "cpu", *row.key[:3]) for row in rows})
+    # "kept" after "system": the allocator that users have unless they ask for another comes first
+    keys.sort(key=lambda key: (key[0], key[3] == "kept"))
     return [[row for row in rows if row.key[:3] == key[1:]] for key in keys]
 
 
@@ -154,36 +116,81 @@ def _case_names(rows: list[Row]) -> list[str]:
 
 def _table(group: list[Row]) -> str:
     body = [heads(), tuple("---" if not i else "---:" for i in range(len(heads())))]
-    body += lines(group)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in body)
-    return f"{_caption(group)}\n\n{table}{_notes(group)}"
+    body += lines(group, strong="**")
+    text = "\n".join("| " + " | ".join(line) + " |" for line in body)
+    parts = [f"**{_caption(group)}**", _key(group), text, *_summary(group), *_misses(group)]
+    return "\n\n".join(parts)
 
 
 def _caption(group: list[Row]) -> str:
     first = group[0]
     on_cpu = first.device == "cpu"
-    where = f"{first.threads} thread(s) of {first.cpu}" if on_cpu else first.device
-    kept = ", freed memory kept by the process" if first.allocator == "kept" else ""
-    time = "Processor time" if any(row.by_processor for row in group) else "Time"
-    dates = sorted({row.date for row in group})
-    commits = sorted({row.commit for row in group})
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    threads = "one thread" if first.threads == 1 else f"{first.threads} threads"
+    where = f"{threads} of {first.cpu}" if on_cpu else first.device
+    kept = ", freed memory kept by the process (as jemalloc does)" if _kept(group) else ""
+    return f"{where}{kept}, torch {first.torch}"
+
+
+def _key(group: list[Row]) -> str:
+    time = "processor time" if any(row.by_processor for row in group) else "time"
     return (
-        f"{time} / peak memory growth of a DP step over those of the ordinary step: {where}{kept}, "
-        f"torch {first.torch}, {span}, commit {', '.join(commits)}."
+        f"Cells: {time} of a DP step / its peak memory growth, as multiples of those of the "
+        "ordinary step of the same network and batch (1.00: privacy costs nothing). Bold: the "
+        "fastest DP step of the case. A dash: not measured, or the rival cannot run the case (the "
+        "rows in `bench/results/steps.csv` say why, and how each rival is set up). "
+        f"{table.provenance(map(_place, group))}."
     )
 
 
-def _notes(group: list[Row]) -> str:
-    notes = []
-    if any(row.status != "ok" for row in group if row.rival != "ordinary"):
-        notes.append("A dash: not measured, or the rival cannot run the case (the rows say why).")
+def _place(row: Row) -> dict[str, str]:
+    return {"date": row.date, "commit": row.commit}
+
+
+def _kept(group: list[Row]) -> bool:
+    return group[0].allocator == "kept"
+
+
+def _summary(group: list[Row]) -> list[str]:
+    """In how many cases ours is the fastest, and which rival is ahead elsewhere."""
+    titles = {rival.name: rival.title for rival in rivals.RIVALS}
+    first, level, behind = 0, [], []
+    for row in group:
+        rival = targets.fastest_rival(row.case, group)
+        if row.rival != "ours" or not row.best_ratio or not rival or not rival.best_ratio:
+            continue
+        name = f"{_TITLES.get(row.case, row.case)} ({titles[rival.rival]} {rival.best_ratio:.2f}"
+        name += f" for {row.best_ratio:.2f})"
+        if row.best_ratio <= rival.best_ratio:
+            first += 1
+        elif row.best_ratio * (1.0 - targets.NOISE) <= rival.best_ratio:
+            level.append(name)
+        else:
+            behind.append(name)
+    total = first + len(level) + len(behind)
+    if not total:
+        return []
+    text = f"dpkernels is the fastest DP step in {first} of {total} cases"
+    if level:
+        text += f", level (within {targets.NOISE:.0%}) in: {'; '.join(level)}"
+    return [text + (f"; slower in: {'; '.join(behind)}." if behind else ".")]
+
+
+def _misses(group: list[Row]) -> list[str]:
     missed = targets.missed(group, targets.read())
-    if missed:
-        names = [name for name in _case_names(group) if name in missed]
-        listed = [f"- {_TITLES[name]}: {missed[name]}." for name in names]
-        notes.append("\n".join([f"\\{_MARK} above target, or slower than a rival:", "", *listed]))
-    return "".join(f"\n\n{note}" for note in notes)
+    names = [name for name in _case_names(group) if name in missed]
+    if not names:
+        return []
+    listed = [f"- {_TITLES[name]}: {missed[name]}." for name in names]
+    head = f"{_ESCAPED} above target, or slower than a rival:"
+    return ["\n".join([head, "", *listed, *_explained(list(missed.values()))])]
+
+
+def _explained(missed: list[targets.Miss]) -> list[str]:
+    """The shared reasons that these name, each once."""
+    used = dict.fromkeys(reason for miss in missed for reason in miss.reasons)
+    known = targets.reasons()
+    lines = [f"- *{name}*: {known[name]}." for name in used if name in known]
+    return ["", "Where:", "", *lines] if lines else []
 
 
 def _no_gpu(rows: list[Row]) -> list[str]:

@@ -46,7 +46,7 @@ class Environment:
             tf32=("on" if torch.backends.cuda.matmul.allow_tf32 else "off") if on_gpu else "",
             python=platform.python_version(),
             torch=torch.__version__,
-            commit=_commit(),
+            commit=commit(),
             date=datetime.date.today().isoformat(),
         )
 
@@ -158,15 +158,15 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
     """Short hash of the checkout, with ``+`` where what is measured differs from it."""
     measured = ["dpkernels", "csrc", "bench/*.py"]
     try:
-        commit = _git("rev-parse", "--short", "HEAD")
+        head = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+" if changed else "")
+    return head + ("+" if changed else "")
 
 
 def _git(*arguments: str) -> str:

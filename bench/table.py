@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file, as text; none where there is no file."""
+    """Rows of a CSV file, as text; none where there is no file.
+
+    Raises:
+        ValueError: a row with more cells than columns, as by a comma without quotes.
+    """
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file, restkey=""))
+    for number, row in enumerate(rows, start=2):
+        if "" in row:
+            raise ValueError(f"{path}, row {number}: expected {len(row) - 1} cells (quote commas)")
+    return rows
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, object]], key: Sequence[str]) -> None:
@@ -32,6 +41,20 @@ def replace(path: Path, rows: Iterable[Mapping[str, object]], key: Sequence[str]
         writer.writeheader()
         writer.writerows(merged.values())
     partial.replace(path)
+
+
+def provenance(rows: Iterable[Mapping[str, str]]) -> str:
+    """When and from which commits `rows` are: the commit of most of them first."""
+    rows = list(rows)
+    dates = sorted({row["date"] for row in rows if row.get("date")})
+    counts = Counter(row["commit"] for row in rows if row.get("commit"))
+    when = dates[:1] if len(dates) < 2 else [f"{dates[0]} to {dates[-1]}"]
+    (commit, most), *others = counts.most_common() or [("", 0)]
+    where = [f"commit {commit}"] if commit else []
+    if others:
+        rest = ", ".join(name for name, _ in others)
+        where = [f"commit {commit} ({most} of {len(rows)} rows; the others: {rest})"]
+    return ", ".join([*when, *where])
 
 
 def number(text: str | None) -> float | None:

@@ -10,8 +10,10 @@ from bench.results import Row
 from bench.table import number
 
 PATH = Path(__file__).resolve().parent / "targets.csv"
+REASONS = PATH.with_name("reasons.csv")
+NO_REASON = "no reason stated"
 #: a difference between the best rival and ours that the machine alone makes
-_NOISE = 0.03
+NOISE = 0.03
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,26 @@ class Target:
 
     Attributes:
         predicted: time / memory, written down before the measurement.
-        reason: why the case is above, for as long as it is.
+        reasons: why the case is above, for as long as it is: names of lines in reasons.csv, or
+            text, separated by semicolons.
     """
 
     case: str
     time: float | None
     memory: float | None
     predicted: str
-    reason: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Miss:
+    """What of ours is above its target or slower than a rival, and why."""
+
+    found: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.found}: {'; '.join(self.reasons) or NO_REASON}"
 
 
 def read(path: Path = PATH) -> dict[str, Target]:
@@ -38,17 +52,19 @@ def read(path: Path = PATH) -> dict[str, Target]:
             number(row["time"]),
             number(row["memory"]),
             row["predicted"],
-            row["reason"],
+            tuple(part for text in row["reason"].split(";") if (part := text.strip())),
         )
         for row in table.read(path)
     }
 
 
-def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, str]:
-    """By case: what of ours is above its target, or slower than a rival; one group of rows.
+def reasons(path: Path = REASONS) -> dict[str, str]:
+    """What a reason that several cases share says, by its name."""
+    return {row["name"]: row["text"] for row in table.read(path)}
 
-    The reason is appended where there is one.
-    """
+
+def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, Miss]:
+    """By case: what of ours is above its target, or slower than a rival; one group of rows."""
     titles = {rival.name: rival.title for rival in rivals.RIVALS}
     found = {}
     for row in rows:
@@ -60,16 +76,16 @@ def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, str]:
             parts.append(f"time {row.best_ratio:.2f}, target {target.time:.2f}")
         if target and target.memory and row.memory_ratio and row.memory_ratio > target.memory:
             parts.append(f"memory {row.memory_ratio:.2f}, target {target.memory:.2f}")
-        rival = _fastest_rival(row.case, rows)
-        if rival and rival.best_ratio and rival.best_ratio < row.best_ratio * (1.0 - _NOISE):
+        rival = fastest_rival(row.case, rows)
+        if rival and rival.best_ratio and rival.best_ratio < row.best_ratio * (1.0 - NOISE):
             parts.append(f"{titles[rival.rival]} is faster, {rival.best_ratio:.2f}")
         if parts:
-            reason = f": {target.reason}" if target and target.reason else ""
-            found[row.case] = "; ".join(parts) + reason
+            found[row.case] = Miss("; ".join(parts), target.reasons if target else ())
     return found
 
 
-def _fastest_rival(case: str, rows: list[Row]) -> Row | None:
+def fastest_rival(case: str, rows: list[Row]) -> Row | None:
+    """Of the private ones but ours."""
     others = [
         row
         for row in rows

@@ -12,6 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench import results
+
 STATE = Path(__file__).resolve().parents[1] / "build" / "bench"
 console = Console(width=max(150, shutil.get_terminal_size().columns))
 #: called with what is being done and the share of the item that is done
@@ -34,10 +36,14 @@ class Outcome:
 
 
 class Memory:
-    """Which items an interrupted run has finished; a run with other settings starts anew."""
+    """Which items an interrupted run has finished.
+
+    A run with other settings, or at another commit, starts anew.
+    """
 
     def __init__(self, path: Path, settings: Mapping[str, object], fresh: bool = False):
-        self._path, self._settings = path, json.loads(json.dumps(settings))
+        self._path = path
+        self._settings = json.loads(json.dumps({**settings, "commit": results.commit()}))
         self.done: list[str] = []
         if path.exists() and not fresh:
             earlier = json.loads(path.read_text())
@@ -63,7 +69,7 @@ def off(
     fresh: bool = False,
     budget: float | None = None,
 ) -> Outcome:
-    """Run the items that an earlier run with these settings has not finished.
+    """Run the items that an earlier run with these settings, at this commit, has not finished.
 
     None is begun once `budget` seconds have passed; `fresh` forgets the earlier run.
     An item that raises ``RuntimeError`` or ``ValueError`` is reported and the others go on.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import cases, gate, harness, models, report, results, rivals, timing
+from bench import cases, gate, harness, models, pictures, report, results, rivals, table, timing
 from bench.__main__ import app
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -157,6 +157,13 @@ def test_a_rerun_replaces_its_own_rows_only(tmp_path: Path) -> None:
     assert rows[1].memory_mb is None
 
 
+def test_a_comma_without_quotes_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("case,reason\na,b, c\n")
+    with pytest.raises(ValueError, match=r"row 2: expected 2 cells"):
+        table.read(path)
+
+
 def test_text_goes_between_the_markers_of_a_file(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("above\n")
@@ -170,11 +177,11 @@ def test_text_goes_between_the_markers_of_a_file(tmp_path: Path) -> None:
 def test_the_table_shows_ours_and_marks_what_is_above_target() -> None:
     rows = [_row(rival="ordinary", ms=12.3), _row(ratio=1.04, memory_ratio=1.1)]
     (text,) = report.tables(rows)
-    assert "| 12 ms | 1.04 / 1.10 | – |" in text
+    assert "| 12 ms | **1.04 / 1.10** | – |" in text
     assert "above target" not in text
     (text,) = report.tables([*rows[:1], _row(ratio=1.2, memory_ratio=1.1)])
-    assert "| 1.20 / 1.10* |" in text
-    assert "- 3D U-Net 0.76 M, 48³, B=2: time 1.20, target 1.05." in text
+    assert "| **1.20 / 1.10**\\* |" in text
+    assert "- 3D U-Net 0.76 M, 48³, B=2: time 1.20, target 1.05: no reason stated." in text
 
 
 def test_rows_of_a_gpu_are_a_table_of_their_own() -> None:
@@ -187,5 +194,5 @@ def test_rows_of_a_gpu_are_a_table_of_their_own() -> None:
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     rows = [_row(rival="ordinary", ratio=1.0), _row(ratio=1.04, memory_ratio=1.1)]
-    (picture,) = report.plot(rows, tmp_path)
+    picture = pictures.steps(rows, tmp_path, "one thread")
     assert picture.read_bytes().startswith(b"\x89PNG")

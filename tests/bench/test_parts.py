@@ -19,7 +19,9 @@ from bench import (
     harness,
     memory,
     noise_bench,
+    pictures,
     regret,
+    report,
     results,
     rivals,
     roofline,
@@ -81,6 +83,14 @@ def test_what_was_done_with_other_settings_is_done_again() -> None:
     assert work.Memory(work.STATE / "part.json", {"n": 1}, fresh=True).done == []
 
 
+def test_what_another_commit_did_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = work.STATE / "part.json"
+    work.Memory(path, {}).add("a")
+    assert work.Memory(path, {}).done == ["a"]
+    monkeypatch.setattr(results, "commit", lambda: "another")
+    assert work.Memory(path, {}).done == []
+
+
 def _fail(report: work.Report) -> None:
     raise ValueError("no")
 
@@ -137,8 +147,9 @@ def test_a_small_grid_of_regret_is_written_and_told(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(regret, "_SECONDS", 0.01)
     assert regret.run(None, fresh=True, path=path).complete
     counted, measured = digest.regret(path)
-    assert "geometric mean of 1 shapes" in counted
-    assert measured.startswith('plan="measured" takes')
+    assert "of 1 shapes, at most" in counted
+    assert "above 10% at" in counted
+    assert measured.startswith('Regret, plan="measured" over')
 
 
 def test_noise_passes_its_tests_and_wrong_noise_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +210,7 @@ def test_points_of_a_curve_are_measured_and_drawn(tmp_path: Path) -> None:
     assert {row.rival for row in rows} == {"ordinary", "ours", "ew", "ghost"}
     assert {row.status for row in rows} == {"ok"}
     assert {scaling.point_of(row) for row in rows} == {("parameters", 128)}
-    picture = scaling.plot(rows, tmp_path)
+    picture = pictures.scaling(rows, tmp_path)
     assert picture is not None
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"curve 'x': expected one of batch"):
@@ -282,13 +293,66 @@ def _die(sender) -> None:
 
 
 def test_a_row_above_target_or_behind_a_rival_is_named_with_its_reason() -> None:
-    goals = {"encoder-t128-d256-b8": targets.Target("encoder-t128-d256-b8", 1.1, 1.2, "", "why")}
+    goals = {"encoder-t128-d256-b8": targets.Target("encoder-t128-d256-b8", 1.1, 1.2, "", ("why",))}
     assert targets.missed([_row("ours", 1.05), _row("ew", 1.04)], goals) == {}
-    assert targets.missed([_row("ours", 1.2)], goals) == {
+    missed = targets.missed([_row("ours", 1.2)], goals)
+    assert {case: str(miss) for case, miss in missed.items()} == {
         "encoder-t128-d256-b8": "time 1.20, target 1.10: why"
     }
-    behind = targets.missed([_row("ours", 1.05), _row("ew", 0.9)], {})
-    assert behind == {"encoder-t128-d256-b8": "Opacus ew is faster, 0.90"}
+    (behind,) = targets.missed([_row("ours", 1.05), _row("ew", 0.9)], {}).values()
+    assert str(behind) == f"Opacus ew is faster, 0.90: {targets.NO_REASON}"
+
+
+def test_a_shared_reason_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    goals = {
+        name: targets.Target(name, 1.0, 1.0, "", ("stored", "its own"))
+        for name in ("encoder-t128-d256-b8", "vit-32-b32")
+    }
+    monkeypatch.setattr(targets, "read", lambda: goals)
+    monkeypatch.setattr(targets, "reasons", lambda: {"stored": "read again", "unused": "no"})
+    (text,) = report.tables([_row("ours", 1.2, case) for case in goals])
+    assert text.count("target 1.00: stored; its own") == 2
+    assert text.count("*stored*: read again") == 1
+    assert "its own*" not in text
+    assert "unused" not in text
+
+
+def test_every_shared_reason_is_used() -> None:
+    stated = {reason for target in targets.read().values() for reason in target.reasons}
+    assert set(targets.reasons()) <= stated
+
+
+def test_the_summary_counts_cases_that_are_first_level_and_behind() -> None:
+    names = [case.name for case in cases.find([], "cpu")][:3]
+    rows = [_row("ours", 1.0, name) for name in names]
+    rows += [_row("loop", ratio, name) for name, ratio in zip(names, (2.0, 0.99, 0.5), strict=True)]
+    (text,) = report.tables(rows)
+    assert "fastest DP step in 1 of 3 cases, level (within 3%) in: " in text
+    assert "(per-sample loop 0.99 for 1.00); slower in: " in text
+
+
+def test_strategies_are_told_by_shape_with_what_the_planner_took(tmp_path: Path) -> None:
+    path = tmp_path / "regret.csv"
+    candidates = "store, auto 3 ms; gram, auto 2 ms; gram, library 1.5 ms"
+    shapes = {
+        "linear B=8 T=16 64->64": ("gram, auto", candidates),
+        "linear B=8 T=16 64->256": ("store, auto", candidates),
+        "conv B=2 1->24 48^3 k=3 s=1": ("store, auto", "store, auto 2 ms; store, tiles 1 ms"),
+    }
+    rows = [{"shape": s, "chosen": c, "candidates": each} for s, (c, each) in shapes.items()]
+    table.replace(path, rows, ("shape",))
+    head, linear, conv = digest.strategies(path)
+    assert head.startswith("Where each strategy takes over")
+    assert "| linear | 64->64 | 64->256 |" in linear
+    assert "| B=8 T=16 | gram (store 2.00) | **gram (store 2.00), taken: store** |" in linear
+    assert conv.endswith("| B=2 1->24 48^3 k=3 s=1 | store |")
+
+
+def test_rows_of_several_commits_are_told_by_how_many() -> None:
+    rows = [{"date": "2026-01-01", "commit": c} for c in ("b", "a", "b")]
+    assert table.provenance(rows[:1]) == "2026-01-01, commit b"
+    assert table.provenance(rows) == "2026-01-01, commit b (2 of 3 rows; the others: a)"
+    assert table.provenance([]) == ""
 
 
 def test_every_cpu_case_has_a_line_of_targets() -> None:
