@@ -13,6 +13,16 @@ from bench.table import number
 _REGRET_WANTED = 0.10
 
 
+def headlines(folder: Path = results.RESULTS) -> list[str]:
+    """What a user of the package asks first: whole runs, the planner, the noise."""
+    found = [
+        dice(folder / "time-to-dice.csv"),
+        regret(folder / "regret.csv"),
+        noise(folder / "noise.csv"),
+    ]
+    return [lines[0] for lines in found if lines]
+
+
 def all_lines(folder: Path = results.RESULTS) -> list[str]:
     """One or a few lines for each bench that has rows."""
     sources = {
@@ -75,8 +85,8 @@ def regret(path: Path) -> list[str]:
             for r in above
         )
         lines.append(
-            f"Regret, {title} over the best measured candidate: geometric mean {mean:.1%} of "
-            f"{len(rows)} shapes, at most {max(regrets.values()):.0%}, above "
+            f"Regret, {title} over the best measured candidate: {mean:.1%} in the "
+            f"geometric mean of {len(rows)} shapes, at most {max(regrets.values()):.0%}, above "
             f"{_REGRET_WANTED:.0%} at {len(above)}{': ' if above else ''}{listed}. {_where(rows)}"
         )
     return lines
@@ -96,9 +106,9 @@ def strategies(path: Path = regrets.PATH) -> list[str]:
     grids: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
         family, *rest = row["shape"].split()
-        line, column = (rest[0] + " " + rest[1], rest[2]) if len(rest) == 3 else (rest[0], "")
-        if family == "conv":
-            line, column = " ".join(rest), "fastest"
+        line, column = " ".join(rest), "fastest"
+        if family == "linear":
+            line, column = " ".join(rest[:-1]), rest[-1]
         grids.setdefault(family, {}).setdefault(line, {})[column] = _taken(row)
     return [head, *(_grid(family, grid) for family, grid in grids.items())]
 

@@ -23,9 +23,9 @@ _LOOKS = {
         strict=True,
     )
 }
-_TICKS = (0.125, 0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500)
+_TICKS = (0.125, 0.25, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500)
 #: of these, what is left where the axis spans more than a factor of ten
-_WIDE_TICKS = (0.125, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+_WIDE_TICKS = (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 _FIGURES = {
     "best_ratio": "time, ordinary step = 1",
     "memory_ratio": "peak memory growth, ordinary step = 1",
@@ -38,11 +38,12 @@ def steps(group: Sequence[Row], folder: Path, caption: str) -> Path:
     by_key = {(row.case, row.rival): row for row in group if row.status == "ok"}
     names = [case.name for case in cases.CASES if any(row.case == case.name for row in group)]
     shown = [r for r in _PRIVATE if any((name, r.name) in by_key for name in names)]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.8 + 0.42 * len(names)), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.8 + 0.48 * len(names)), sharey=True)
     for axis, (value, label) in zip(axes, _FIGURES.items(), strict=True):
-        for rival in reversed(shown):
+        for line, rival in reversed(list(enumerate(shown))):
+            shift = 0.7 * ((line + 0.5) / len(shown) - 0.5)
             points = [
-                (getattr(by_key[name, rival.name], value), index)
+                (getattr(by_key[name, rival.name], value), index + shift)
                 for index, name in enumerate(names)
                 if (name, rival.name) in by_key and getattr(by_key[name, rival.name], value)
             ]
@@ -50,19 +51,23 @@ def steps(group: Sequence[Row], folder: Path, caption: str) -> Path:
                 axis.plot(
                     *zip(*points, strict=True),
                     linestyle="",
-                    markersize=9 if rival.name == "ours" else 7,
+                    markersize=7 if rival.name == "ours" else 5,
                     label=rival.title,
                     **_LOOKS[rival.name],
                 )
         axis.set_xscale("log")
         _ticks(axis.xaxis, axis.get_xlim())
         axis.axvline(1.0, color="black", linewidth=1)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel(f"{label}; further left is better")
+        axis.grid(alpha=0.3, axis="x")
+        for index in range(1, len(names), 2):
+            axis.axhspan(index - 0.5, index + 0.5, color="black", alpha=0.05, linewidth=0)
+        axis.set_xlabel(label)
     axes[0].set_yticks(range(len(names)), [_TITLES[name] for name in names], fontsize=9)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.suptitle(textwrap.fill(f"One DP step, {caption}", 110), fontsize=10)
+    figure.suptitle(
+        textwrap.fill(f"What a DP step costs (left is better). {caption}", 110), fontsize=10
+    )
     figure.legend(handles[::-1], labels[::-1], loc="lower center", ncols=len(shown), fontsize=9)
     figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
     first = group[0]

@@ -13,6 +13,10 @@ _MARK = "*"
 _ESCAPED = "\\*"
 _TITLES = {case.name: case.title for case in cases.CASES}
 _COLUMNS = [rival for rival in rivals.RIVALS if rival.private]
+_MORE = (
+    "Kernels against the roofline, accountants, the noise's law, and where each strategy takes "
+    "over: [bench/NOTES.md](bench/NOTES.md)."
+)
 _NO_GPU = "GPU: not yet measured."
 
 
@@ -22,16 +26,19 @@ def write_all(root: Path, rows: list[Row]) -> list[Path]:
     Raises:
         ValueError: a file without the markers.
     """
-    drawn = [pictures.steps(group, results.RESULTS, _caption(group)) for group in _groups(rows)]
+    drawn = [
+        pictures.steps(group, results.RESULTS, _caption(group))
+        for group in _groups(rows)
+        if not _kept(group)
+    ]
     if curves := pictures.scaling(results.read(scaling.PATH), results.RESULTS):
         drawn.append(curves)
     shown = [f"![{path.stem}]({path.relative_to(root)})" for path in drawn]
-    others = [f"- {line}" for line in digest.all_lines()]
-    parts = [*tables(rows), *shown, "\n".join(others), *_no_gpu(rows)]
-    notes = [outcome_table(rows), *digest.strategies()]
+    parts = [*tables(rows), *shown, _listed(digest.headlines()), _MORE, *_no_gpu(rows)]
+    notes = [outcome_table(rows), _listed(digest.all_lines()), *digest.strategies()]
     texts = {
         root / "README.md": "\n\n".join(part for part in parts if part),
-        root / "bench" / "NOTES.md": "\n\n".join(notes),
+        root / "bench" / "NOTES.md": "\n\n".join(note for note in notes if note),
     }
     for path, text in texts.items():
         write(path, text)
@@ -126,7 +133,7 @@ def _caption(group: list[Row]) -> str:
     first = group[0]
     on_cpu = first.device == "cpu"
     threads = "one thread" if first.threads == 1 else f"{first.threads} threads"
-    where = f"{threads} of {first.cpu}" if on_cpu else first.device
+    where = f"CPU: {threads} of {first.cpu}" if on_cpu else f"GPU: {first.device}"
     kept = ", freed memory kept by the process (as jemalloc does)" if _kept(group) else ""
     return f"{where}{kept}, torch {first.torch}"
 
@@ -190,7 +197,11 @@ def _explained(missed: list[targets.Miss]) -> list[str]:
     used = dict.fromkeys(reason for miss in missed for reason in miss.reasons)
     known = targets.reasons()
     lines = [f"- *{name}*: {known[name]}." for name in used if name in known]
-    return ["", "Where:", "", *lines] if lines else []
+    return ["", "Reasons that several cases share:", "", *lines] if lines else []
+
+
+def _listed(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _no_gpu(rows: list[Row]) -> list[str]:

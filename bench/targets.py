@@ -73,9 +73,9 @@ def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, Miss]:
         target = targets.get(row.case)
         parts = []
         if target and target.time and row.best_ratio > target.time:
-            parts.append(f"time {row.best_ratio:.2f}, target {target.time:.2f}")
+            parts.append(f"time {row.best_ratio:.3f}, target {target.time:.2f}")
         if target and target.memory and row.memory_ratio and row.memory_ratio > target.memory:
-            parts.append(f"memory {row.memory_ratio:.2f}, target {target.memory:.2f}")
+            parts.append(f"memory {row.memory_ratio:.3f}, target {target.memory:.2f}")
         rival = fastest_rival(row.case, rows)
         if rival and rival.best_ratio and rival.best_ratio < row.best_ratio * (1.0 - NOISE):
             parts.append(f"{titles[rival.rival]} is faster, {rival.best_ratio:.2f}")

@@ -181,7 +181,7 @@ def test_the_table_shows_ours_and_marks_what_is_above_target() -> None:
     assert "above target" not in text
     (text,) = report.tables([*rows[:1], _row(ratio=1.2, memory_ratio=1.1)])
     assert "| **1.20 / 1.10**\\* |" in text
-    assert "- 3D U-Net 0.76 M, 48³, B=2: time 1.20, target 1.05: no reason stated." in text
+    assert "- 3D U-Net 0.76 M, 48³, B=2: time 1.200, target 1.05: no reason stated." in text
 
 
 def test_rows_of_a_gpu_are_a_table_of_their_own() -> None:

@@ -297,7 +297,7 @@ def test_a_row_above_target_or_behind_a_rival_is_named_with_its_reason() -> None
     assert targets.missed([_row("ours", 1.05), _row("ew", 1.04)], goals) == {}
     missed = targets.missed([_row("ours", 1.2)], goals)
     assert {case: str(miss) for case, miss in missed.items()} == {
-        "encoder-t128-d256-b8": "time 1.20, target 1.10: why"
+        "encoder-t128-d256-b8": "time 1.200, target 1.10: why"
     }
     (behind,) = targets.missed([_row("ours", 1.05), _row("ew", 0.9)], {}).values()
     assert str(behind) == f"Opacus ew is faster, 0.90: {targets.NO_REASON}"
