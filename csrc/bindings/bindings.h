@@ -99,6 +99,7 @@ void register_conv(py::module_& m);
 void register_embedding(py::module_& m);
 void register_linear(py::module_& m);
 void register_noise(py::module_& m);
+void register_recurrence(py::module_& m);
 void register_small_conv(py::module_& m);
 
 }  // namespace DPKERNELS_DEVICE

@@ -10,4 +10,5 @@ PYBIND11_MODULE(_cpu, m) {
     dpkernels::cpu::register_embedding(m);
     dpkernels::cpu::register_linear(m);
     dpkernels::cpu::register_noise(m);
+    dpkernels::cpu::register_recurrence(m);
 }

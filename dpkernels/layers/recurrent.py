@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpkernels.layers.composite import CompositeRule, Found, Part, Recorder, linear_operands
-from dpkernels.layers.recurrence import Cell, GRUCell, LSTMCell, RNNCell, Steps, Weights
+from dpkernels.layers.recurrence import Cell, GRUCell, LSTMCell, RNNCell, Weights
+from dpkernels.ops.recurrence.steps import Steps
 
 _CELLS: dict[str, Cell] = {
     "LSTM": LSTMCell(),
@@ -124,8 +125,7 @@ class _Recurrence(torch.autograd.Function):
         data: torch.Tensor,
         *first: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        gates = F.linear(data, weights.input, weights.bias)
-        output, last, saved = cell.forward(gates, first, weights, steps)
+        output, last, saved = cell.forward(data, first, weights, steps)
         ctx.receive, ctx.cell, ctx.steps = receive, cell, steps
         ctx.projected = weights.projection is not None
         kept = [weights.input, weights.state, *([weights.projection] if ctx.projected else [])]

@@ -24,6 +24,7 @@ from dpkernels.ops.embedding import (
 )
 from dpkernels.ops.linear import linear_clipped_grad, linear_grad_sample, linear_norm_sq
 from dpkernels.ops.noise import gaussian_noise_
+from dpkernels.ops.recurrence import lstm, lstm_backward
 from dpkernels.ops.registry import BackendUnavailable, all_ops, use_backend
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "linear_clipped_grad",
     "linear_grad_sample",
     "linear_norm_sq",
+    "lstm",
+    "lstm_backward",
     "normalization_grad_sample",
     "normalization_last_grad_sample",
     "normalization_statistics",

@@ -45,6 +45,17 @@ EMBEDDING = {
 }
 """(B, T, D, V); the last is shared among threads"""
 
+RECURRENCE = {
+    "one of everything": ((1,), 1, 1),
+    "one step": ((3,), 4, 5),
+    "padded": ((3, 3, 3, 3), 6, 16),
+    "packed": ((4, 3, 1, 1), 4, 5),
+    "no two alike": ((5, 4, 3, 2, 1), 3, 8),
+    "a vector and a bit": ((2, 2), 3, 17),
+    "wide": ((2, 1, 1), 2, 150),
+}
+"""(samples per step, I, H)"""
+
 
 @dataclass(frozen=True)
 class Conv:

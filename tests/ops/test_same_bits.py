@@ -62,6 +62,14 @@ CASES: dict[str, tuple[Any, ...]] = {
     "embedding_norm_sq": (IDS, _values(3, 30, 7), 2),
     "embedding_grad_sample": (IDS, _values(3, 30, 7), 6, 2),
     "embedding_clipped_grad": (IDS, _values(3, 30, 7), FACTOR, 6, 2),
+    "lstm": (
+        _values(5, 4), _values(12, 4), _values(12, 3), None, _values(12), _values(3, 3),
+        _values(3, 3), [3, 2], False,
+    ),
+    "lstm_backward": (
+        _values(5, 3), _values(3, 3), _values(3, 3), _values(5, 12), _values(5, 3), _values(5, 3),
+        _values(12, 3), None, [3, 2], False,
+    ),
     "linear_norm_sq": ROWS,
     "linear_grad_sample": ROWS,
     "linear_clipped_grad": (*ROWS, FACTOR),

@@ -114,4 +114,11 @@ def linear_clipped_grad(
         grad_output = grad_output * factor
     else:
         activations = activations * factor
+    if _positions_first(activations) and _positions_first(grad_output):
+        activations, grad_output = activations.transpose(0, 1), grad_output.transpose(0, 1)
     return grad_output.flatten(0, 1).T @ activations.flatten(0, 1)
+
+
+def _positions_first(operand: torch.Tensor) -> bool:
+    """Whether [B, T, F] lies in memory as [T, B, F], as recurrent layers leave it."""
+    return operand.transpose(0, 1).is_contiguous()
