@@ -17,8 +17,8 @@ from rich.table import Table
 from bench import (
     accounting_bench,
     cases,
-    dice,
     digest,
+    kernels,
     memory,
     noise_bench,
     ops_bench,
@@ -30,6 +30,7 @@ from bench import (
     roofline,
     scaling,
     steps,
+    table,
     work,
 )
 
@@ -80,7 +81,8 @@ def default(
     budget: _Budget = None,
     fresh: _Fresh = False,
     everyone: Annotated[
-        bool, typer.Option(help="Also the rivals that a case leaves out because they are slow.")
+        bool,
+        typer.Option(help="Also the rivals that a case leaves out as slow; so with --rival."),
     ] = False,
     keep_memory: Annotated[
         bool, typer.Option(help="Keep freed memory in the process, as jemalloc does.")
@@ -92,7 +94,7 @@ def default(
         return
     torch.set_num_threads(threads)
     suite = "quick" if quick else {"cuda": "gpu"}.get(device, "cpu")
-    plan = replace(steps.PLANS[suite], everyone=everyone)
+    plan = replace(steps.PLANS[suite], everyone=everyone or bool(rival))
     if seconds is not None:
         plan = replace(plan, seconds=seconds)
     if keep_memory and memory.keep_freed():
@@ -100,7 +102,7 @@ def default(
     try:
         wanted = cases.find(case or [], suite)
         chosen = rivals.find(rival or [])
-        target = torch.device(device)
+        target = results.usable(device)
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
     path = output or results.RESULTS / ("quick.csv" if quick else "steps.csv")
@@ -190,6 +192,8 @@ def run_dice(
     fresh: _Fresh = False,
 ) -> None:
     """Whole training runs to a Dice of 0.70 at epsilon 8, ours against Opacus."""
+    from bench import dice  # its phantom needs the trainer's packages, nothing else here does
+
     outcome = dice.run(repetitions, budget, fresh)
     _print(digest.dice(dice.PATH))
     _exit(outcome)
@@ -235,6 +239,18 @@ def make_report(
         steps.show(results.read(source), {})
         return
     _write_reports(source)
+
+
+@app.command()
+def adopt(
+    folder: Annotated[Path, typer.Argument(help="Where bench/gpu.sh wrote its CSV files.")],
+) -> None:
+    """Put the rows of another machine among ours, and make tables and pictures again."""
+    if not (folder / "steps.csv").exists():
+        raise typer.BadParameter(f"{folder}: expected a folder with steps.csv")
+    results.replace(steps.PATH, results.read(folder / "steps.csv"))
+    table.replace(results.RESULTS / "kernels.csv", table.read(folder / "kernels.csv"), kernels.KEY)
+    _write_reports()
 
 
 @app.command()

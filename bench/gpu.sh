@@ -5,8 +5,9 @@
 #
 # Builds the extensions for the GPU at hand, runs the tests marked gpu, times every backend of every
 # op against its roofline and whole steps against ordinary PyTorch, Opacus and a per-sample loop, and
-# writes build.log, tests.log, kernels.log, bench.log, kernels.csv and steps.csv into OUT_DIR; a short
-# table last. The limits of the parts add up to 535 s.
+# writes build.log, info.log, tests.log, kernels.log, bench.log, kernels.csv and steps.csv into
+# OUT_DIR, row by row, so that a part that is cut off leaves what it has; short tables last. The
+# limits of the parts add up to 530 s. `python -m bench adopt OUT_DIR` puts the rows among the others.
 #
 # PYTHON                       interpreter with torch (default: python3)
 # DPKERNELS_WHEELS             folder of wheels for what that interpreter lacks (default: wheels)
@@ -42,29 +43,45 @@ part() {
 
 missing=$("$python" - <<'END'
 import importlib.util
-needed = ("opacus", "opt_einsum", "typer", "rich", "scipy", "pytest", "pytest_timeout", "monai")
-print(" ".join(name for name in needed if importlib.util.find_spec(name) is None))
+import shutil
+packages = ("setuptools", "pybind11", "numpy", "scipy", "opacus", "opt_einsum")
+packages += ("typer", "rich", "pytest", "pytest_timeout", "hypothesis")
+missing = [name for name in packages if importlib.util.find_spec(name) is None]
+for name in ("cmake", "ninja"):
+    if shutil.which(name) is None and importlib.util.find_spec(name) is None:
+        missing.append(name)
+print(" ".join(missing))
 END
 )
 if [ -n "$missing" ] && [ -d "$wheels" ]; then
     site=$(mktemp -d)
-    # shellcheck disable=SC2086
-    part packages 60 "$python" -m pip install --quiet --no-index --no-deps \
-        --find-links "$wheels" --target "$site" $missing
+    # One by one, so that a wheel that is not there costs only what needs it.
+    # shellcheck disable=SC2016,SC2086
+    part packages 30 bash -c 'install=(${1} -m pip install --quiet --no-index --no-deps); shift
+        for name in "${@:3}"; do
+            "${install[@]}" --find-links "$1" --target "$2" "$name" || status=1
+        done
+        exit ${status:-0}' install "$python" "$wheels" "$site" $missing
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 elif [ -n "$missing" ]; then
     echo "not installed: $missing (put their wheels into $wheels)"
 fi
 
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>"$out/gpu.log"; then
+    echo "$python: torch is missing or finds no GPU" >&2
+    tail -n 3 "$out/gpu.log" >&2
+    exit 2
+fi
 if ! command -v nvcc >/dev/null && [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then
     export CUDA_HOME=/usr/local/cuda
 fi
-part build 120 "$python" setup.py build_ext --inplace
+part build 110 "$python" setup.py build_ext --inplace
 part info 20 "$python" -m dpkernels info
-part tests 110 "$python" -m pytest -m gpu -q --continue-on-collection-errors
-part kernels 95 "$python" -m bench.kernels "$out/kernels.csv" --budget 70
-part bench 190 "$python" -m bench --device cuda --fresh --budget 150 --output "$out/steps.csv"
+part tests 100 "$python" -m pytest tests/ops -m gpu -q --continue-on-collection-errors
+part kernels 90 "$python" -m bench.kernels "$out/kernels.csv" --budget 70
+part bench 180 "$python" -m bench --device cuda --fresh --budget 150 --output "$out/steps.csv"
 
 grep -E "passed|failed|error" "$out/tests.log" | tail -n 1
+"$python" -m bench.kernels "$out/kernels.csv" --show
 "$python" -m bench report --short --source "$out/steps.csv"
 exit $failed

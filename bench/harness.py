@@ -45,6 +45,9 @@ def measure(
 
     Args:
         report: called with what is being done and the share of the case that is done.
+
+    Raises:
+        RuntimeError: the ordinary step cannot run, or an error has ended the use of the GPU.
     """
     left_out = () if plan.everyone else case.leave_out
     rivals = [rival for rival in rivals if rival.name not in left_out]
@@ -63,6 +66,8 @@ def measure(
         if trainer is not None:
             ready[rival.name] = trainer
         _collect(device)
+    if "ordinary" not in ready:
+        raise RuntimeError(f"the ordinary step {rows['ordinary'].status}")
     rows |= _timed(rows, ready, timing.clock_for(device), plan, report)
     if plan.memory:
         private = Privacy(bound, _NOISE_MULTIPLIER)
@@ -97,7 +102,8 @@ def _admit(rival: Rival, truths: list[tuple[Workload, gate.Truth]]) -> tuple[Row
             trainer = rival.prepare(work, privacy)
             gradients = gate.released(trainer)
         except Exception as error:
-            return replace(row, status=f"cannot run: {_one_line(error)}"), None
+            timing.require_working(work.inputs.device, f"{row.case}, {rival.name}: {error}")
+            return replace(row, status=f"cannot run: {one_line(error)}"), None
         if rival.private:
             errors.append(truth.error(gradients))
             row = replace(row, gate_error=errors[0])
@@ -180,6 +186,7 @@ def _collect(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, for a row."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

@@ -1,8 +1,10 @@
 """Every backend of every op on one device, against what the device can do.
 
     python -m bench.kernels OUT.csv [--device cuda] [--budget SECONDS]
+    python -m bench.kernels OUT.csv --show
 
-One row per op, shape, precision and backend that can run it: ``ms`` is the median time,
+One row per op, shape, precision and backend that can run it: ``status`` is ``ok`` or why there are
+no figures, ``ms`` is the median time,
 ``roofline_ms`` the least time that the call's bytes (each tensor once, in main memory) and
 floating-point operations allow at the peaks measured in the same run, ``share`` the one over the
 other. Precisions: ``bfloat16``; ``tf32`` and ``float32``, float32 tensors with TF32 allowed or not.
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
-from bench import results, table, timing, work
+from bench import harness, results, table, timing, work
 from dpkernels import ops
 from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.conv.gram import gradient_flops
@@ -190,36 +193,67 @@ def peaks(at: Place, clock: timing.Clock) -> tuple[float, float]:
     return 12.0 * a.numel() / stream, 2.0 * side**3 / product
 
 
+def show(path: Path) -> None:
+    """Print, by op and precision, the share of the roofline that the best backends reach."""
+    best: dict[tuple[str, str], dict[str, tuple[float, str]]] = {}
+    for row in table.read(path):
+        if row["status"] != "ok":
+            what = " ".join(row[name] for name in ("op", "shape", "precision", "backend", "status"))
+            work.console.print(what, highlight=False, markup=False)
+            continue
+        shapes = best.setdefault((row["op"], row["precision"]), {})
+        found = (float(row["share"]), row["backend"])
+        shapes[row["shape"]] = max(shapes.get(row["shape"], found), found)
+    shown = Table("op", "precision", "shapes", "share of the roofline", "backends")
+    for (op, precision), shapes in best.items():
+        shares = sorted(share for share, _ in shapes.values())
+        backends = ", ".join(sorted({backend for _, backend in shapes.values()}))
+        share = f"{shares[0]:.0%} to {shares[-1]:.0%}"
+        shown.add_row(op, precision, str(len(shapes)), share, backends)
+    work.console.print(shown)
+
+
 def main() -> None:
-    """Measure and write; ends with 1 if a backend failed."""
+    """Measure and write; ends with 1 if a shape could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--budget", type=float, default=None, help="seconds")
+    parser.add_argument("--show", action="store_true", help="only print a table of the CSV")
     parser.add_argument("--only", default="", help="ops whose name contains this text")
     options = parser.parse_args()
-    clock = timing.clock_for(options.device)
+    if options.show:
+        show(options.output)
+        return
+    try:
+        device = results.usable(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    clock = timing.clock_for(device)
     best = cache(partial(peaks, clock=clock))
 
     def measure(op: str, shape: str, make: Make, precision: str, report: work.Report) -> None:
         tf32 = PRECISIONS[precision][1]
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        at = Place(options.device, precision)
+        at = Place(device, precision)
         torch.manual_seed(0)
         bandwidth, rate = best(at)
         call = make(at)
         least = max(call.bytes / bandwidth, call.flops / rate)
         bound = "memory" if call.bytes / bandwidth >= call.flops / rate else "arithmetic"
-        here = asdict(results.Environment.here(options.device, "system"))
+        here = asdict(results.Environment.here(device, "system"))
         for backend in call.op.candidates(*call.arguments):
             report(backend, 0.5)
-            with ops.use_backend(backend):
-                taken = median_seconds(lambda: call.op(*call.arguments), clock)
-            row = {
-                "op": op,
-                "shape": shape,
-                "precision": precision,
-                "backend": backend,
+            row = {"op": op, "shape": shape, "precision": precision, "backend": backend, **here}
+            try:
+                with ops.use_backend(backend):
+                    taken = median_seconds(lambda: call.op(*call.arguments), clock)
+            except Exception as error:
+                timing.require_working(device, f"{op}, {backend}: {error}")
+                table.replace(options.output, [{**row, "status": harness.one_line(error)}], KEY)
+                continue
+            figures = {
+                "status": "ok",
                 "ms": 1e3 * taken,
                 "bound": bound,
                 "roofline_ms": 1e3 * least,
@@ -229,13 +263,13 @@ def main() -> None:
                 "peak_tflops": 1e-12 * rate,
                 "peak_gbytes_per_s": 1e-9 * bandwidth,
             }
-            table.replace(options.output, [{**row, **here}], KEY)
+            table.replace(options.output, [{**row, **figures}], KEY)
 
     todo = {
         f"{op} {shape} {precision}": partial(measure, op, shape, make, precision)
+        for precision in PRECISIONS
         for (op, shape), make in cases().items()
         if options.only in op
-        for precision in PRECISIONS
     }
     settings = {"items": list(todo), "output": str(options.output)}
     outcome = work.off(todo, "kernels", settings, fresh=True, budget=options.budget)

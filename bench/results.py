@@ -158,6 +158,21 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def usable(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: it names no device, or a GPU where there is none that torch can use.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: torch {torch.__version__} finds no GPU here")
+    return device
+
+
 def commit() -> str:
     """Short hash of the checkout, with ``+`` where what is measured differs from it."""
     measured = ["dpkernels", "csrc", "bench/*.py"]

@@ -18,7 +18,7 @@ PATH = results.RESULTS / "steps.csv"
 PLANS = {
     "cpu": Plan(seconds=5.0),
     "quick": Plan(seconds=3.0, least=3, most=20),
-    "gpu": Plan(seconds=8.0, least=5, most=40),
+    "gpu": Plan(seconds=5.0, least=5, most=40),
 }
 
 

@@ -85,6 +85,20 @@ class DeviceClock:
         return start.elapsed_time(end) / 1e3, None
 
 
+def require_working(device: torch.device, after: str) -> None:
+    """After an error: is the device still usable?
+
+    Raises:
+        RuntimeError: it is a GPU whose context an invalid access has ended; all that is measured
+            afterwards would be an error of its own.
+    """
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as lost:
+            raise RuntimeError(f"{after} left the GPU unusable for this process") from lost
+
+
 def clock_for(device: torch.device) -> Clock:
     """The clock of this device."""
     return DeviceClock(device) if device.type == "cuda" else HostClock()

@@ -1,0 +1,129 @@
+"""Other machines: no GPU is said plainly, a failing backend costs its own row, rows are adopted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import __main__ as main
+from bench import cases, harness, kernels, results, rivals, steps, table, timing, work
+
+_ROOT = Path(main.__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a test is remembered for a measurement."""
+    monkeypatch.setattr(work, "STATE", tmp_path / "state")
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device 'cuda': torch .* finds no GPU here"):
+        results.usable("cuda")
+    with pytest.raises(ValueError, match="device 'nothing'"):
+        results.usable("nothing")
+    output = tmp_path / "rows.csv"
+    found = CliRunner().invoke(main.app, ["--device", "cuda", "--output", str(output)])
+    assert found.exit_code == 2
+    assert not output.exists()
+
+
+def test_the_script_for_a_gpu_says_how_it_is_used() -> None:
+    script = _ROOT / "bench" / "gpu.sh"
+    done = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "usage: bench/gpu.sh OUT_DIR" in done.stderr
+
+
+def test_a_backend_that_fails_has_its_reason_and_the_others_their_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "kernels.csv"
+    honest = kernels.median_seconds
+    calls: list[int] = []
+
+    def timed(call, clock):
+        calls.append(1)
+        if len(calls) == 3:
+            raise NotImplementedError("no such instruction")
+        return honest(call, clock)
+
+    monkeypatch.setattr(kernels, "median_seconds", timed)
+    monkeypatch.setattr(kernels, "SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "PRECISIONS", {"float32": (torch.float32, False)})
+    monkeypatch.setattr(kernels, "SHRINK_ON_CPU", 64)
+    arguments = ["kernels", str(path), "--device", "cpu", "--only", "linear_norm_sq"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        kernels.main()
+    assert ended.value.code == 0
+    statuses = [row["status"] for row in table.read(path)]
+    assert statuses[0] == "no such instruction"
+    assert set(statuses[1:]) == {"ok"}
+    kernels.show(path)
+    assert "no such instruction" in capsys.readouterr().out
+
+
+def test_a_lost_gpu_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    timing.require_working(torch.device("cpu"), "a call")
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="a call left the GPU unusable"):
+        timing.require_working(torch.device("cuda"), "a call")
+
+
+def test_without_the_ordinary_step_there_is_nothing_to_compare() -> None:
+    def broken(workload: cases.Workload, privacy: rivals.Privacy) -> rivals.Trainer:
+        raise RuntimeError("out of memory")
+
+    ordinary = replace(rivals.find(["ours"])[0], prepare=broken)
+    case = cases.find(["recommender-b256"], "")[0]
+    plan = harness.Plan(memory=False)
+    with pytest.raises(RuntimeError, match="the ordinary step cannot run: out of memory"):
+        harness.measure(case, [ordinary], torch.device("cpu"), plan, lambda what, share: None)
+
+
+def test_a_rival_that_is_named_is_measured_though_it_is_slow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plans: list[harness.Plan] = []
+
+    def run(wanted, chosen, device, plan, path, **options) -> work.Outcome:
+        plans.append(plan)
+        return work.Outcome()
+
+    monkeypatch.setattr(steps, "run", run)
+    output = ["--output", str(tmp_path / "rows.csv")]
+    for arguments in (output, ["--rival", "hooks", *output]):
+        assert CliRunner().invoke(main.app, arguments).exit_code == 0
+    assert [plan.everyone for plan in plans] == [False, True]
+
+
+def test_rows_of_another_machine_come_beside_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def row(device: str, ratio: float) -> results.Row:
+        return results.Row(
+            "unet3d-96-b2", "ours", "ok", 2, 3, "bfloat16", "", "1", ratio=ratio, device=device
+        )
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    results.replace(theirs / "steps.csv", [row("NVIDIA H200", 1.02)])
+    results.replace(ours / "steps.csv", [row("cpu", 1.1), row("NVIDIA H200", 1.5)])
+    monkeypatch.setattr(results, "RESULTS", ours)
+    monkeypatch.setattr(steps, "PATH", ours / "steps.csv")
+    monkeypatch.setattr(main, "_write_reports", lambda: None)
+    assert CliRunner().invoke(main.app, ["adopt", str(theirs)]).exit_code == 0
+    assert [r.ratio for r in results.read(ours / "steps.csv")] == [1.1, 1.02]
+    assert CliRunner().invoke(main.app, ["adopt", str(tmp_path)]).exit_code == 2
