@@ -65,7 +65,7 @@ _PARTS = (
     _Part(("regret",), 140, "the planner's choice against the best measured one"),
     _Part(("time-to-dice", "--repetitions", "3"), 140, "whole training runs, ours against Opacus"),
     _Part(("scaling", "--coarse"), 180, "time and memory against one quantity at a time"),
-    _Part(("steps",), 1100, "whole steps of every case and rival"),
+    _Part(("steps",), 1000, "whole steps of every case and rival"),
 )
 
 

@@ -131,11 +131,14 @@ def _table(group: list[Row]) -> str:
 
 def _caption(group: list[Row]) -> str:
     first = group[0]
-    on_cpu = first.device == "cpu"
     threads = "one thread" if first.threads == 1 else f"{first.threads} threads"
-    where = f"CPU: {threads} of {first.cpu}" if on_cpu else f"GPU: {first.device}"
+    # rows of rivals that a run leaves out may be of another machine than the rest
+    processors = " and ".join(dict.fromkeys(row.cpu for row in group))
+    where = f"CPU: {threads} of {processors}"
+    if first.device != "cpu":
+        where = f"GPU: {first.device}"
     kept = ", freed memory kept by the process (as jemalloc does)" if _kept(group) else ""
-    return f"{where}{kept}, torch {first.torch}"
+    return f"{where}{kept}, torch {' and '.join(dict.fromkeys(row.torch for row in group))}"
 
 
 def _key(group: list[Row]) -> str:

@@ -95,6 +95,10 @@ def _fail(report: work.Report) -> None:
     raise ValueError("no")
 
 
+def test_the_parts_fit_into_half_an_hour() -> None:
+    assert sum(part.seconds for part in main._PARTS) <= main._WHOLE < 30 * 60
+
+
 def test_all_goes_on_with_the_parts_that_are_not_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, float]] = []
 
