@@ -28,7 +28,10 @@ def account(
     ] = None,
     accountant: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(ACCOUNTANTS)}; repeat for several."),
+        typer.Option(
+            help=f"One of {', '.join(ACCOUNTANTS)}; repeat for several. gdp approximates and can "
+            "state less than the true epsilon: no guarantee."
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the noise each budget needs into this file.")
@@ -73,16 +76,20 @@ def account(
     if refused == len(names):
         raise typer.Exit(code=2)
     if plot is not None:
-        typer.echo(f"figure: {_draw(sample_rate, steps, delta, names, plot)}", err=True)
+        try:
+            _draw(sample_rate, steps, delta, names, plot)
+        except ImportError as error:
+            raise typer.BadParameter("--plot needs matplotlib: pip install matplotlib") from error
+        except (ValueError, OSError) as error:
+            raise typer.BadParameter(str(error), param_hint="--plot") from error
+        typer.echo(f"figure: {plot}", err=True)
 
 
-def _draw(sample_rate: float, steps: int, delta: float, names: list[str], path: Path) -> Path:
+def _draw(sample_rate: float, steps: int, delta: float, names: list[str], path: Path) -> None:
     """Draws noise multiplier against epsilon; a budget that an accountant refuses is left out."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise typer.BadParameter("--plot needs matplotlib: pip install matplotlib") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -105,7 +112,6 @@ def _draw(sample_rate: float, steps: int, delta: float, names: list[str], path: 
     axes.set(xscale="log", yscale="log", xlabel="epsilon", ylabel="noise multiplier it needs")
     axes.legend()
     figure.savefig(path, dpi=150)
-    return path
 
 
 def register(app: typer.Typer) -> None:

@@ -78,7 +78,7 @@ def train(
     from dpkernels.classification.trainer import ClassificationTrainer
 
     console = options.console()
-    with options.PlainErrors(console):
+    with options.PlainErrors(console, options.RESUME):
         start = options.configuration(
             ClassificationConfig,
             preset=preset,
@@ -142,13 +142,11 @@ def predict(
 @app.command()
 def report(run: options.Run) -> None:
     """Print the privacy report of a run (privacy_report.md, privacy_report.json)."""
-    from rich.markdown import Markdown
-
     from dpkernels.classification.trainer import ClassificationTrainer
 
     console = options.console()
     with options.PlainErrors(console):
-        console.print(Markdown(ClassificationTrainer.from_run(run).privacy_report().to_markdown()))
+        options.print_report(console, ClassificationTrainer.from_run(run))
 
 
 @app.command()

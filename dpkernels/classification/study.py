@@ -77,7 +77,7 @@ def study(
     from dpkernels.study.runner import Study
 
     console = options.console()
-    with options.PlainErrors(console):
+    with options.PlainErrors(console, options.AGAIN):
         start = options.configuration(
             ClassificationConfig,
             preset=preset,

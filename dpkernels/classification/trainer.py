@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from dpkernels.classification.synthetic import write_synthetic
 from dpkernels.training.augment import build_augmentation
 from dpkernels.training.criteria import check_decomposable
 from dpkernels.training.reading import split_patients
+from dpkernels.training.run_folder import atomic
 from dpkernels.training.targets import build_model, instantiate
 from dpkernels.training.trainer import Trainer
 
@@ -43,6 +43,7 @@ class ClassificationTrainer(Trainer[ClassificationConfig]):
 
     def evaluate(self) -> list[ImageResult]:
         """Evaluate the run's weights on its held-out patients; writes metrics.json, overlays."""
+        self.folder.check_writable()
         self._split = self.folder.read_json("split.json")
         return self._evaluate_images()
 
@@ -57,13 +58,17 @@ class ClassificationTrainer(Trainer[ClassificationConfig]):
             The number of images.
 
         Raises:
-            ValueError: no image found, or a faulty one.
+            ValueError: no image found, a faulty one, or a file at `target`.
         """
+        if Path(target).exists():
+            raise ValueError(
+                f"OUT: {target} exists already; nothing is overwritten, choose another file"
+            )
         found = single_pictures(Path(source))
         data, classes = self.config.data, self._classes()
         images = (load_picture(str(p.path), data.size, data.channels).float() / 255 for p in found)
         rows = predict_rows(self._trained_network(), images, self.device)
-        with Path(target).open("w", newline="") as file:
+        with atomic(Path(target)) as path, path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["image", "class", *classes])
             for picture, probabilities in zip(found, rows, strict=True):
@@ -182,8 +187,7 @@ class ClassificationTrainer(Trainer[ClassificationConfig]):
         store, found = self._open_store(), self._pictures_of("test")
         with self.display.counting("Evaluating held-out images", len(found)) as advance:
             results = self._predicted(self._trained_network(), found, advance)
-        shutil.rmtree(self.folder.overlays, ignore_errors=True)
-        self.folder.overlays.mkdir()
+        self.folder.clear_overlays()
         shown = [store.image(picture) for picture in found[: pictures.SHOWN]]
         pictures.draw_predictions(
             shown, results, self._classes(), self.folder.overlays / "predictions.png"

@@ -11,6 +11,7 @@ from dpkernels.reconstruction.from_scratch import (
     mse_probability,
     mse_quantile,
     ncc_bound,
+    ncc_quantile,
     psnr_probability,
     psnr_quantile,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "mse_probability",
     "mse_quantile",
     "ncc_bound",
+    "ncc_quantile",
     "profile_bound",
     "psnr_probability",
     "psnr_quantile",

@@ -64,7 +64,11 @@ def risk(
         raise typer.BadParameter(str(error)) from error
     typer.echo(report.to_json() if as_json else report.to_markdown())
     if plot is not None:
-        typer.echo(f"figure: {report.plot(plot)}", err=True)
+        try:
+            report.plot(plot)
+        except (ValueError, OSError, ImportError) as error:
+            raise typer.BadParameter(str(error), param_hint="--plot") from error
+        typer.echo(f"figure: {plot}", err=True)
 
 
 def register(app: typer.Typer) -> None:

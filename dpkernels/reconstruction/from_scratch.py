@@ -2,14 +2,15 @@
 
 From one update the optimal attacker gets X + N(0, (noise_multiplier * data_norm)^2 I) and can do
 no better without prior knowledge of the record; `observations` independent updates that contain
-the record average (docs/math.md, "From scratch"; Schwethelm et al., arXiv 2402.12861).
+the record average (docs/math.md, "From scratch"; Schwethelm et al., arXiv 2402.12861). Errors and
+PSNR are those of this unbiased reconstruction: under much noise a blank image errs less.
 """
 
 from __future__ import annotations
 
 import math
 
-from scipy.special import gammainc, gammaincinv
+from scipy.special import gammainc, gammaincinv, ndtri
 
 from dpkernels.accounting.checks import check_count, check_number
 
@@ -58,7 +59,7 @@ def mse_quantile(
     data_norm: float,
     observations: float = 1,
 ) -> float:
-    """The mean squared error that the best reconstruction undercuts with `probability`.
+    """The mean squared error that the best unbiased reconstruction undercuts with `probability`.
 
     Args:
         probability: in (0, 1).
@@ -106,7 +107,7 @@ def psnr_quantile(
     data_range: float,
     observations: float = 1,
 ) -> float:
-    """The PSNR in dB that the best reconstruction reaches with `probability`, in (0, 1).
+    """The PSNR in dB that the best unbiased reconstruction reaches with `probability`, in (0, 1).
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -123,10 +124,11 @@ def psnr_quantile(
 
 
 def ncc_bound(*, noise_multiplier: float, dimension: int, observations: float = 1) -> float:
-    """Normalised cross-correlation that a reconstruction from scratch attains at most.
+    """Normalised cross-correlation that a reconstruction from scratch attains, up to fluctuations.
 
     The value at which the correlation of the record with record plus noise concentrates when the
-    whole norm of the record is signal: 1 / sqrt(1 + D sigma^2 / observations).
+    whole norm of the record is signal: 1 / sqrt(1 + D sigma^2 / observations). A single
+    reconstruction varies around it by about 1 / sqrt(D); see `ncc_quantile`.
 
     Args:
         noise_multiplier: std of the noise divided by max_grad_norm, > 0.
@@ -140,3 +142,33 @@ def ncc_bound(*, noise_multiplier: float, dimension: int, observations: float = 
     d = check_count("dimension", dimension)
     count = check_number("observations", observations, above=0.0)
     return 1 / math.hypot(1.0, sigma * math.sqrt(d / count))
+
+
+def ncc_quantile(
+    probability: float, *, noise_multiplier: float, dimension: int, observations: float = 1
+) -> float:
+    """A correlation that a reconstruction from scratch reaches with at most `probability`.
+
+    Along the record the noise is one normal, across it a chi-square with at least D - 2 degrees of
+    freedom (one is lost to the record, one to the mean); each is held to its side but for half of
+    `probability` (docs/math.md, "From scratch").
+
+    Args:
+        probability: in (0, 1).
+        noise_multiplier, dimension, observations: as in `ncc_bound`.
+
+    Returns:
+        In [0, 1]; 1 for two values or fewer, which two numbers determine.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+    probability = check_number("probability", probability, above=0.0, below=1.0)
+    sigma = check_number("noise_multiplier", noise_multiplier, above=0.0)
+    d = check_count("dimension", dimension)
+    count = check_number("observations", observations, above=0.0)
+    if d <= 2:
+        return 1.0
+    along = math.sqrt(count) / sigma - float(ndtri(probability / 2))
+    across = math.sqrt(2 * float(gammaincinv((d - 2) / 2, probability / 2)))
+    return 1 / math.hypot(1.0, across / along)

@@ -16,9 +16,11 @@ from dpkernels.accounting.checks import check_count, check_number
 from dpkernels.accounting.events import History, Phase, log_absence
 from dpkernels.reconstruction import wording
 from dpkernels.reconstruction.bounds import chosen_history, rero_bound
-from dpkernels.reconstruction.from_scratch import mse_quantile, ncc_bound, psnr_quantile
+from dpkernels.reconstruction.from_scratch import mse_quantile, ncc_quantile, psnr_quantile
 
 _CONFIDENCE = 0.95
+_ERROR = "mean squared error, unbiased reconstruction"
+_RATIO = "PSNR of an unbiased reconstruction, dB"
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,13 @@ class RiskReport:
         return figure.draw(self.history, self.kappa, Path(path))
 
 
-def _participations(history: History, delta: float) -> tuple[float, float]:
+def _participations(history: History, delta: float, size: int) -> tuple[float, float]:
     """Summed squared precisions of the updates that contain one record: mean, and a high quantile.
 
-    The second exceeds the truth with probability at most delta.
+    With probability 1 - delta the second is exceeded for none of the `size` records.
     """
     mean = sum(p.steps * p.sample_rate / p.noise_multiplier**2 for p in history)
-    share = delta / len(history)
+    share = delta / (len(history) * size)
     high = sum(
         float(binom.isf(share, p.steps, p.sample_rate)) / p.noise_multiplier**2 for p in history
     )
@@ -176,46 +178,44 @@ def _from_scratch_rows(
     """Bounds on a reconstruction without prior knowledge, at a summed squared precision."""
     sigma = 1 / math.sqrt(precision)
     unlikely = 1 - _CONFIDENCE
-    correlation = ncc_bound(noise_multiplier=sigma, dimension=dimension)
-    rows = [
-        Row(
-            "from scratch",
-            scope,
-            "correlation with the record (NCC)",
-            correlation,
-            "upper bound",
-            wording.correlation(correlation),
-        )
-    ]
+    rows = []
+    for quantity, values in zip(
+        wording.CORRELATIONS, (dimension, min(dimension, wording.COARSE)), strict=True
+    ):
+        bound = ncc_quantile(unlikely, noise_multiplier=sigma, dimension=values)
+        reading = f"{wording.correlation(bound)}; holds with probability {_CONFIDENCE:.0%}"
+        rows.append(Row("from scratch", scope, quantity, bound, "upper bound", reading))
     if data_norm is None:
-        return [*rows, _unproven(scope, "mean squared error", "data_norm")]
+        return [*rows, _unproven(scope, _ERROR, "data_norm")]
     known: dict[str, Any] = {
         "noise_multiplier": sigma,
         "dimension": dimension,
         "data_norm": data_norm,
     }
     error = mse_quantile(unlikely, **known)
+    blank = data_norm**2 / dimension
     rows.append(
         Row(
             "from scratch",
             scope,
-            "mean squared error",
+            _ERROR,
             error,
             "lower bound",
-            f"holds with probability {_CONFIDENCE:.0%}",
+            f"holds with probability {_CONFIDENCE:.0%}; a blank image errs by {blank:.3g}",
         )
     )
     if data_range is None:
-        return [*rows, _unproven(scope, "PSNR, dB", "data_range")]
+        return [*rows, _unproven(scope, _RATIO, "data_range")]
     ratio = psnr_quantile(unlikely, **known, data_range=data_range)
     rows.append(
         Row(
             "from scratch",
             scope,
-            "PSNR, dB",
+            _RATIO,
             ratio,
             "upper bound",
-            f"holds with probability {_CONFIDENCE:.0%}",
+            f"holds with probability {_CONFIDENCE:.0%}; a blank image has "
+            f"{10 * math.log10(data_range**2 / blank):.3g}",
         )
     )
     return rows
@@ -282,10 +282,10 @@ def risk_report(
     matching = _matching_rows(phases, kappa)
     rows += budgets + matching
     if dimension is None:
-        rows.append(_unproven("one update", "correlation with the record (NCC)", "dimension"))
+        rows.append(_unproven("one update", wording.CORRELATIONS[0], "dimension"))
     else:
         dimension = check_count("dimension", dimension)
-        mean, high = _participations(phases, delta)
+        mean, high = _participations(phases, delta, size)
         loudest = max(1 / p.noise_multiplier**2 for p in phases)
         for scope, precision in (
             ("one update", loudest),
@@ -293,7 +293,9 @@ def risk_report(
             ("whole run, most exposed record", max(high, loudest)),
         ):
             rows += _from_scratch_rows(precision, scope, dimension, data_norm, data_range)
-    reading = wording.summary(phases, budgets[0].value, budgets[1].value, matching, rows, kappa)
+    reading = wording.summary(
+        phases, budgets[0].value, budgets[1].value, matching, rows, kappa, delta, size
+    )
     return RiskReport(phases, delta, kappa, tuple(rows), reading)
 
 
@@ -318,7 +320,7 @@ def _run_rows(history: History, delta: float, size: int) -> list[Row]:
         (
             "chance to join at all",
             -math.expm1(log_absence(history)),
-            "no attack can beat this without noise",
+            "a record that joins no update leaves no trace in the model",
         ),
         ("delta", delta, "probability left out of both epsilons"),
         ("dataset size", size, "training records"),

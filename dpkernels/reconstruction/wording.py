@@ -23,8 +23,21 @@ ADVERSARIES = {
     "relaxed": "relaxed attacker (knows its size only)",
 }
 
-_CORRELATIONS = (
-    (0.1, "noise: nothing of the record can be seen"),
+#: the two correlations that are bounded: values of a coarse picture, and what each is called
+COARSE = 256
+CORRELATIONS = (
+    "correlation with the record (NCC)",
+    f"correlation with a coarse picture of it, {COARSE} values (NCC)",
+)
+
+_FROM_SCRATCH = (
+    "From scratch means without prior knowledge. Who knows what such records look like (that they "
+    "are smooth, the anatomy they share, another picture of the same person) is not held to these "
+    "correlations; the chance of picking the right candidate is bounded for them too."
+)
+
+_READINGS = (
+    (0.1, "noise to somebody who knows nothing of such records"),
     (0.3, "mostly noise: at best faint traces"),
     (0.7, "structures of the record may be recognised"),
     (0.95, "the record is recognisable"),
@@ -49,7 +62,7 @@ def success(gamma: float, kappa: float) -> str:
 
 def correlation(value: float) -> str:
     """What a correlation looks like; a reading aid, not a bound."""
-    return next(words for limit, words in _CORRELATIONS if value <= limit)
+    return next(words for limit, words in _READINGS if value <= limit)
 
 
 def accountants_differ(tight: float, loose: float) -> str:
@@ -68,6 +81,8 @@ def summary(
     matching: Sequence[Row],
     rows: Sequence[Row],
     kappa: float,
+    delta: float,
+    size: int,
 ) -> tuple[str, ...]:
     """The report in a few sentences: noise first, then both budgets, then the risk."""
     sigma = min(phase.noise_multiplier for phase in history)
@@ -90,9 +105,15 @@ def summary(
         f"only the size of the gradient, at most {percent(relaxed['whole run'] or 0.0)}. Guessing "
         f"succeeds with {percent(kappa)}.",
     ]
-    seen = {row.scope: row for row in rows if "NCC" in row.quantity and row.value is not None}
+    if delta * size >= 1:
+        sentences.insert(
+            2,
+            f"Delta {delta:g} is not below 1 / {size}: a budget with such a delta would allow "
+            "publishing a whole record. Choose a delta well below.",
+        )
+    seen = [row for row in rows if row.quantity in CORRELATIONS and row.value is not None]
     sentences += [
-        f"Reconstructed from scratch, {scope}: correlation at most {row.value:.3g} ({row.reading})."
-        for scope, row in seen.items()
+        f"From scratch, {row.scope}: {row.quantity} at most {row.value:.3g} ({row.reading})."
+        for row in seen
     ]
-    return tuple(sentences)
+    return (*sentences, *[_FROM_SCRATCH] * bool(seen))

@@ -72,7 +72,7 @@ def train(
     from dpkernels.segmentation.trainer import SegmentationTrainer
 
     console = options.console()
-    with options.PlainErrors(console):
+    with options.PlainErrors(console, options.RESUME):
         start = options.configuration(
             SegmentationConfig,
             preset=preset,
@@ -96,7 +96,7 @@ def train(
         options.print_outcome(
             console,
             result,
-            "patient",
+            trainer.plan().unit,
             {
                 "metrics.json": "Dice and surface distance per class and case",
                 "overlays/": "held-out scans with truth and prediction",
@@ -136,13 +136,11 @@ def predict(
 @app.command()
 def report(run: options.Run) -> None:
     """Print the privacy report of a run (privacy_report.md, privacy_report.json)."""
-    from rich.markdown import Markdown
-
     from dpkernels.segmentation.trainer import SegmentationTrainer
 
     console = options.console()
     with options.PlainErrors(console):
-        console.print(Markdown(SegmentationTrainer.from_run(run).privacy_report().to_markdown()))
+        options.print_report(console, SegmentationTrainer.from_run(run))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -110,17 +111,28 @@ class CaseStore:
         """Check every header, then read every scan, before any training.
 
         Raises:
-            ValueError: the faulty files, each by name.
+            ValueError: the faulty files, each by name; one scan given to two patients.
         """
         for_each(self.folder.scans, check_headers, "scans")
+        prints: dict[str, bytes] = {}
 
         def read(scan: Scan) -> None:
-            case = self._load(scan)
+            volume = self.volume(scan)
+            prints[scan.name] = blake2b(volume.image.tobytes()).digest()
             if self.config.cache == "memory":
-                self._cases[scan.name] = case
+                self._cases[scan.name] = prepare(volume, self.config, self.divisor)
             on_progress()
 
         for_each(self.folder.scans, read, "scans")
+        owner: dict[bytes, Scan] = {}
+        for scan in self.folder.scans:
+            other = owner.setdefault(prints[scan.name], scan)
+            if other.patient_id != scan.patient_id:
+                raise ValueError(
+                    f"{other.image} and {scan.image} have the same voxels, but the patients "
+                    f"{other.patient_id} and {scan.patient_id}: the guarantee would hold for "
+                    "each copy, not for the person. Give both one patient_id, or remove one"
+                )
 
     def volume(self, scan: Scan) -> Volume:
         """The scan on its native grid."""

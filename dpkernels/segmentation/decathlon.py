@@ -31,6 +31,7 @@ class DecathlonFolder:
         labels: value to name, background included.
         modalities: one name per image channel.
         scans: the labelled scans, in the order of dataset.json.
+        grouped: whether somebody said which patient each scan is of; else one file, one patient.
         notes: sentences for the report (grouping assumed, files skipped).
     """
 
@@ -38,6 +39,7 @@ class DecathlonFolder:
     labels: dict[int, str]
     modalities: tuple[str, ...]
     scans: tuple[Scan, ...]
+    grouped: bool
     notes: tuple[str, ...]
 
     @property
@@ -76,7 +78,7 @@ def read_decathlon(root: str | Path, patients_csv: str | Path = "") -> Decathlon
     folder = Path(root)
     manifest = _manifest(folder)
     labels = _labels(folder, manifest)
-    modalities = tuple(str(m) for m in dict(manifest.get("modality") or {"0": "CT"}).values())
+    modalities = _modalities(folder, manifest)
     entries, notes = [], []
     for number, entry in enumerate(_entries(folder, manifest)):
         if any(Path(entry[key]).name.startswith("._") for key in ("image", "label")):
@@ -100,9 +102,9 @@ def read_decathlon(root: str | Path, patients_csv: str | Path = "") -> Decathlon
         _patient_table(patients_csv, names)
         if patients_csv
         else {
-            name: str(entry["patient_id"])
+            name: _patient(entry.get("patient_id"))
             for name, entry in zip(names, entries, strict=True)
-            if "patient_id" in entry
+            if _patient(entry.get("patient_id"))
         }
     )
     missing = [name for name in names if name not in patient_of]
@@ -121,7 +123,7 @@ def read_decathlon(root: str | Path, patients_csv: str | Path = "") -> Decathlon
         Scan(name, patient_of.get(name, name), folder / e["image"], folder / e["label"])
         for name, e in zip(names, entries, strict=True)
     )
-    return DecathlonFolder(folder, labels, modalities, scans, tuple(notes))
+    return DecathlonFolder(folder, labels, modalities, scans, not missing, tuple(notes))
 
 
 def _manifest(folder: Path) -> dict:
@@ -136,7 +138,7 @@ def _manifest(folder: Path) -> dict:
             f"dataset.json, imagesTr and labelsTr{hint}"
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(manifest, dict):
@@ -162,6 +164,17 @@ def _labels(folder: Path, manifest: dict) -> dict[int, str]:
     return dict(sorted(labels.items()))
 
 
+def _modalities(folder: Path, manifest: dict) -> tuple[str, ...]:
+    """The names of the channels; nnU-Net calls them `channel_names`."""
+    found = manifest.get("modality", manifest.get("channel_names", {"0": "CT"}))
+    if not isinstance(found, dict) or not found:
+        raise ValueError(
+            f'{folder / "dataset.json"}: `modality` must map channels to names, {{"0": "CT"}}; '
+            f"found {found!r}"
+        )
+    return tuple(str(name) for name in found.values())
+
+
 def _entries(folder: Path, manifest: dict) -> list[dict]:
     path = folder / "dataset.json"
     entries = manifest.get("training")
@@ -171,31 +184,46 @@ def _entries(folder: Path, manifest: dict) -> list[dict]:
             f"{type(entries).__name__}"
         )
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
+        named = isinstance(entry, dict) and all(
+            isinstance(entry.get(key), str) for key in ("image", "label")
+        )
+        if not named:
             raise ValueError(
-                f"{path}: training entry {number} must have `image` and `label`; found {entry!r}"
+                f"{path}: training entry {number} must have `image` and `label`, the paths of two "
+                f"files; found {entry!r}"
             )
     return entries
 
 
 def _patient_table(path: str | Path, names: list[str]) -> dict[str, str]:
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except FileNotFoundError:
         raise ValueError(f"data.patients_csv: no such file: {path}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV in UTF-8: {error}") from None
     if not rows or not {"scan", "patient_id"} <= set(rows[0]):
         found = ",".join(rows[0]) if rows else "nothing"
         raise ValueError(f"{path}: expected the columns scan,patient_id; found {found}")
     table: dict[str, str] = {}
     for row in rows:
-        name = scan_name(row["scan"]) if str(row["scan"]).endswith(_SUFFIXES) else row["scan"]
-        if table.setdefault(name, row["patient_id"]) != row["patient_id"]:
+        name, patient = str(row["scan"]).strip(), _patient(row["patient_id"])
+        if name.endswith(_SUFFIXES):
+            name = scan_name(name)
+        if not patient:
+            raise ValueError(f"{path}: the scan {name} has no patient_id; give one to every scan")
+        if table.setdefault(name, patient) != patient:
             raise ValueError(f"{path}: the scan {name} has two patients")
     unknown = [name for name in table if name not in names]
     if unknown:
         raise ValueError(f"{path}: no such scan in dataset.json: {_shorten(unknown)}")
     return table
+
+
+def _patient(value: Any) -> str:
+    """An identifier as text; empty where there is none."""
+    return "" if value is None else str(value).strip()
 
 
 def _shorten(names: list[str]) -> str:

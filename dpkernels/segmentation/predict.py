@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
-
-import nibabel as nib
 
 from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.data import prepare
@@ -12,6 +11,7 @@ from dpkernels.segmentation.decathlon import Scan, scan_name
 from dpkernels.segmentation.evaluate import Predictor
 from dpkernels.segmentation.volume import check_headers, load_volume
 from dpkernels.training.progress import Display
+from dpkernels.training.run_folder import atomic
 
 
 def predict_path(
@@ -39,26 +39,31 @@ def predict_path(
         The written files, named like their images.
 
     Raises:
-        ValueError: no scan found, a faulty one, or `target` is the folder of the images.
+        ValueError: no scan found, a faulty one, or label maps of these names in `target`.
     """
     paths = _find(source)
     folder = source if source.is_dir() else source.parent
     if target.resolve() == folder.resolve():
         raise ValueError(f"OUT must be another folder than the images' ({target})")
     scans = [Scan(scan_name(path), scan_name(path), path, None) for path in paths]
+    files = [target / f"{scan.name}.nii.gz" for scan in scans]
+    for path in files:
+        if path.exists() or files.count(path) > 1:
+            raise ValueError(
+                f"OUT: {path} {'exists already' if path.exists() else 'would be written twice'}; "
+                "nothing is overwritten, choose another folder"
+            )
     for scan in scans:
         check_headers(scan)
     target.mkdir(parents=True, exist_ok=True)
-    written = []
     with display.counting("Predicting", len(scans)) as advance:
-        for scan in scans:
+        for scan, path in zip(scans, files, strict=True):
             volume = load_volume(scan, channels=channels)
             prediction = predictor.segment(prepare(volume, config, divisor), volume)
-            path = target / f"{scan.name}.nii.gz"
-            nib.save(volume.to_native(prediction), path)
-            written.append(path)
+            with atomic(path) as partial:
+                partial.write_bytes(gzip.compress(volume.to_native(prediction).to_bytes()))
             advance()
-    return written
+    return files
 
 
 def _find(source: Path) -> list[Path]:

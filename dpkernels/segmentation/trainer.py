@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ class SegmentationTrainer(Trainer[SegmentationConfig]):
 
     def evaluate(self) -> list[CaseResult]:
         """Evaluate the run's weights on its held-out patients; writes metrics.json, overlays."""
+        self.folder.check_writable()
         self._split = self.folder.read_json("split.json")
         return self._evaluate_cases()
 
@@ -70,7 +70,7 @@ class SegmentationTrainer(Trainer[SegmentationConfig]):
         )
 
     def _unit(self) -> str:
-        return "patient"
+        return "patient" if self._open_store().folder.grouped else "scan"
 
     def _open_data(self) -> None:
         self._open_store()
@@ -190,8 +190,7 @@ class SegmentationTrainer(Trainer[SegmentationConfig]):
         store = self._open_store()
         scans = self._scans_of("test")
         network = self._trained_network()
-        shutil.rmtree(self.folder.overlays, ignore_errors=True)
-        self.folder.overlays.mkdir()
+        self.folder.clear_overlays()
         drawn = 0
         with self.display.counting("Evaluating held-out patients", len(scans)) as advance:
 

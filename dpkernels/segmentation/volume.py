@@ -90,10 +90,21 @@ def load_volume(scan: Scan, *, channels: int, labels: dict[int, str] | None = No
             f"{scan.image}: shape {image.shape} has {found} modalities, expected {channels} as "
             "dataset.json lists"
         )
-    voxels = _read(image, scan.image).astype(np.float32).reshape(*shape, channels)
+    stored = _read(image, scan.image)
+    if stored.dtype.kind not in "biuf" or not stored.size:
+        raise ValueError(
+            f"{scan.image}: voxels of type {stored.dtype}, shape {image.shape}; expected one real "
+            "number for each voxel and modality"
+        )
+    voxels = stored.astype(np.float32).reshape(*shape, channels)
     if not np.isfinite(voxels).all():
         bad = int((~np.isfinite(voxels)).sum())
         raise ValueError(f"{scan.image}: {bad} voxels are NaN or infinite, expected finite numbers")
+    if voxels.min() == voxels.max():
+        raise ValueError(
+            f"{scan.image}: every voxel is {voxels.min():g}, expected a picture; export it again, "
+            "or take it out of dataset.json"
+        )
     to_ras = io_orientation(image.affine)
     spacing = np.empty(3)
     for axis, (target, _) in enumerate(to_ras):

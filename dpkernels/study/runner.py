@@ -342,6 +342,7 @@ def attack_folder(
     Raises:
         ValueError: no such adversary, or the run has no weights yet.
     """
+    trainer.folder.check_writable()
     plan = trainer.plan()
     with StudyDisplay(console, len(adversaries)) as display:
         display.title("Attacking")

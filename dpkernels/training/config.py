@@ -85,7 +85,7 @@ class PrivacyConfig:
         delta: probability that the epsilon bound does not hold; well below 1 / patients.
         noise_multiplier: std of the noise divided by max_grad_norm; None: found from `epsilon`.
         max_grad_norm: bound on one patient's gradient.
-        accountant: "tight", "rdp", "prv" or "gdp".
+        accountant: "tight", "rdp" or "prv".
         insecure_fixed_noise: seed for noise and sampling, for tests only: whoever knows it can
             subtract the noise, so there is no guarantee; the report says so.
     """
@@ -109,6 +109,13 @@ class PrivacyConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"privacy.{name}", value, "positive")
         require(0 < self.delta < 1, "privacy.delta", self.delta, "between 0 and 1")
+        require(
+            self.accountant in ("tight", "rdp", "prv"),
+            "privacy.accountant",
+            self.accountant,
+            "tight, rdp or prv (gdp can state less than the true epsilon, so that no guarantee "
+            "can rest on it)",
+        )
         require(self.max_grad_norm > 0, "privacy.max_grad_norm", self.max_grad_norm, "positive")
 
 

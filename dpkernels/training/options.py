@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from dpkernels.training.config import RunConfig
     from dpkernels.training.progress import ConsoleDisplay
-    from dpkernels.training.trainer import TrainingResult
+    from dpkernels.training.trainer import Trainer, TrainingResult
 
     Config = TypeVar("Config", bound=RunConfig)
 
@@ -54,6 +55,10 @@ Out = Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<prese
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")
 ]
+
+#: what PlainErrors says after Ctrl-C
+RESUME = "If steps were taken: the same command, with --resume and --out RUN, continues the run."
+AGAIN = "Started again in the same way, it goes on where it stopped."
 
 _NOTHING = object()
 
@@ -156,17 +161,31 @@ def display(console: Console) -> ConsoleDisplay:
 
 
 class PlainErrors:
-    """Faults of the user's input end in one line and exit code 2, without a traceback."""
+    """Faults of the user's input end in one line and exit code 2; warnings are one line each.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: where to say so.
+        go_on: what to do after Ctrl-C, where something can be continued.
+    """
+
+    def __init__(self, console: Console, go_on: str = "") -> None:
         self._console = console
+        self._go_on = go_on
 
     def __enter__(self) -> None:
-        return None
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.showwarning = self._warn
+
+    def _warn(self, message: Warning | str, *_: Any) -> None:
+        self._console.print(
+            f"Warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._warnings.__exit__()
         if isinstance(error, (ValueError, OSError, FloatingPointError)):
             self._console.quiet = False
             self._console.print(
@@ -174,8 +193,20 @@ class PlainErrors:
             )
             raise typer.Exit(2) from error
         if isinstance(error, KeyboardInterrupt):
-            self._console.print("Stopped; continue with --resume --out RUN")
+            self._console.print(f"Stopped. {self._go_on}".rstrip(), soft_wrap=True)
             raise typer.Exit(130) from error
+
+
+def print_report(console: Console, trainer: Trainer) -> None:
+    """The privacy report of a run, also where its folder can only be read."""
+    from rich.markdown import Markdown
+
+    report = trainer.privacy_report()
+    console.print(Markdown(report.to_markdown()))
+    try:
+        trainer.save_report(report)
+    except OSError as error:
+        console.print(f"Not saved: {error}", style="yellow", markup=False, soft_wrap=True)
 
 
 def print_outcome(

@@ -56,8 +56,8 @@ def split_patients(
     validation = max(1, round(validation_share * len(patients))) if validation_share else 0
     if len(patients) - test - validation < 1:
         raise ValueError(
-            f"{len(patients)} patients cannot be split with data.test_share={test_share} and "
-            f"data.validation_share={validation_share}: none is left to train on"
+            f"{len(patients)} patients are too few for data.test_share={test_share:.3g} and "
+            f"data.validation_share={validation_share:.3g}: none is left to train on"
         )
     names = [patients[i] for i in order]
     return {

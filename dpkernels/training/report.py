@@ -240,8 +240,9 @@ def _verdict(success: float) -> str:
         (0.6, "That is little better than the coin: a strong guarantee."),
         (0.9, "That is better than the coin and far from certainty, against an attacker who knows "
          "far more than real ones do."),
-        (1.0, "As a worst-case statement about participation that is weak; such a budget can still "
-         "keep scans from being reconstructed: judge it by the reconstruction risk below."),
+        (0.99, "That is a weak guarantee: such an attacker may be right nearly always."),
+        (1.0, "**That is next to no guarantee: such an attacker may be certain.** What the noise "
+         "still hides, and only from attackers who know less, is the reconstruction risk below."),
     )  # fmt: skip
     return next(text for limit, text in scale if success <= limit)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -73,6 +74,25 @@ class RunFolder:
             with _naming(part), tempfile.TemporaryFile(dir=part):
                 pass
 
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from training in the folder during the block; a kill ends it too.
+
+        Raises:
+            ValueError: one is training in it.
+        """
+        with (self.root / ".lock").open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"--out: another process is training in {self.root}; wait for it, or choose "
+                    "another folder"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+
     @property
     def config(self) -> Path:
         return self.root / "config.yaml"
@@ -100,6 +120,12 @@ class RunFolder:
     @property
     def metrics_json(self) -> Path:
         return self.root / "metrics.json"
+
+    def clear_overlays(self) -> None:
+        """Make room for the pictures of a new evaluation."""
+        self.overlays.mkdir(exist_ok=True)
+        for picture in self.overlays.glob("*.png"):
+            picture.unlink()
 
     def write_yaml(self, name: str, values: dict[str, Any]) -> None:
         """Write a mapping as YAML, atomically."""
@@ -207,7 +233,7 @@ def _naming(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"--out: cannot write to {folder}: {error}. Choose a folder that can be written"
+            f"run folder: cannot write to {folder}: {error}. Choose one that can be written"
         ) from None
 
 

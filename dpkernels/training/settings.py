@@ -22,7 +22,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ValueError(f"--config: no such file: {path}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config: {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config: {path} must hold a mapping, found {type(values).__name__}")

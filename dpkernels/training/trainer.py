@@ -140,6 +140,10 @@ class Trainer(ABC, Generic[Config]):
         open_folder = RunFolder.open if resume else RunFolder.create
         self.folder = open_folder(self.folder.root)
         self.folder.check_writable()
+        with self.folder.claimed():
+            return self._fit_in_folder(resume)
+
+    def _fit_in_folder(self, resume: bool) -> TrainingResult | None:
         self._open_data()
         network = self._build_network(self.config.training.seed).to(self.device)
         criterion = self._build_criterion()
@@ -159,18 +163,28 @@ class Trainer(ABC, Generic[Config]):
         if not self._processes.first:
             return None
         summary = self._evaluate()
-        report = self._write_report(plan, steps)
+        report = self._report(plan, steps)
+        self.save_report(report)
         return TrainingResult(
             self.folder.root, summary, self._utility(summary), self.metric, report.epsilon, steps
         )
 
     def privacy_report(self) -> PrivacyReport:
-        """The report of the run, for the steps counted so far; written to the run folder.
+        """The report of the run, for the steps counted so far.
 
         Raises:
             ValueError: no step was taken yet.
         """
-        return self._write_report(self.plan(), steps_begun(self.folder.ledger))
+        return self._report(self.plan(), steps_begun(self.folder.ledger))
+
+    def save_report(self, report: PrivacyReport) -> None:
+        """Write privacy_report.json and privacy_report.md to the run folder.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.folder.write_json("privacy_report.json", report.to_dict())
+        self.folder.write_text("privacy_report.md", report.to_markdown())
 
     def planned(self) -> PrivacyPlan:
         """The privacy parameters that `fit` would train with; opens the data, trains nothing.
@@ -187,8 +201,8 @@ class Trainer(ABC, Generic[Config]):
         return PrivacyPlan(**self.folder.read_json("plan.json"))
 
     def finished(self) -> TrainingResult | None:
-        """What the run in the folder came to; None while it is not evaluated."""
-        if not self.folder.metrics_json.exists():
+        """What the run in the folder came to; None while steps or its evaluation are missing."""
+        if not self._is_finished():
             return None
         stored = self.folder.read_json("metrics.json")["summary"]
         summary = {
@@ -300,6 +314,11 @@ class Trainer(ABC, Generic[Config]):
         except RuntimeError as error:
             raise ValueError(f"training.init_from: {path} is of another network: {error}") from None
 
+    def _is_finished(self) -> bool:
+        """All steps taken and evaluated; an interrupted run may have been evaluated by hand."""
+        evaluated = self.folder.metrics_json.exists()
+        return evaluated and steps_begun(self.folder.ledger) >= self.plan().steps
+
     def _resumed(self, plan: PrivacyPlan) -> dict[str, Any] | None:
         differences = plan.differences(self.folder.read_json("plan.json"))
         if self.folder.read_json("split.json") != self._split:
@@ -309,12 +328,13 @@ class Trainer(ABC, Generic[Config]):
                 "--resume: a privacy parameter of the run has changed, which its guarantee does "
                 "not cover. Start a new run. Changed: " + "; ".join(differences)
             )
-        if self.folder.metrics_json.exists():
+        if self._is_finished():
             raise ValueError(
                 f"--resume: {self.folder.root} is finished, all {plan.steps} planned steps are "
                 "taken; more would exceed the budget. Start a new run (training.init_from can "
                 "start from its weights, but then the budgets add up)"
             )
+        self.folder.metrics_json.unlink(missing_ok=True)  # of the weights so far
         return self.folder.load_checkpoint() if self.folder.last.exists() else None
 
     def _train(
@@ -346,11 +366,11 @@ class Trainer(ABC, Generic[Config]):
             draw_progress(columns, plan, self.metric, self.folder.root / "progress.png")
         return counted
 
-    def _write_report(self, plan: PrivacyPlan, steps: int) -> PrivacyReport:
+    def _report(self, plan: PrivacyPlan, steps: int) -> PrivacyReport:
         if not steps:
             raise ValueError(f"{self.folder.root}: no step was taken yet, nothing to report")
         data = self.folder.read_json("data.json")
-        report = build_report(
+        return build_report(
             self.config,
             plan,
             steps,
@@ -359,9 +379,6 @@ class Trainer(ABC, Generic[Config]):
             data["notes"],
             math.prod(data["view"]),
         )
-        self.folder.write_json("privacy_report.json", report.to_dict())
-        self.folder.write_text("privacy_report.md", report.to_markdown())
-        return report
 
 
 def _default_run(preset: str) -> Path:

@@ -36,19 +36,24 @@ def test_from_synthetic_images_to_report_and_predictions(run, tmp_path):
     data, out = tmp_path / "images", tmp_path / "run"
     made = run("synthetic", data, "--lesions", 40, "--size", 16, "--layout", "folders")
     assert made.exit_code == 0, made.output
-    with pytest.warns(UserWarning, match="taken by itself"):
-        trained = run("train", "--data", data, "--positive", "", "--out", out, *TINY)
+    trained = run("train", "--data", data, "--positive", "", "--out", out, *TINY)
     assert trained.exit_code == 0, trained.output
+    assert "Warning: " in trained.output
+    assert "taken by itself" in trained.output
     assert "per image, 2 steps" in trained.output
     held_out = len(json.loads((out / "metrics.json").read_text())["cases"])
     assert f"Evaluating held-out images: {held_out} done" in trained.output
     classes = json.loads((out / "data.json").read_text())["classes"]
     assert classes == ["akiec", "bcc", "bkl", "mel", "nv"]
-    with pytest.warns(UserWarning, match="taken by itself"):
-        assert "balanced" in run("evaluate", out).output
+    assert "balanced" in run("evaluate", out).output
     predicted = run("predict", out, data / "mel", tmp_path / "out.csv")
     assert predicted.exit_code == 0, predicted.output
-    assert (tmp_path / "out.csv").read_text().startswith("image,class,akiec")
+    table = (tmp_path / "out.csv").read_text()
+    assert table.startswith("image,class,akiec")
+    again = run("predict", out, data / "nv", tmp_path / "out.csv")
+    assert again.exit_code == 2
+    assert "out.csv exists already" in again.output
+    assert (tmp_path / "out.csv").read_text() == table
     assert "The unit is the image" in run("report", out).output
 
 

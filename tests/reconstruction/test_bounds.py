@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from dpkernels.reconstruction import (
     mse_probability,
     mse_quantile,
     ncc_bound,
+    ncc_quantile,
     profile_bound,
     psnr_probability,
     psnr_quantile,
@@ -173,6 +175,35 @@ def test_from_scratch_errors(mse, dimension, exact):
 def test_correlation(sigma, exact):
     found = ncc_bound(noise_multiplier=sigma, dimension=819200)
     assert found == pytest.approx(exact, rel=5e-6)
+
+
+@pytest.mark.parametrize(("dimension", "sigma"), [(3, 0.5), (40, 0.3), (40, 3.0), (500, 1e-3)])
+def test_correlations_exceed_their_quantile_no_more_often_than_stated(dimension, sigma):
+    """Records with and without a mean; and the bound is not idle: above it lies at least a tenth
+    of what is stated."""
+    rng = np.random.default_rng(5)
+    bound = ncc_quantile(0.2, noise_multiplier=sigma, dimension=dimension, observations=1)
+    for mean in (0.0, 2.0):
+        record = rng.standard_normal(dimension) + mean
+        record -= record.mean() - mean
+        noise = sigma * np.linalg.norm(record) * rng.standard_normal((20_000, dimension))
+        seen = record + noise
+        seen -= seen.mean(axis=1, keepdims=True)
+        centred = record - record.mean()
+        reached = seen @ centred / np.linalg.norm(seen, axis=1) / np.linalg.norm(centred)
+        share = float((reached > bound).mean())
+        assert share <= 0.2
+        assert share >= 0.02 or mean
+
+
+def test_correlation_quantiles_at_the_edges():
+    assert ncc_quantile(0.05, noise_multiplier=1.0, dimension=2) == 1.0
+    assert ncc_quantile(0.05, noise_multiplier=1e-12, dimension=100) == pytest.approx(1.0)
+    large = {"noise_multiplier": 0.01, "dimension": 10**7}
+    assert ncc_quantile(0.05, **large) == pytest.approx(ncc_bound(**large), rel=0.05)
+    assert ncc_quantile(0.05, **large) > ncc_bound(**large)
+    with pytest.raises(ValueError, match="probability=1.5"):
+        ncc_quantile(1.5, noise_multiplier=1.0, dimension=10)
 
 
 def test_observations_average_the_noise():

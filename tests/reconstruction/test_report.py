@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dpkernels.accounting import cli as accounting_cli
 from dpkernels.accounting import get_epsilon
 from dpkernels.reconstruction import cli as risk_cli
-from dpkernels.reconstruction import ncc_bound, rero_bound, risk_report
+from dpkernels.reconstruction import ncc_quantile, rero_bound, risk_report
 
 RUN = {"noise_multiplier": 0.8, "sample_rate": 0.05, "steps": 200, "delta": 1e-5}
 RECORD = {"dimension": 4096, "data_norm": 10.0, "data_range": 1.0}
@@ -37,12 +37,9 @@ def test_report_states_both_budgets_and_every_bound():
             exact = rero_bound(**updates, kappa=0.02, adversary=adversary)
             assert found[scope, name] == pytest.approx(exact, rel=1e-12)
     name = "correlation with the record (NCC)"
-    assert found["one update", name] == pytest.approx(
-        ncc_bound(noise_multiplier=0.8, dimension=4096)
-    )
-    assert found["whole run, typical record", name] == pytest.approx(
-        ncc_bound(noise_multiplier=0.8, dimension=4096, observations=10)
-    )
+    for scope, observations in (("one update", 1), ("whole run, typical record", 10)):
+        exact = ncc_quantile(0.05, noise_multiplier=0.8, dimension=4096, observations=observations)
+        assert found[scope, name] == pytest.approx(exact)
     assert found["whole run, most exposed record", name] > found["whole run, typical record", name]
     assert {row.kind for row in report.rows} == {"given", "upper bound", "lower bound"}
 
@@ -53,6 +50,27 @@ def test_report_reads_in_plain_words():
     assert "a budget means nothing without its accountant" in text
     assert "50 candidates" in text
     assert text.count("| whole run |") == 4
+
+
+def test_report_does_not_claim_what_a_coarse_or_a_blank_picture_contradicts():
+    report = risk_report(
+        noise_multiplier=0.005, sample_rate=0.01, steps=100, delta=1e-6, dataset_size=100,
+        dimension=800_000, data_norm=400.0, data_range=1.0,
+    )  # fmt: skip
+    rows = {(row.scope, row.quantity): row for row in report.rows}
+    fine = rows["one update", "correlation with the record (NCC)"]
+    coarse = rows["one update", "correlation with a coarse picture of it, 256 values (NCC)"]
+    assert fine.value < 0.3
+    assert coarse.value > 0.95
+    error = rows["one update", "mean squared error, unbiased reconstruction"]
+    assert error.reading.endswith("a blank image errs by 0.2")
+    assert "without prior knowledge" in report.reading[-1]
+
+
+@pytest.mark.parametrize(("delta", "warned"), [(0.02, True), (0.019, False)])
+def test_a_delta_that_allows_publishing_a_record_is_pointed_out(delta, warned):
+    text = risk_report(**{**RUN, "delta": delta}, dataset_size=50).to_markdown()
+    assert ("is not below 1 / 50" in text) == warned
 
 
 def test_json_is_strict_and_complete():
@@ -69,7 +87,7 @@ def test_report_states_nothing_that_it_cannot_prove():
     assert "dimension" in missing.reading
     no_norm = risk_report(**RUN, dataset_size=50, dimension=4096)
     unproven = [row for row in no_norm.rows if row.value is None]
-    assert {row.quantity for row in unproven} == {"mean squared error"}
+    assert {row.quantity for row in unproven} == {"mean squared error, unbiased reconstruction"}
     with pytest.raises(ValueError, match=r"noise_multiplier=0\.0"):
         risk_report(**{**RUN, "noise_multiplier": 0.0}, dataset_size=50)
     with pytest.raises(ValueError, match="no risk to report"):
@@ -152,6 +170,16 @@ def test_risk_command(invoke):
     bad = invoke(*RISK, "--dataset-size", "50", "--delta", "2")
     assert bad.exit_code == 2
     assert "delta=2.0" in bad.output
+
+
+@pytest.mark.parametrize("figure", ["missing/risk.png", "risk.unknown"])
+def test_a_figure_that_cannot_be_written_is_one_line(invoke, tmp_path, figure):
+    pytest.importorskip("matplotlib")
+    risk = (*RISK, "--dataset-size", "9", "--delta", "1e-5")
+    for command in ((*ACCOUNT, "--epsilon", "8"), risk):
+        failed = invoke(*command, "--plot", str(tmp_path / figure))
+        assert failed.exit_code == 2
+        assert "--plot" in failed.output
 
 
 @pytest.mark.parametrize("command", ["account", "risk"])

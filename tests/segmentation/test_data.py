@@ -33,6 +33,18 @@ def store_of(folder, **settings) -> CaseStore:
     return store
 
 
+def test_copies_of_a_scan_belong_to_one_patient(folder, manifest):
+    """Two patients in the books, one person: the guarantee would hold for each copy only."""
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part / "phantom_005.nii.gz").write_bytes(
+            (folder / part / "phantom_002.nii.gz").read_bytes()
+        )
+    with pytest.raises(ValueError, match=r"phantom_002.* and .*phantom_005.* have the same voxels"):
+        store_of(folder, shape=(8, 8, 8))
+    manifest(folder, lambda values: values["training"][5].update(patient_id="phantom_002"))
+    assert len(store_of(folder, shape=(8, 8, 8)).folder.patients) == 7
+
+
 def test_the_window_is_fixed_and_maps_to_zero_and_one():
     config = DataConfig(shape=(10, 12, 14), window=(-100.0, 100.0))
     scan = volume()

@@ -45,6 +45,8 @@ def test_csv_groups_scans_and_wins_over_dataset_json(cohort, tmp_path):
         ("scan,patient_id\nphantom_000,x\n", "no patient_id for phantom_001, .* and 2 more"),
         ("scan,patient_id\nfoo,x\n", "no such scan in dataset.json: foo"),
         ("scan,patient_id\nphantom_000,x\nphantom_000,y\n", "phantom_000 has two patients"),
+        ("scan,patient_id\nphantom_000\n", "the scan phantom_000 has no patient_id"),
+        ("scan,patient_id\nphantom_000,  \n", "the scan phantom_000 has no patient_id"),
     ],
 )
 def test_faulty_patient_tables_are_refused(cohort, tmp_path, text, message):
@@ -56,11 +58,22 @@ def test_faulty_patient_tables_are_refused(cohort, tmp_path, text, message):
         read_decathlon(cohort, tmp_path / "other.csv")
 
 
+def test_what_spreadsheets_do_to_a_table_makes_no_new_patients(cohort, tmp_path):
+    table = tmp_path / "patients.csv"
+    rows = [f"phantom_{i:03d}{' ' * i},{' ' * (i % 3)}one{' ' * i}" for i in range(8)]
+    table.write_text("scan,patient_id\n" + "\n".join(rows), encoding="utf-8-sig")
+    assert list(read_decathlon(cohort, table).patients) == ["one"]
+    table.write_bytes("scan,patient_id\nphantom_000,M\u00fcller\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"patients.csv: not a CSV in UTF-8"):
+        read_decathlon(cohort, table)
+
+
 def test_without_patient_ids_each_file_is_a_patient_and_a_warning_says_so(folder, manifest):
     manifest(folder, drop_patient_ids)
     with pytest.warns(UserWarning, match="holds per scan, not per patient"):
         data = read_decathlon(folder)
     assert len(data.patients) == 8
+    assert not data.grouped
     assert "per scan, not per patient" in data.notes[0]
 
 
@@ -68,6 +81,28 @@ def test_one_missing_patient_id_among_many_is_refused(folder, manifest):
     manifest(folder, lambda values: values["training"][5].pop("patient_id"))
     with pytest.raises(ValueError, match="no patient_id for phantom_005"):
         read_decathlon(folder)
+
+
+@pytest.mark.parametrize("absent", [None, "", " "])
+def test_absent_patient_ids_are_not_a_patient_of_their_own(folder, manifest, absent):
+    def lose(values):
+        for entry in values["training"][2:4]:
+            entry["patient_id"] = absent
+
+    manifest(folder, lose)
+    with pytest.raises(ValueError, match="no patient_id for phantom_002, phantom_003"):
+        read_decathlon(folder)
+
+
+def test_names_of_channels_are_found_as_nnunet_writes_them(folder, manifest):
+    manifest(folder, lambda v: v.update(channel_names={"0": v.pop("modality") and "MRI"}))
+    assert read_decathlon(folder).modalities == ("MRI",)
+
+
+def test_a_byte_order_mark_is_no_fault(folder):
+    path = folder / "dataset.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert len(read_decathlon(folder).scans) == 8
 
 
 def test_macos_leftovers_are_skipped(folder, manifest):
@@ -89,6 +124,9 @@ def test_macos_leftovers_are_skipped(folder, manifest):
         (lambda v: v.pop("training"), "`training` must be a list"),
         (lambda v: v.update(training=[]), "lists no scan"),
         (lambda v: v["training"][2].pop("label"), "training entry 2 must have `image` and `label`"),
+        (lambda v: v["training"][1].update(image=None), "training entry 1 .* the paths of two"),
+        (lambda v: v.update(modality="CT"), "`modality` must map channels to names"),
+        (lambda v: v.update(modality=["CT"]), "`modality` must map channels to names"),
         (lambda v: v.pop("labels"), "`labels` must map values to names"),
         (lambda v: v.update(labels={"0": "b", "2": "x"}), r"without gaps.* found \[0, 2\]"),
         (lambda v: v["training"].append(v["training"][0]), "phantom_000 is listed twice"),

@@ -17,7 +17,7 @@ from dpkernels.training.privacy import (
     check_patients_do_not_mix,
     plan_privacy,
 )
-from dpkernels.training.report import _membership_success
+from dpkernels.training.report import _membership_success, build_report
 from dpkernels.training.sampling import PoissonSampler, flatten_views
 
 CROPS = {"shape": None, "spacing": [17.0, 17.0, 17.0], "crop": [8, 8, 8], "views_per_patient": 4}
@@ -224,3 +224,19 @@ def test_the_bound_on_guessing_participation_is_the_gaussian_one_without_subsamp
 def test_nothing_is_claimed_about_participation_when_the_noise_is_tiny():
     plan = PrivacyPlan(True, 10, 1.0, 5, 1e-4, 1.0, 1, 1e-5, "tight")
     assert _membership_success(plan, 5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("sigma", "words"),
+    [(20.0, "a strong guarantee"), (0.6, "a weak guarantee"), (1e-4, "next to no guarantee")],
+)
+def test_the_report_says_what_its_budget_is_worth(tiny, sigma, words):
+    plan = PrivacyPlan(True, 10, 1.0, 5, sigma, 1.0, 1, 1e-5, "tight")
+    columns = {"clipped_fraction": []}
+    report = build_report(tiny(), plan, 5, columns, (), (), 512)
+    assert words in report.to_markdown()
+
+
+def test_no_guarantee_rests_on_an_accountant_that_may_fall_below(tiny):
+    with pytest.raises(ValueError, match="privacy.accountant must be tight, rdp or prv"):
+        tiny({"privacy": {"accountant": "gdp"}})

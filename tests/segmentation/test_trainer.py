@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -14,11 +15,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from typer.testing import CliRunner
 
 from dpkernels.accounting import get_epsilon
 from dpkernels.reconstruction import rero_bound
+from dpkernels.segmentation.cli import app
 from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.trainer import SegmentationTrainer
+from dpkernels.training import options
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.progress import SilentDisplay
 from dpkernels.training.run_folder import RunFolder, StepLedger, load_checkpoint, steps_begun
@@ -182,6 +187,13 @@ def test_predictions_lie_on_the_grid_of_their_files(finished, tmp_path):
     )
     with pytest.raises(ValueError, match="OUT must be another folder"):
         trainer.predict(source, source)
+    before = written[0].read_bytes()
+    with pytest.raises(ValueError, match=r"OUT: .*turned.nii.gz exists already"):
+        trainer.predict(source, tmp_path / "out")
+    assert written[0].read_bytes() == before
+    nib.save(nib.load(original), source / "upright.nii")
+    with pytest.raises(ValueError, match=r"OUT: .*upright.nii.gz would be written twice"):
+        trainer.predict(source, tmp_path / "empty")
     with pytest.raises(ValueError, match="does not exist"):
         trainer.predict(tmp_path / "nothing", tmp_path / "out")
 
@@ -191,6 +203,8 @@ def test_an_interrupted_run_continues_with_an_exact_history(tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         SegmentationTrainer(config, tmp_path / "run", StopAfter(2)).fit()
     assert history(tmp_path / "run")[0][2] == 2
+    SegmentationTrainer.from_run(tmp_path / "run").evaluate()
+    assert SegmentationTrainer.from_run(tmp_path / "run").finished() is None
     result = SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True)
     assert result.steps == 5
     ((sigma, rate, steps),) = history(tmp_path / "run")
@@ -327,6 +341,17 @@ def test_a_run_without_steps_has_nothing_to_report(tiny, tmp_path):
         SegmentationTrainer.from_run(tmp_path / "run").privacy_report()
 
 
+def test_the_report_of_a_read_only_run_is_printed_all_the_same(finished, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system", "privacy_report.json")
+
+    monkeypatch.setattr(RunFolder, "write_json", refuse)
+    shown = CliRunner().invoke(app, ["report", str(finished)], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert "The unit is the patient" in shown.output
+    assert "Not saved: [Errno 30] Read-only file system: 'privacy_report.json'" in shown.output
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatch):
     config = tiny({"training": {"steps": 4, "checkpoint_every": 1}})
     write = torch.save
@@ -375,7 +400,7 @@ def test_a_step_that_cannot_be_entered_in_the_ledger_is_not_taken(tiny, tmp_path
 
 def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"--out: cannot write to .*file"):
+    with pytest.raises(ValueError, match=r"run folder: cannot write to .*file"):
         SegmentationTrainer(tiny(), tmp_path / "file" / "run").fit()
 
 
@@ -392,6 +417,22 @@ def unprivileged():
             os.seteuid(0)
 
 
+@pytest.mark.filterwarnings("ignore:No patient_id")
+def test_without_patient_ids_the_guarantee_is_not_said_to_be_per_patient(
+    tiny, tmp_path, folder, manifest
+):
+    config = tiny(root=folder)
+    assert SegmentationTrainer(config, tmp_path / "run").planned().unit == "patient"
+    manifest(folder, lambda values: [entry.pop("patient_id") for entry in values["training"]])
+    assert SegmentationTrainer(config, tmp_path / "run").planned().unit == "scan"
+
+
+def test_warnings_of_a_command_are_one_line_without_a_path(capsys):
+    with options.PlainErrors(Console(width=40)):
+        warnings.warn("one [line], however long it may be", stacklevel=1)
+    assert capsys.readouterr().out == "Warning: one [line], however long it may be\n"
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_read_only_run_folder_is_named_before_the_data_are_read(tiny, resume):
     with tempfile.TemporaryDirectory() as place:  # below tmp_path others than root see nothing
@@ -401,11 +442,31 @@ def test_a_read_only_run_folder_is_named_before_the_data_are_read(tiny, resume):
             part.chmod(0o555)
         nothing = tiny({"data": {"root": str(Path(place) / "no-data")}})
         try:
-            with unprivileged(), pytest.raises(ValueError, match=r"--out: cannot write to .*run:"):
+            with (
+                unprivileged(),
+                pytest.raises(ValueError, match=r"cannot write to .*run:"),
+            ):
                 SegmentationTrainer(nothing, run.root).fit(resume=resume)
         finally:
             for part in (Path(place), run.root, run.checkpoints, run.overlays):
                 part.chmod(0o755)
+
+
+def test_a_run_folder_has_one_trainer_at_a_time(tiny, tmp_path):
+    """Two would enter steps into one ledger, and one would overwrite the other's checkpoint."""
+    folder = RunFolder.create(tmp_path / "run")
+    with folder.claimed(), pytest.raises(ValueError, match="another process is training in"):
+        SegmentationTrainer(tiny(), folder.root).fit()
+    assert not folder.config.exists()
+    assert SegmentationTrainer(tiny(), folder.root).fit().steps == 3
+
+
+def test_own_files_beside_the_overlays_stay(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    for name in ("old.png", "notes.txt"):
+        (folder.overlays / name).write_text("x")
+    folder.clear_overlays()
+    assert [path.name for path in folder.overlays.iterdir()] == ["notes.txt"]
 
 
 def _run_and_say(values: dict, out: Path, resume: bool) -> None:

@@ -111,6 +111,21 @@ def test_nan_voxels_are_refused(scan, rewrite):
         load(scan)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda array: array.astype(np.complex64), "voxels of type complex64"),
+        (lambda array: array[:0], r"shape \(0, "),
+        (lambda array: 0 * array + 7, "every voxel is 7, expected a picture"),
+    ],
+)
+def test_files_that_hold_no_picture_are_refused(scan, rewrite, change, message):
+    rewrite(scan.image, change)
+    with pytest.raises(ValueError, match=message) as refused:
+        load(Scan("x", "x", scan.image, None))
+    assert str(scan.image) in str(refused.value)
+
+
 def test_modalities_are_the_last_axis_and_must_be_as_many_as_dataset_json_lists(scan, rewrite):
     rewrite(scan.image, lambda array: np.stack([array, 2 * array], axis=-1))
     volume = load_volume(scan, channels=2, labels=LABELS)
