@@ -67,9 +67,11 @@ class ModelCapture:
         self.sink: Sink | None = None
         self.samples: int | None = None
         self.empty = False
-        self.probe: Callable[..., None] | None = None
+        self.probe: Callable[..., bool] | None = None
         #: layers and their rows per sample that a trial run has passed; None before the first
         self.tried: set[tuple[str, int]] | None = None
+        #: samples of the largest batch that a trial run has passed
+        self.tried_on = 0
         self._trying = False
         #: what the optimizer holds now (frozen parameters too: they may be unfrozen later)
         self.held: Callable[[], Iterable[nn.Parameter]] | None = None
@@ -160,7 +162,9 @@ class ModelCapture:
             raise NotPerSample(
                 f"parameter {name!r}: an ordinary gradient reached it, so its samples are mixed "
                 "and nothing would clip it. Either the model ran in eval mode (call model.train())"
-                ", or the parameter is used outside its module's forward (call the module instead)"
+                ", or the parameter is used outside its module's forward (call the module instead; "
+                "the optimizer's weight_decay for a penalty on weights), or its module was added "
+                "after make_private() (call it again)"
             )
 
         self._guards[id(parameter)] = parameter.register_hook(refuse)
@@ -209,18 +213,24 @@ class ModelCapture:
             self._check_tried(layer, rows // samples)
         return samples
 
-    @contextlib.contextmanager
-    def trial(self) -> Iterator[None]:
-        """A trial run is under way; what it meets counts as tried if it passes."""
+    def due(self) -> bool:
+        """Whether the batch under way calls for a trial run: the first with two samples, and the
+        first with three, as one of two is all alike once a sample has taken the other's place."""
+        return self.samples is not None and min(self.samples, 3) > max(self.tried_on, 1)
+
+    def trial(self, probe: Callable[..., bool], *batch: Any) -> None:
+        """A trial run; what it meets counts as tried if it passes on a batch that can tell."""
         before = self.tried
         self.tried, self._trying = set(before or ()), True
+        told = False
         try:
-            yield
-        except BaseException:
-            self.tried = before
-            raise
+            told = probe(self, *batch)
         finally:
             self._trying = False
+            if not told:
+                self.tried = before
+        if told:
+            self.tried_on = max(self.tried_on, self.samples or 0)
 
     def _check_tried(self, layer: str, count: int) -> None:
         """Raise where a layer has another number of rows per sample than in any trial run."""

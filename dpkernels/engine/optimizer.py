@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from inspect import CO_GENERATOR
+from types import FrameType
 from typing import Any
 
 import torch
@@ -79,8 +82,13 @@ class FusedDPOptimizer(ReleasingOptimizer):
         self.views_per_sample = views_per_sample
         self.materialize_grad_samples = materialize_grad_samples
         self.last_step: StepReport | None = None
+        self._is_last_step_skipped = False
         self.grad_accumulation_allowed = True
         self._consumed = False
+        #: backward passes since the last ``step()``
+        self._passes = 0
+        #: the generator that signals where logical batches end
+        self._signals_from: FrameType | None = None
 
     @property
     def accumulated_iterations(self) -> int:
@@ -102,6 +110,26 @@ class FusedDPOptimizer(ReleasingOptimizer):
             )
         super().attach_step_hook(fn)
 
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Say whether the next physical batch is not the last of its logical batch.
+
+        ``BatchMemoryManager`` signals from a generator. When another one takes over, the loop has
+        left the first half-way: what that began is dropped, as it would end in another batch's sum.
+        """
+        caller = sys._getframe(1)
+        if caller.f_code.co_flags & CO_GENERATOR and caller is not self._signals_from:
+            if self._signals_from is not None:
+                self._abandon()
+            self._signals_from = caller
+        super().signal_skip_step(do_skip)
+
+    def _abandon(self) -> None:
+        """Drop a logical batch that is under way, and the signals for the rest of it."""
+        self._step_skip_queue.clear()
+        if self._is_last_step_skipped:
+            self._is_last_step_skipped = False
+            self.zero_grad(set_to_none=True)
+
     def held_parameters(self) -> list[nn.Parameter]:
         """Every parameter of every group, also those that are frozen now."""
         return [p for group in self.original_optimizer.param_groups for p in group["params"]]
@@ -112,8 +140,11 @@ class FusedDPOptimizer(ReleasingOptimizer):
         Raises:
             ValueError: a gradient is not finite, or an earlier one was not consumed or cleared.
         """
+        if not self.params:
+            return
         self._check_cleared()
         factors = self._clip(gradients)
+        self._passes += 1
         self._release({} if gradients.empty else gradients.gradients, factors)
 
     def make_private_noise_only(self) -> None:
@@ -124,6 +155,7 @@ class FusedDPOptimizer(ReleasingOptimizer):
         """
         self.processes.check_noise_only()
         self._check_cleared()
+        self._passes += 1
         self.last_step = None
         self._release({}, {})
 
@@ -136,7 +168,7 @@ class FusedDPOptimizer(ReleasingOptimizer):
                 "Gradients haven't been cleared since the last optimizer step. In order to obtain "
                 "privacy guarantees you must call optimizer.zero_grad() on each step"
             )
-        if self._iterations and not self.grad_accumulation_allowed:
+        if self._passes and not self.grad_accumulation_allowed:
             raise ValueError(
                 "Poisson sampling is not compatible with grad accumulation. You need to call "
                 "optimizer.step() after every forward/backward pass or consider using "
@@ -201,11 +233,12 @@ class FusedDPOptimizer(ReleasingOptimizer):
 
         A parameter that was frozen meanwhile has none, not zeros that momentum would follow.
         """
-        for p in self.params:
-            p.grad_sample = None
+        for p in self.held_parameters():
+            p.grad_sample = None  # type: ignore[attr-defined]
         if not self._is_last_step_skipped:
-            for p in self.params:
-                p.summed_grad = None
+            for p in self.held_parameters():
+                p.summed_grad = None  # type: ignore[attr-defined]
+            self._passes = 0
             self._mechanism = None
             self.clipping.reset()
         self._iterations = 0
@@ -236,6 +269,7 @@ class FusedDPOptimizer(ReleasingOptimizer):
                 )
             self._is_last_step_skipped = True
             self._consumed = True
+            self._passes = 0
             return False
         if self._consumed:
             self._check_cleared()
@@ -251,6 +285,7 @@ class FusedDPOptimizer(ReleasingOptimizer):
         self.max_grad_norm = self.clipping.next_bound(self.max_grad_norm, expected, self._draw_once)
         self._is_last_step_skipped = False
         self._consumed = True
+        self._passes = 0
         return True
 
     def _check_private(self, drawn: Mechanism) -> None:
@@ -276,7 +311,7 @@ class FusedDPOptimizer(ReleasingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.update(_private={}, last_step=None)
+        state.update(_private={}, last_step=None, _signals_from=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

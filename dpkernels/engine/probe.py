@@ -2,7 +2,8 @@
 
 Run once before training starts, this finds what no list of layer types can: a transposed batch
 axis, positions embedded once for the whole batch, statistics over the batch, a loss that
-normalises by the whole batch. Both runs draw the same random numbers, so dropout does not matter.
+normalises by the whole batch. Both runs draw the same random numbers, of torch, numpy and Python,
+so dropout and randomly skipped layers do not matter.
 
 Each run is a forward and a backward pass over the whole batch, without weight gradients. A few of
 its samples would not do: statistics over groups of ``batch / groups`` samples mix nobody in a batch
@@ -12,23 +13,27 @@ of ``groups``, and everybody in a larger one.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture import ModelCapture, NotPerSample
-from dpkernels.engine.forward import is_packed
+from dpkernels.engine.forward import is_packed, leaves_of
 from dpkernels.layers.fold import merge_rows
 from dpkernels.layers.operands import Operand
 
 #: relative change of another sample's values that counts as rounding, by significand
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 3e-2
+#: the same where a repeated run gives the same bits
+_FINE_TOLERANCE = 1e-3
 #: values that a processor sums up in float64 at a time: what it can hold without going to memory
 _IN_CACHE = 2**16
 
@@ -39,6 +44,7 @@ class _Seen:
 
     layer: str
     kind: str
+    shape: torch.Size
     fingerprint: torch.Tensor
     tolerance: float
 
@@ -67,7 +73,7 @@ class _Observer:
         tolerance = _TOLERANCE.get(rows.dtype, _COARSE_TOLERANCE)
         if not rows.dtype.is_floating_point:
             tolerance = _TOLERANCE[torch.float64]
-        self.seen.append(_Seen(layer, kind, fingerprint, tolerance))
+        self.seen.append(_Seen(layer, kind, rows.shape, fingerprint, tolerance))
 
 
 def _moments(values: torch.Tensor) -> torch.Tensor:
@@ -81,6 +87,7 @@ def _moments(values: torch.Tensor) -> torch.Tensor:
     return moments
 
 
+@torch.compiler.disable(recursive=False)
 def find_mixing(
     capture: ModelCapture,
     run: Callable[[Any], list[torch.Tensor]],
@@ -98,33 +105,77 @@ def find_mixing(
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
         batch: nested arguments; every tensor with `rows` rows on the sample axis is batched.
         rows: rows of the batch.
-        source: the sample that takes the place of the replaced one.
+        source: the sample that takes the place of the replaced one, where it differs from it.
 
     Returns:
-        A sentence that names the layer, or None. None too if the batch cannot tell (one sample,
-        or all alike).
+        A sentence that names the layer, or None. None too if the batch cannot tell
+        (:func:`can_tell`).
     """
     views = capture.views
     samples = rows // views
-    if samples < 2:
+    if not can_tell(batch, rows, views, capture.axis):
         return None
     source %= samples
     replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
-    devices = sorted({p.device.index or 0 for p in capture.root.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices):
+    with _own_random_numbers(capture.root):
         seed = int(torch.randint(2**31, ()))
         first = _observe(capture, run, batch, seed)
-        for target, source in replaced:
-            twin = _twin(batch, rows, views, capture.axis, target, source)
+        for target, preferred in replaced:
+            others = _unlike(batch, rows, views, capture.axis, target)
+            other = preferred if preferred in others else others[-1]
+            twin = _twin(batch, rows, views, capture.axis, target, other)
             try:
                 second = _observe(capture, run, twin, seed)
             except RuntimeError:
-                kept = _twin(batch, rows, views, capture.axis, target, source, keep_lengths=True)
+                kept = _twin(batch, rows, views, capture.axis, target, other, keep_lengths=True)
                 second = _observe(capture, run, kept, seed)
             fault = _compare(first, second, target)
+            faint = _compare(first, second, target, _FINE_TOLERANCE)
+            if fault is None and faint is not None and _same_shapes(first, second):
+                again = _observe(capture, run, batch, seed)
+                fault = faint if _compare(first, again, None, 0.0) is None else None
             if fault is not None:
                 return fault
     return None
+
+
+@torch.compiler.disable
+def can_tell(batch: Any, rows: int, views: int, axis: int) -> bool:
+    """Whether replacing the first or the last sample of a batch can show that samples mix.
+
+    Not so in a batch of one, or one that is all alike, such as the zeros of a trial by hand.
+    """
+    samples = rows // views
+    return samples > 1 and all(
+        _unlike(batch, rows, views, axis, target) for target in (0, samples - 1)
+    )
+
+
+def _unlike(batch: Any, rows: int, views: int, axis: int, target: int) -> list[int]:
+    """Samples that differ from sample `target`."""
+    samples = rows // views
+    unlike = torch.zeros(samples, dtype=torch.bool)
+    for leaf in leaves_of(batch):
+        if is_packed(leaf):
+            unlike[:] = True
+        elif isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
+            values = leaf.detach().movedim(axis, 0).reshape(samples, -1)
+            unlike |= (values != values[target]).any(1).cpu()
+    unlike[target] = False
+    return unlike.nonzero().flatten().tolist()
+
+
+@contextlib.contextmanager
+def _own_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Give every generator that a forward pass may draw from its state back afterwards."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - models use it
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
 
 
 def _observe(
@@ -135,6 +186,8 @@ def _observe(
     try:
         with _kept_buffers(capture.root):
             torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
             outputs = [t for t in run(batch) if t.requires_grad]
             torch.manual_seed(seed + 1)
             total = [_curved(t) if t.ndim > capture.axis else t.sum() for t in outputs]
@@ -153,17 +206,25 @@ def _curved(output: torch.Tensor) -> torch.Tensor:
     return (values * torch.rand_like(values) + values.square() / 2).sum()
 
 
-def _compare(first: _Observer, second: _Observer, replaced: int) -> str | None:
+def _same_shapes(first: _Observer, second: _Observer) -> bool:
+    return [s.shape for s in first.seen] == [s.shape for s in second.seen]
+
+
+def _compare(
+    first: _Observer, second: _Observer, replaced: int | None, most: float = _COARSE_TOLERANCE
+) -> str | None:
+    """What moved between two runs, beyond a relative tolerance of at most `most`."""
     if [(s.layer, s.kind) for s in first.seen] != [(s.layer, s.kind) for s in second.seen]:
         return "the model takes another path through its layers when one sample is replaced"
     for a, b in zip(first.seen, second.seen):
         moved = (a.fingerprint - b.fingerprint).abs()
-        moved[replaced] = 0.0
+        if replaced is not None:
+            moved[replaced] = 0.0
         sum_scale, norm_sq_scale = a.fingerprint.abs().amax(0)
         # a sum may cancel (behind a LayerNorm it is 0 but for rounding): its terms do not
         sum_scale = torch.maximum(sum_scale, norm_sq_scale.sqrt())
         scale = torch.stack([sum_scale, norm_sq_scale]) + torch.finfo(torch.float32).tiny
-        samples = (moved > a.tolerance * scale).any(1).nonzero()
+        samples = (moved > min(a.tolerance, most) * scale).any(1).nonzero()
         if len(samples):
             return _sentence(a, int(samples[0]), replaced)
     for name, buffer in first.buffers.items():
@@ -188,7 +249,7 @@ def _moved(buffer: torch.Tensor, other: torch.Tensor | None) -> bool:
     )
 
 
-def _sentence(seen: _Seen, sample: int, replaced: int) -> str:
+def _sentence(seen: _Seen, sample: int, replaced: int | None) -> str:
     if seen.kind == "criterion":
         return (
             f"the gradient of the criterion for sample {sample} moves when sample {replaced} is "
@@ -198,8 +259,9 @@ def _sentence(seen: _Seen, sample: int, replaced: int) -> str:
     return (
         f"layer {seen.layer!r}: the {seen.kind} of sample {sample} move when sample {replaced} is "
         "replaced, so rows of its first axis are not the samples, or a layer beside it couples "
-        "samples. Give the layer inputs with the sample axis first (batch_first=True in attention "
-        "and recurrent layers, positions as [batch, length]), GroupNorm for batch statistics"
+        "samples, or a loss in the model does. Give the layer inputs with the sample axis first "
+        "(batch_first=True in attention and recurrent layers, positions as [batch, length]), "
+        "GroupNorm for batch statistics"
     )
 
 
@@ -286,8 +348,8 @@ def check_criterion(
         batch: inputs, then the target; at least two samples.
     """
     rows = batch[0].shape[capture.axis]
-    if rows // capture.views < 2:
-        raise ValueError(f"batch: it holds {rows} rows, expected at least two samples")
+    if not can_tell(list(batch), rows, capture.views, capture.axis):
+        raise ValueError(f"batch: it holds {rows} rows, expected two samples or more that differ")
 
     def run(batch: Sequence[Any]) -> list[torch.Tensor]:
         *inputs, target = batch
@@ -309,8 +371,13 @@ def refuse_mixing(
     batch: Any,
     rows: int,
     source: int = -1,
-) -> None:
-    """Raise :class:`NotPerSample` where :func:`find_mixing` finds mixing."""
+) -> bool:
+    """Raise :class:`NotPerSample` where :func:`find_mixing` finds mixing.
+
+    Returns:
+        Whether the batch could tell.
+    """
     fault = find_mixing(capture, run, batch, rows, source)
     if fault is not None:
         raise NotPerSample(fault)
+    return can_tell(batch, rows, capture.views, capture.axis)

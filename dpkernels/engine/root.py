@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ class RootForward(CapturedForward):
             )
         capture.samples = rows // capture.views
         try:
-            if capture.tried is None and capture.samples > 1:
+            if capture.due():
                 self._try((args, kwargs), rows)
             capture.marked = False
             try:
@@ -53,24 +55,22 @@ class RootForward(CapturedForward):
         finally:
             samples, capture.samples = capture.samples, None
         if capture.empty:
-            output = tree_map(lambda t: self._no_rows(t, rows), output)
-        for leaf in leaves_of(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(_Begin(capture, samples, capture.marked))
+            output = self._no_rows(output, rows)
+        begin = _Begin(capture, samples, capture.marked)
+        for leaf in _returned(output):
+            if leaf.requires_grad:
+                leaf.register_hook(begin)
         return output
 
     def _try(self, batch: Any, rows: int) -> None:
         """Refuse a model in which the samples of this batch mix."""
         if self.capture.probe is not None:
-            with self.capture.trial():
-                self.capture.probe(self.capture, self._trial, batch, rows)
+            self.capture.trial(self.capture.probe, self._trial, batch, rows)
 
     def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
         """The tensors that a forward pass over `batch` returns."""
         args, kwargs = batch
-        leaves = leaves_of(self.original(*args, **kwargs))
-        leaves = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in leaves]
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return list(_returned(self.original(*args, **kwargs)))
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = self.capture.axis
@@ -94,25 +94,59 @@ class RootForward(CapturedForward):
         shape[axis] = self.capture.views
         return leaf.new_zeros(shape)
 
-    def _no_rows(self, leaf: Any, rows: int) -> Any:
+    def _no_rows(self, output: Any, rows: int) -> Any:
         axis = self.capture.axis
-        if isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
-            return leaf.narrow(axis, 0, 0).clone()
-        return leaf
+
+        def one(leaf: Any) -> Any:
+            if _is_record(leaf):
+                return replace(leaf, **{n: self._no_rows(v, rows) for n, v in _fields(leaf)})
+            if isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
+                return leaf.narrow(axis, 0, 0).clone()
+            return leaf
+
+        return tree_map(one, output)
+
+
+def _is_record(leaf: Any) -> bool:
+    """Whether a leaf is a dataclass, which PyTorch does not look into."""
+    return is_dataclass(leaf) and not isinstance(leaf, type)
+
+
+def _fields(record: Any) -> list[tuple[str, Any]]:
+    return [(f.name, getattr(record, f.name)) for f in fields(record) if f.init]
+
+
+def _returned(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an output."""
+    for leaf in leaves_of(output):
+        if isinstance(leaf, PackedSequence):
+            yield leaf.data
+        elif isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif _is_record(leaf):
+            yield from _returned([value for _, value in _fields(leaf)])
 
 
 class _Begin:
-    """Tensor hook on the model's outputs: tells the sink that a backward pass has reached it."""
+    """Tensor hook on the outputs of one forward pass: a backward pass has reached it."""
 
     def __init__(self, capture: ModelCapture, samples: int, marked: bool):
         self.capture = capture
         self.samples = samples
         self.marked = marked
+        self._pass: int | None = None
 
     def __call__(self, grad: torch.Tensor) -> None:
         sink, axis = self.capture.sink, self.capture.axis
         if sink is None or (self.marked and not self.capture.wants_this_backward()):
             return
+        under_way = torch._C._current_graph_task_id()
+        if self._pass not in (None, under_way):
+            raise NotPerSample(
+                "backward(): a second backward pass through the same forward pass would clip and "
+                "add every sample twice; call backward() once, on the sum of the losses"
+            )
+        self._pass = under_way
         sink.begin(self.samples)
         rows = grad.movedim(axis, 0) if grad.ndim > axis else grad
         if rows.ndim and len(rows) and len(rows) % self.samples == 0:

@@ -106,8 +106,12 @@ class UnitForward(CapturedForward):
         super().__init__(module, name, capture)
         self.axis = axis
         self.loop_reason: str | None = None
-        #: by the numbers of axes of the outputs of one sample: the sample axis of each output
-        self._output_axes: dict[tuple[int, ...], list[int | None]] = {}
+        #: by the sample axes of the arguments and the numbers of axes of the outputs of one sample:
+        #: the sample axis of each output
+        self._output_axes: dict[tuple[Any, ...], list[int | None]] = {}
+        #: places of arguments, among how many, whose first axis had another length than the batch:
+        #: a mask [T, T] stays everybody's in a batch of T samples
+        self._shared: set[tuple[int, int]] = set()
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +164,7 @@ class UnitForward(CapturedForward):
         if known is None:
             leaves, spec = tree_flatten((args, kwargs))
             rows = self._rows(leaves)
-            axes = [self.axis if self._has_rows(leaf, rows) else None for leaf in leaves]
+            axes = [self._axis_of(leaf, rows, (i, len(leaves))) for i, leaf in enumerate(leaves)]
 
             def run(values: list[Any]) -> Any:
                 arguments, keywords = tree_unflatten(values, spec)
@@ -185,8 +189,14 @@ class UnitForward(CapturedForward):
 
         return UnitCall(leaves, axes, run, self.capture.samples_for(rows, self.name))
 
-    def _has_rows(self, leaf: Any, rows: int) -> bool:
-        return torch.is_tensor(leaf) and leaf.ndim > self.axis and leaf.shape[self.axis] == rows
+    def _axis_of(self, leaf: Any, rows: int, place: tuple[int, int]) -> int | None:
+        """The sample axis of an argument; None where it is the same for every sample."""
+        if not torch.is_tensor(leaf) or leaf.ndim <= self.axis:
+            return None
+        length = leaf.shape[self.axis]
+        if length not in (1, rows):
+            self._shared.add(place)
+        return self.axis if length == rows and place not in self._shared else None
 
     def _axes_of(
         self,
@@ -197,10 +207,10 @@ class UnitForward(CapturedForward):
         """The sample axis of each output, found out by the first call that has two samples."""
         if call.samples == 1:
             return [None] * len(outputs)
-        shape = tuple(t.ndim for t in outputs)
-        if shape not in self._output_axes:
-            self._output_axes[shape] = self._verify(call, slots)
-        return self._output_axes[shape]
+        kind = (*call.axes, *(t.ndim for t in outputs))
+        if kind not in self._output_axes:
+            self._output_axes[kind] = self._verify(call, slots)
+        return self._output_axes[kind]
 
     def _verify(self, call: UnitCall, slots: list[Slot]) -> list[int | None]:
         """The sample axis of each output; refuses a unit that is not its samples put together.

@@ -166,7 +166,7 @@ class Lockstep:
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(lambda _, place=place: note(place))
 
-    def _alone(self, run: Callable[..., None], *args: Any) -> None:
+    def _alone(self, run: Callable[..., object], *args: Any) -> None:
         """Run what makes passes of its own, whose gradients are not the training's."""
         sink, self._inside = self.capture.sink, True
         try:

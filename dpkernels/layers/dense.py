@@ -47,6 +47,7 @@ class TransposedLinearRule(Rule):
         cls = type(module)
         return (
             f"{cls.__module__}.{cls.__qualname__}" == "transformers.pytorch_utils.Conv1D"
+            and "forward" not in module.__dict__
             and set(module._parameters) == {"weight", "bias"}
             and not module._modules
         )

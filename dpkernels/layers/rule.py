@@ -69,9 +69,9 @@ class Rule:
     def applies(self, module: nn.Module) -> bool:
         """Whether this rule holds for the module as it stands.
 
-        A subclass that overrides one of `methods` computes something else and is left to the
-        generic fallback; so is a module with a parameter that the rule does not know. Tensors that
-        parametrizations compute count as the parameters that they stand for.
+        A subclass or an instance that overrides one of `methods` computes something else and is
+        left to the generic fallback; so is a module with a parameter that the rule does not know.
+        Tensors that parametrizations compute count as the parameters that they stand for.
         """
         base = next((b for b in self.handles if isinstance(module, b)), None)
         if base is None:
@@ -81,6 +81,7 @@ class Rule:
         computed = set(getattr(module, "parametrizations", ()))
         return (
             all(getattr(cls, m) is getattr(base, m) for m in self.methods)
+            and not any(m in module.__dict__ for m in self.methods)
             and own | computed <= set(self.parameters)
             and set(module._modules) <= {"parametrizations"}
         )

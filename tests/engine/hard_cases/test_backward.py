@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.engine.support import (
     Call,
@@ -106,6 +108,57 @@ def test_nested_inputs_and_outputs() -> None:
 
     torch.manual_seed(0)
     assert_private(Nested().double(), loss, (values(4, 4),))
+
+
+@dataclass
+class Record:
+    """An output whose tensors PyTorch does not find."""
+
+    logits: torch.Tensor
+    extra: object = None
+
+
+def test_dataclasses_as_outputs() -> None:
+    """They begin a pass, also ahead of a reentrant checkpoint, and empty batches pass through."""
+
+    class Recorded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> Record:
+            hidden = checkpoint(self.one, x, use_reentrant=True)
+            return Record(checkpoint(self.two, hidden, use_reentrant=True), {"hidden": hidden})
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return model(batch[0].requires_grad_()).logits.square().sum(1).mean()
+
+    torch.manual_seed(0)
+    x = values(4, 4)
+    model = Recorded().double()
+    assert_private(model, loss, (x,))
+    _, model, _, _ = made_private(model, x)
+    output = model(x[:0])
+    assert output.logits.shape == (0, 3)
+    assert output.extra["hidden"].shape == (0, 4)
+
+
+class Tenfold:
+    """A forward in the place of a layer's own, as libraries patch them in."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 10 * type(self.layer).forward(self.layer, x)
+
+
+def test_a_layer_whose_instance_has_a_forward_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(6, 3)).double()
+    for layer in (model[0], model[2]):
+        layer.forward = Tenfold(layer)
+    assert_private(model, squared_loss, (values(4, 1, 5),))
 
 
 class Scaled(nn.Linear):

@@ -12,7 +12,7 @@ from tests.engine.support import (
     squared_loss,
     values,
 )
-from tests.engine.truth import assert_private
+from tests.engine.truth import assert_private, microbatching, relative_error
 
 
 class Shared(nn.Module):
@@ -47,3 +47,38 @@ def test_layers_beside_bare_parameters_keep_their_rules() -> None:
 def test_bare_parameters_that_do_not_broadcast(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     assert_private(Shared().double(), squared_loss, (values(*shape),))
+
+
+class Masked(nn.Module):
+    """A unit that takes a mask [T, T] beside the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(5, 5) / 2)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = x @ self.mixing
+        return (hidden @ hidden.transpose(1, 2) + mask).softmax(-1) @ hidden
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention = nn.Linear(5, 5), Masked()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.full((x.shape[1],) * 2, -1e4, dtype=x.dtype).triu(1)
+        return self.attention(self.first(x), mask)
+
+
+def test_a_mask_as_long_as_the_batch_is_not_taken_for_samples() -> None:
+    torch.manual_seed(0)
+    model, x = Causal().double(), values(8, 6, 5)
+    _, wrapped, optimizer, _ = made_private(model, x)
+    for samples in (8, 6):
+        optimizer.zero_grad()
+        squared_loss(wrapped, (x[:samples],)).backward()
+    wrapped.to_standard_module()
+    expected = microbatching(model, squared_loss, (x[:6],), 1.0, expected_batch_size=8)
+    for name, p in model.named_parameters():
+        assert relative_error(p.grad, expected.gradients[name]) < 1e-9

@@ -1,0 +1,102 @@
+"""The trial run: batches that cannot tell, generators that it shares, mixing below its rounding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.engine.support import Call, ids, made_private, squared_loss, values
+
+
+def _centred(model: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+    hidden = model["first"](x)
+    return model["second"](hidden - hidden.mean(0, keepdim=True))
+
+
+def _two_layers() -> nn.ModuleDict:
+    return nn.ModuleDict({"first": nn.Linear(5, 5), "second": nn.Linear(5, 3)})
+
+
+def test_a_batch_that_is_all_alike_is_not_the_trial() -> None:
+    """Zeros that a user runs through the model by hand show no mixing."""
+    torch.manual_seed(0)
+    x = values(4, 5).float()
+    _, model, _, _ = made_private(Call(_two_layers(), _centred), x)
+    model(torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="sample 1 move"):
+        model(x)
+
+
+def test_first_and_last_sample_alike_are_replaced_by_others() -> None:
+    torch.manual_seed(0)
+    x = values(4, 5).float()
+    x[3] = x[0]
+    _, model, _, _ = made_private(Call(_two_layers(), _centred), x)
+    with pytest.raises(ValueError, match="sample 1 move"):
+        model(x)
+
+
+def test_a_check_on_a_batch_that_is_all_alike_is_refused() -> None:
+    x = values(4, 5).float()
+    engine, model, _, _ = made_private(nn.Linear(5, 3), x)
+    with pytest.raises(ValueError, match="two samples or more that differ"):
+        engine.check_per_sample(model, nn.MSELoss(), (torch.ones(4, 5), torch.ones(4, 3)))
+
+
+class Sorted(nn.Module):
+    """Sequences by falling length, as for packing by hand: rows of a layer are not the batch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(11, 4), nn.Linear(4, 3)
+
+    def forward(self, indices: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        order = lengths.argsort(descending=True, stable=True)
+        return self.layer(self.embedding(indices)[order].tanh())[order.argsort()]
+
+
+def test_three_samples_are_tried_after_two() -> None:
+    """Once one of two has taken the other's place, their order cannot be told."""
+    torch.manual_seed(0)
+    _, model, _, _ = made_private(Sorted(), ids(3, 5))
+    model(ids(2, 5), torch.tensor([4, 3]))
+    with pytest.raises(ValueError, match="'layer': the activations of sample 1 move"):
+        model(ids(3, 5), torch.tensor([4, 3, 2]))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_layers_skipped_by_other_generators(draw: Callable[[], float]) -> None:
+    """The runs of a trial draw the same numbers, and leave every generator where it was."""
+
+    def skipping(model: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(8):
+            x = model["first"](x) if draw() < 0.5 else x
+        return model["second"](x)
+
+    x = values(4, 5).float()
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    expected = [draw() for _ in range(9)][8]
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    _, model, _, _ = made_private(Call(_two_layers(), skipping), x)
+    squared_loss(model, (x,)).backward()
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("samples", [64, 256])
+def test_statistics_of_a_large_batch_in_half_precision(samples: int) -> None:
+    """One sample of many moves the others by less than bfloat16 rounds."""
+    torch.manual_seed(0)
+    x = torch.randn(samples, 5)
+    _, model, _, _ = made_private(Call(_two_layers(), _centred), x)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="when sample 0 is replaced"),
+    ):
+        model(x)
