@@ -26,6 +26,41 @@ void tile_rows(const float* (&rows)[kTile], const float* sample, const Rows& of,
     }
 }
 
+// Adds every vector's two halves, and puts the sums of two vectors side by side: half as many.
+template <int Count>
+DPK_INLINE void fold(Floats (&sums)[Count]) {
+    if constexpr (Count > 1) {
+        Ints even, odd;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            even[lane] = 2 * lane;
+            odd[lane] = 2 * lane + 1;
+        }
+        Floats folded[Count / 2];
+        for (int i = 0; i < Count / 2; ++i) {
+            folded[i] = __builtin_shuffle(sums[2 * i], sums[2 * i + 1], even) +
+                        __builtin_shuffle(sums[2 * i], sums[2 * i + 1], odd);
+        }
+        fold(folded);
+        sums[0] = folded[0];
+    }
+}
+
+// dots[i][j]: the sum of the lanes of sums[i][j]
+DPK_INLINE void lane_sums(float (&dots)[kTile][kTile], Floats (&sums)[kTile][kTile]) {
+    if constexpr (kTile * kTile == kLanes) {
+        auto& all = reinterpret_cast<Floats(&)[kLanes]>(sums);
+        fold(all);
+        std::memcpy(dots, &all[0], sizeof(dots));
+    } else {
+        for (int i = 0; i < kTile; ++i) {
+            for (int j = 0; j < kTile; ++j) {
+                dots[i][j] = 0.0f;
+                for (int lane = 0; lane < kLanes; ++lane) dots[i][j] += sums[i][j][lane];
+            }
+        }
+    }
+}
+
 // dots[i][j] = <left_i, right_j>
 void dot_tile(float (&dots)[kTile][kTile], const float* const (&left)[kTile],
               const float* const (&right)[kTile], std::int64_t features) {
@@ -39,14 +74,10 @@ void dot_tile(float (&dots)[kTile][kTile], const float* const (&left)[kTile],
             for (int i = 0; i < kTile; ++i) sums[i][j] += l[i] * r;
         }
     }
-    for (int i = 0; i < kTile; ++i) {
-        for (int j = 0; j < kTile; ++j) {
-            float sum = 0.0f;
-            for (int lane = 0; lane < kLanes; ++lane) sum += sums[i][j][lane];
-            for (std::int64_t rest = k; rest < features; ++rest) {
-                sum += left[i][rest] * right[j][rest];
-            }
-            dots[i][j] = sum;
+    lane_sums(dots, sums);
+    for (std::int64_t rest = k; rest < features; ++rest) {
+        for (int i = 0; i < kTile; ++i) {
+            for (int j = 0; j < kTile; ++j) dots[i][j] += left[i][rest] * right[j][rest];
         }
     }
 }

@@ -168,14 +168,19 @@ def linear_operands(
     activations: torch.Tensor,
     backprops: torch.Tensor,
     weight: Part | None,
-    bias: Part | None,
+    *biases: Part | None,
 ) -> Found:
-    """Operands of one projection: activations [rows, *, I], backprops [rows, *, O]."""
+    """Operands of one projection: activations [rows, *, I], backprops [rows, *, O].
+
+    Biases that are added up have one gradient, which is formed once.
+    """
     grad = backprops.reshape(len(backprops), -1, backprops.shape[-1])
     grad = merge_rows(grad, recorder.samples)
     if weight is not None and recorder.wants(weight.parameter):
         x = activations.reshape(len(activations), -1, activations.shape[-1])
         x = merge_rows(x, recorder.samples).to(grad.dtype)
         yield weight.found(LinearOperand(x, grad))
-    if bias is not None and recorder.wants(bias.parameter):
-        yield bias.found(StoredOperand(ops.bias_last_grad_sample(grad)))
+    wanted = [b for b in biases if b is not None and recorder.wants(b.parameter)]
+    if wanted:
+        operand = StoredOperand(ops.bias_last_grad_sample(grad))
+        yield from (bias.found(operand) for bias in wanted)

@@ -119,5 +119,4 @@ def conv_magnitude(
 
 def _norms(tensor: torch.Tensor) -> torch.Tensor:
     """[B], float64: norms of the rows of a tensor [B, ...]."""
-    rows = tensor.to(result_dtype(tensor)).reshape(len(tensor), -1)
-    return of_values(squared_norms(rows))
+    return of_values(squared_norms(tensor.to(result_dtype(tensor))))

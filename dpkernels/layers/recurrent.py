@@ -255,13 +255,17 @@ class RecurrentRule(CompositeRule):
             data: torch.Tensor, before: torch.Tensor, hidden: torch.Tensor | None, backprops: Any
         ) -> Found:
             at_input, at_state = by_row(backprops.input), by_row(backprops.state)
-            yield from linear_operands(recorder, by_row(data), at_input, own.weight_ih, own.bias_ih)
+            biases = [own.bias_ih, own.bias_hh]
+            at_first = 2 if cell.one_bias else 1
             yield from linear_operands(
-                recorder, by_row(before), at_state, own.weight_hh, own.bias_hh
+                recorder, by_row(data), at_input, own.weight_ih, *biases[:at_first]
+            )
+            yield from linear_operands(
+                recorder, by_row(before), at_state, own.weight_hh, *biases[at_first:]
             )
             if hidden is not None:
                 at_output = by_row(backprops.projection)
-                yield from linear_operands(recorder, by_row(hidden), at_output, own.weight_hr, None)
+                yield from linear_operands(recorder, by_row(hidden), at_output, own.weight_hr)
 
         def receive(*parts: Any) -> None:
             recorder.receive(by_row(parts[-1].input), operands(*parts))

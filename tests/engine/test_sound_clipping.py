@@ -187,6 +187,15 @@ def test_norms_of_long_rows_do_not_stagnate() -> None:
     assert squared_norms(row.double()).item() == pytest.approx(exact, rel=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 9, 600), (1, 3, 256), (5, 1, 300)])
+def test_norms_of_rows_that_lie_position_by_position(shape: tuple[int, ...]) -> None:
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    exact = rows.double().flatten(1).square().sum(1)
+    scattered = rows.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(squared_norms(scattered).double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(squared_norms(scattered.double()), exact, rtol=1e-14, atol=0)
+
+
 def test_margins_are_small_where_nothing_cancels() -> None:
     """The bound costs utility: less than a percent of the norm for random operands."""
     operand = linear(*factors(spread, "wide"))

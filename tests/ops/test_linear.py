@@ -93,6 +93,23 @@ def test_any_memory_layout(name: str, layout: str) -> None:
     assert_as_exact_as_torch(ops.linear_norm_sq(activations, grad_output), *square_sums(grads))
 
 
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("name", ["odd", "one sample", "empty batch", "no positions"])
+def test_positions_first_in_memory(name: str, which: tuple[bool, bool]) -> None:
+    """[T, B, F] seen as [B, T, F], as recurrent layers have it: one operand or both."""
+    activations, grad_output = (
+        tensor.transpose(0, 1).contiguous().transpose(0, 1) if first else tensor
+        for tensor, first in zip(operands(name, torch.float32), which, strict=True)
+    )
+    grads = truths(activations, grad_output)
+    factor = torch.linspace(0.0, 1.0, len(activations))
+    sums = tuple(torch.einsum("b,boi->oi", factor.to(grad.dtype), grad) for grad in grads)
+    clipped = ops.linear_clipped_grad(activations, grad_output, factor)
+    assert_as_exact_as_torch(clipped, *sums)
+    assert_as_exact_as_torch(ops.linear_grad_sample(activations, grad_output), *grads)
+    assert_as_exact_as_torch(ops.linear_norm_sq(activations, grad_output), *square_sums(grads))
+
+
 @pytest.mark.parametrize("form", [library.gram_norm_sq, library.recompute_norm_sq])
 @pytest.mark.parametrize("name", shapes.LINEAR)
 def test_every_norm_strategy(name: str, form: object, monkeypatch: pytest.MonkeyPatch) -> None:

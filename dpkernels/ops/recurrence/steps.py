@@ -38,11 +38,10 @@ class Steps:
 
 def running(state: torch.Tensor, size: int) -> torch.Tensor:
     """The samples of a state that a step takes."""
-    return state if len(state) == size else state[:size]
+    return state if state.size(0) == size else state[:size]
 
 
 def replaced(state: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """The state after a step that took its first samples."""
-    if len(state) == len(new):
-        return new
-    return torch.cat([new, state[len(new) :]])
+    size = new.size(0)
+    return new if state.size(0) == size else torch.cat([new, state[size:]])
