@@ -45,21 +45,17 @@ def lstm(
     cell, cell_tanh, hidden = (gates.new_empty(len(gates), width) for _ in range(3))
     output = hidden if weight_hr is None else gates.new_empty(len(gates), len(weight_hr))
     sums, cells, hiddens, outputs = map(steps.split, (gates, cell, hidden, output))
-    results = [t.data_ptr() for t in (cell, cell_tanh, hidden)]
+    at_gates, *results = (t.data_ptr() for t in (gates, cell, cell_tanh, hidden))
     kernel, launch = native.extension(gates).lstm_step, native.launch_on(gates)
-    c = c.contiguous()
-    before: list[torch.Tensor] = [h] * len(sums)
-    before_c: list[torch.Tensor] = [c] * len(sums)
+    first_h, first_c, c = h, c, c.contiguous()
     for t in steps.order():
         size = sizes[t]
-        before[t], before_c[t] = running(h, size), running(c, size)
-        sums[t].addmm_(before[t], recurrent)
-        old = before_c[t].data_ptr()
-        kernel(gates.data_ptr(), old, *results, steps.firsts[t], size, width, launch)
+        sums[t].addmm_(running(h, size), recurrent)
+        kernel(at_gates, c.data_ptr(), *results, steps.firsts[t], size, width, launch)
         if weight_hr is not None:
             torch.mm(hiddens[t], weight_hr.t(), out=outputs[t])
         h, c = replaced(h, outputs[t]), replaced(c, cells[t])
-    saved = [torch.cat(before), gates, torch.cat(before_c), cell_tanh]
+    saved = [steps.before(first_h, output), gates, steps.before(first_c, cell), cell_tanh]
     return [output, h.clone(), c.clone(), *saved, *([] if weight_hr is None else [hidden])]
 
 

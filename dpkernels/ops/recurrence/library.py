@@ -37,20 +37,18 @@ def lstm(
     if weight_hr is not None:
         output = gates.new_empty(len(gates), len(weight_hr))
         outputs = steps.split(output)
-    before: list[torch.Tensor] = [h] * len(step)
-    before_c: list[torch.Tensor] = [c] * len(step)
+    first_h, first_c = h, c
     for t in steps.order():
-        before[t], before_c[t] = running(h, sizes[t]), running(c, sizes[t])
-        step[t].addmm_(before[t], recurrent)
+        step[t].addmm_(running(h, sizes[t]), recurrent)
         in_forgets[t].sigmoid_()
         news[t].tanh_()
         outs[t].sigmoid_()
-        torch.mul(forgets[t], before_c[t], out=cells[t]).addcmul_(ins[t], news[t])
+        torch.mul(forgets[t], running(c, sizes[t]), out=cells[t]).addcmul_(ins[t], news[t])
         torch.mul(outs[t], torch.tanh(cells[t], out=tanhs[t]), out=hiddens[t])
         if weight_hr is not None:
             torch.mm(hiddens[t], weight_hr.t(), out=outputs[t])
         h, c = replaced(h, outputs[t]), replaced(c, cells[t])
-    saved = [torch.cat(before), gates, torch.cat(before_c), cell_tanh]
+    saved = [steps.before(first_h, output), gates, steps.before(first_c, cell), cell_tanh]
     return [output, h.clone(), c.clone(), *saved, *([] if weight_hr is None else [hidden])]
 
 

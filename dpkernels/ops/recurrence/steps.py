@@ -35,6 +35,18 @@ class Steps:
         """[N, ...] -> one view per step."""
         return data.split(self.sizes)
 
+    def before(self, first: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """[N, F], the state before each step, of the first one, [B, F], and those after each."""
+        batch, rows = self.sizes[0], len(after)
+        if self.sizes[-1] == batch:
+            pieces = [after[batch:], first] if self.reverse else [first, after[: rows - batch]]
+            return torch.cat(pieces)
+        each, later = self.split(after), [*self.sizes[1:], 0]
+        if not self.reverse:
+            return torch.cat([first, *(state[:size] for state, size in zip(each, later))])
+        begun = [first[size:until] for size, until in zip(later, self.sizes)]
+        return torch.cat([piece for both in zip([*each[1:], first[:0]], begun) for piece in both])
+
 
 def running(state: torch.Tensor, size: int) -> torch.Tensor:
     """The samples of a state that a step takes."""
