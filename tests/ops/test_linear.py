@@ -102,10 +102,11 @@ def test_positions_first_in_memory(name: str, which: tuple[bool, bool]) -> None:
         for tensor, first in zip(operands(name, torch.float32), which, strict=True)
     )
     grads = truths(activations, grad_output)
-    factor = torch.linspace(0.0, 1.0, len(activations))
-    sums = tuple(torch.einsum("b,boi->oi", factor.to(grad.dtype), grad) for grad in grads)
-    clipped = ops.linear_clipped_grad(activations, grad_output, factor)
-    assert_as_exact_as_torch(clipped, *sums)
+    for lowest in (0.0, 0.2):
+        factor = torch.linspace(lowest, 1.0, len(activations))
+        sums = tuple(torch.einsum("b,boi->oi", factor.to(grad.dtype), grad) for grad in grads)
+        clipped = ops.linear_clipped_grad(activations, grad_output, factor)
+        assert_as_exact_as_torch(clipped, *sums)
     assert_as_exact_as_torch(ops.linear_grad_sample(activations, grad_output), *grads)
     assert_as_exact_as_torch(ops.linear_norm_sq(activations, grad_output), *square_sums(grads))
 
