@@ -9,6 +9,7 @@ is one backward pass, and no ordinary weight gradient is ever formed.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,12 +19,19 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from dpkernels.engine.capture import ModelCapture, NotPerSample
-from dpkernels.layers.operands import Operand
+from dpkernels.layers.fold import sum_rows
+from dpkernels.layers.operands import Operand, StoredOperand
 from dpkernels.layers.rule import Rule
 
 
 class LayerCall:
-    """One call of one layer: everything its backward needs besides the saved tensors."""
+    """One call of one layer: everything its backward needs besides the saved tensors.
+
+    Attributes:
+        owner: the layer's capture.
+        samples: number of samples.
+        wanted: names of the trained tensors whose gradients the layer's rule makes.
+    """
 
     def __init__(self, owner: LayerForward, samples: int, wanted: frozenset[str]):
         self.owner = owner
@@ -37,6 +45,28 @@ class LayerCall:
         with swapped((module, n, own_parameter(module, n).detach()) for n in self.wanted):
             yield
 
+    def for_each(self, name: str, rows: int) -> torch.Tensor:
+        """[rows, *shape]: one of the layer's tensors, once for every row of its input.
+
+        Where it is trained, what autograd finds for it goes to the sink.
+        """
+        value = getattr(self.owner.module, name).detach()
+        if name not in self.wanted:
+            return value.expand(rows, *value.shape)
+        self.wanted -= {name}
+        anchor = self.owner.capture.anchor
+        return PerSample.apply(anchor, value, functools.partial(self._receive, name), rows)
+
+    def _receive(self, name: str, grad_rows: torch.Tensor) -> None:
+        """What autograd found for one of the layer's tensors, [rows, *shape]."""
+        owner, sink = self.owner, self.owner.capture.sink
+        if sink is None or not owner.capture.wants_this_backward():
+            return
+        sink.begin(self.samples)
+        found = StoredOperand(sum_rows(grad_rows, self.samples))
+        for parameter, gradient in self.trace(name, found):
+            sink.add(parameter, gradient, self.samples, owner.name)
+
     def backward(self, backprops: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> None:
         owner, sink = self.owner, self.owner.capture.sink
         if sink is None:
@@ -46,6 +76,8 @@ class LayerCall:
             backprops = backprops.transpose(0, 1)
             saved = tuple(t.transpose(0, 1) for t in saved)
         sink.saw(owner.name, "backprops", backprops, self.samples)
+        if not self.wanted:
+            return
         found = owner.rule.operands(owner.module, saved, backprops, self.samples, self.wanted)
         for name, operand in found:
             for parameter, gradient in self.trace(name, operand):
@@ -75,6 +107,28 @@ class _Mark(torch.autograd.Function):
         if backprops is not None and capture.wants_this_backward():
             ctx.call.backward(backprops.detach(), ctx.saved_tensors)
         return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
+
+
+class PerSample(torch.autograd.Function):
+    """[*shape] -> [B, *shape]: a parameter, once for every sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,
+        value: torch.Tensor,
+        receive: Callable[[torch.Tensor], None],
+        samples: int,
+    ) -> torch.Tensor:
+        ctx.receive = receive
+        ctx.set_materialize_grads(False)
+        return value.expand(samples, *value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sample: torch.Tensor | None) -> tuple[None, ...]:
+        if grad_sample is not None:
+            ctx.receive(grad_sample.detach())
+        return (None, None, None, None)
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
@@ -159,9 +213,12 @@ class LayerForward(CapturedForward):
         sink.saw(self.name, "activations", x.movedim(self.axis, 0), samples)
         call = self.call(samples, wanted)
         with call.detached():
-            output, saved = self.rule.forward(
-                self.module, x, lambda: self.original(*args, **kwargs)
-            )
+            output = self.rule.forward_each(self.module, x, call.for_each)
+            saved: tuple[torch.Tensor, ...] = ()
+            if output is None:
+                output, saved = self.rule.forward(
+                    self.module, x, lambda: self.original(*args, **kwargs)
+                )
         if output._is_view():
             output = torch.ops.aten._unsafe_view(output, output.shape)
         capture.marked = True

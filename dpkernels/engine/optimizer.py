@@ -186,16 +186,17 @@ class FusedDPOptimizer(ReleasingOptimizer):
         if samples is None:
             raise ValueError("gradients: expected those of a backward pass under way, got none")
         scale = self._sample_scale(samples)
-        norm_sq = {p: self._norm_sq(g) * scale**2 for p, g in gradients.gradients.items()}
+        norm_sq = [self._norm_sq(gradient) for gradient in gradients.gradients.values()]
         if not norm_sq or gradients.empty:
             self.last_step = None
             return {}
-        total = total_norm_sq(norm_sq.values())
+        total = total_norm_sq(torch._foreach_mul(norm_sq, scale**2))
         if self.drops_overflow():
             warn_of_overflow(total)
         else:
             gradients.refuse_not_finite(total)
-        bound_sq = {p: g.bound_sq() * scale**2 for p, g in gradients.gradients.items()}
+        bounds = [gradient.bound_sq() for gradient in gradients.gradients.values()]
+        bound_sq = dict(zip(gradients.gradients, torch._foreach_mul(bounds, scale**2), strict=True))
         factors = self.clipping.factors(bound_sq, float(self.max_grad_norm))
         self.clipping.observe(factors)
         distinct = list({id(f): f for f in factors.values()}.values())

@@ -21,32 +21,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dpkernels.engine.capture import ModelCapture, NotPerSample
-from dpkernels.engine.forward import CapturedForward, own_parameter, refuse_packed, swapped
+from dpkernels.engine.forward import (
+    CapturedForward,
+    PerSample,
+    own_parameter,
+    refuse_packed,
+    swapped,
+)
 from dpkernels.layers.operands import StoredOperand
 from dpkernels.layers.sequence import sample_axes
-
-
-class _PerSample(torch.autograd.Function):
-    """[*shape] -> [B, *shape]: a parameter, once for every sample."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: torch.Tensor,
-        value: torch.Tensor,
-        receive: Callable[[torch.Tensor], None],
-        samples: int,
-    ) -> torch.Tensor:
-        ctx.receive = receive
-        ctx.set_materialize_grads(False)
-        return value.expand(samples, *value.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad_sample: torch.Tensor | None) -> tuple[None, ...]:
-        if grad_sample is not None:
-            ctx.receive(grad_sample.detach())
-        return (None, None, None, None)
-
 
 #: a module, the name of one of its parameters, the parameter
 Slot = tuple[nn.Module, str, nn.Parameter]
@@ -261,7 +244,7 @@ class UnitForward(CapturedForward):
                 sink.begin(samples)
                 sink.add(parameter, StoredOperand(grad_sample), samples, self.name)
 
-        return _PerSample.apply(self.capture.anchor, parameter.detach(), receive, samples)
+        return PerSample.apply(self.capture.anchor, parameter.detach(), receive, samples)
 
     def _slots(self) -> list[Slot]:
         """Every place below the unit where a trained parameter sits."""

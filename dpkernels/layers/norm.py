@@ -46,6 +46,38 @@ class GroupNormRule(Rule):
         )
         return output, (input, *statistics)
 
+    def forward_each(
+        self,
+        module: nn.Module,
+        input: torch.Tensor,
+        for_each: Callable[[str, int], torch.Tensor],
+    ) -> torch.Tensor | None:
+        """The library's own kernels, to which every row is a channel more of one sample.
+
+        On their way to the input's gradient they form those of the weight and the bias.
+        """
+        rows, channels, *spatial = input.shape
+        positions = math.prod(spatial)
+        if input.device.type != "cpu" or not input.is_contiguous() or _autocast(input):
+            return None
+        if input.dtype.itemsize < 4 or input.numel() == 0 or positions == 1:
+            return None
+        tensors = (getattr(module, name) for name in ("weight", "bias"))
+        if any(t is not None and t.dtype != input.dtype for t in tensors):
+            return None
+        weight, bias = (
+            None if getattr(module, name) is None else for_each(name, rows).reshape(-1)
+            for name in ("weight", "bias")
+        )
+        one = input.view(1, rows * channels, *spatial)
+        if isinstance(module, nn.GroupNorm):
+            sizes = (1, rows * channels, positions, rows * module.num_groups, module.eps)
+            output = torch.native_group_norm(one, weight, bias, *sizes)[0]
+        else:
+            no_statistics = (None, None, True, 0.0)
+            output = torch.native_batch_norm(one, weight, bias, *no_statistics, module.eps)[0]
+        return output.view(input.shape)
+
     def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
         axes = (a for kind, a in _INSTANCE_AXES.items() if isinstance(module, kind))
         return input.ndim == next(axes, input.ndim) and input.ndim >= 2

@@ -47,6 +47,24 @@ class Rule:
         """
         return run(), (input,)
 
+    def forward_each(
+        self,
+        module: nn.Module,
+        input: torch.Tensor,
+        for_each: Callable[[str, int], torch.Tensor],
+    ) -> torch.Tensor | None:
+        """The layer's output with tensors of their own for every row; None where that costs more.
+
+        Autograd then finds the gradients of these tensors, :meth:`forward` and :meth:`operands`
+        are not asked. For layers whose backward pass finds them on its way to the input's.
+
+        Args:
+            module: the layer, its trained parameters out of autograd.
+            input: its input, [rows, ...].
+            for_each: by the name of a tensor and the number of rows, [rows, *shape].
+        """
+        return None
+
     def operands(
         self,
         module: nn.Module,

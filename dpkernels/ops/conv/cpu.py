@@ -17,7 +17,7 @@ __all__ = ["conv_clipped_grad", "conv_grad_sample", "conv_norm_sq", "strategy"]
 def strategy(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry) -> GradSample:
     """The function that forms per-sample gradients fastest for these shapes (by measurement)."""
     by_library = library.strategy(input, grad_output, geometry)
-    if by_library is library.pointwise_grad_sample:
+    if by_library is library.pointwise_grad_sample and not tiles.spare_a_copy(geometry):
         return by_library
     folds_well = by_library is library.grouped_grad_sample
     if tiles.is_faster(input, grad_output, geometry, folds_well):

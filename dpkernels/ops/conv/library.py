@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from dpkernels.ops import pages
 from dpkernels.ops.checks import kept_samples, result_dtype, why_not_exact
 from dpkernels.ops.conv import gram, output_size
 from dpkernels.ops.conv.geometry import Geometry
@@ -157,9 +158,9 @@ def pointwise_grad_sample(
     channels_in, channels_out = geometry.channels
     rows = input.shape[0] * geometry.groups
     grads = grad_output.reshape(rows, channels_out, -1)
-    return torch.bmm(grads, seen.reshape(rows, channels_in, -1).transpose(1, 2)).view(
-        input.shape[0], *geometry.weight_shape
-    )
+    result = pages.new_empty(input, (rows, channels_out, channels_in))
+    torch.bmm(grads, seen.reshape(rows, channels_in, -1).transpose(1, 2), out=result)
+    return result.view(input.shape[0], *geometry.weight_shape)
 
 
 def grouped_grad_sample(
@@ -183,7 +184,7 @@ def looped_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """One call per sample."""
-    result = input.new_empty((input.shape[0], *geometry.weight_shape))
+    result = pages.new_empty(input, (input.shape[0], *geometry.weight_shape))
     for sample, (seen, grad) in enumerate(zip(input.split(1), grad_output.split(1), strict=True)):
         result[sample] = batch_grad(seen, grad, geometry)
     return result

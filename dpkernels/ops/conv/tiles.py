@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops import native
+from dpkernels.ops import native, pages
 from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
 
 CHANNEL_BLOCK = 16
 """The library works on blocks of 16 channels: what is not a multiple is slow there, or padded."""
+
+TILE_COLUMNS = 6
+"""Weights of an output channel that a tile holds (csrc/cpu/conv_tile.h)."""
 
 LONGEST_ROW = 8192
 """The kernel packs whole rows of all channels: longer ones would need too much scratch."""
@@ -53,9 +56,14 @@ def is_faster(
     return positions >= POSITIONS_AT_BLOCK[geometry.axes] and set(geometry.stride) == {1}
 
 
+def spare_a_copy(geometry: Geometry) -> bool:
+    """Whether a kernel of one tap strides, so that a matrix product would copy its input first."""
+    return set(geometry.stride) != {1} and geometry.channels[0] >= TILE_COLUMNS
+
+
 def grad_sample(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """Per-sample gradients [B, *weight_shape]; float32 operands of any strides."""
-    result = input.new_empty((input.shape[0], *geometry.weight_shape))
+    result = pages.new_empty(input, (input.shape[0], *geometry.weight_shape))
     native.extension(input).conv_grad_sample(
         input.data_ptr(),
         native_strides(input),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from dpkernels.ops import pages
 from dpkernels.ops.checks import kept_samples, result_dtype, why_not_exact
 from dpkernels.ops.sums import squared_norms
 
@@ -40,10 +41,11 @@ def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> 
     """See the contract."""
     if grad_output.is_cuda and activations.dtype == grad_output.dtype in HALF_DTYPES:
         return torch.bmm(grad_output.transpose(1, 2), activations, out_dtype=torch.float32)
-    activations, grad_output = widened(activations, grad_output)
-    if activations.shape[1] == 1:
-        return grad_output.transpose(1, 2) * activations
-    return torch.bmm(grad_output.transpose(1, 2), activations)
+    activations, grad_output = widened(activations.detach(), grad_output.detach())
+    sides = grad_output.shape[0], grad_output.shape[2], activations.shape[2]
+    result = pages.new_empty(activations, sides)
+    multiply = torch.mul if activations.shape[1] == 1 else torch.bmm
+    return multiply(grad_output.transpose(1, 2), activations, out=result)
 
 
 def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
