@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,65 +25,15 @@ from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture import ModelCapture, NotPerSample
 from dpkernels.engine.forward import is_packed, leaves_of
-from dpkernels.layers.fold import merge_rows
-from dpkernels.layers.operands import Operand
+from dpkernels.engine.observer import Observer, Seen
 
 #: relative change of another sample's values that counts as rounding, by significand
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 3e-2
 #: the same where a repeated run gives the same bits
 _FINE_TOLERANCE = 1e-3
-#: values that a processor sums up in float64 at a time: what it can hold without going to memory
-_IN_CACHE = 2**16
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """Fingerprints of one tensor, [samples, 2]: sums and sums of squares per sample."""
-
-    layer: str
-    kind: str
-    shape: torch.Size
-    fingerprint: torch.Tensor
-    tolerance: float
-
-
-class _Observer:
-    """A sink that only looks: it keeps fingerprints and no gradients."""
-
-    def __init__(self) -> None:
-        self.samples: int | None = None
-        self.seen: list[_Seen] = []
-        #: by name, what the pass left in each buffer
-        self.buffers: dict[str, torch.Tensor] = {}
-
-    def reset(self) -> None:
-        self.samples = None
-
-    def begin(self, samples: int) -> None:
-        self.samples = samples
-
-    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
-        """Gradients are of no interest here."""
-
-    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
-        flat = merge_rows(rows.detach().reshape(len(rows), -1), samples)
-        fingerprint = _moments(flat.reshape(samples, -1))
-        tolerance = _TOLERANCE.get(rows.dtype, _COARSE_TOLERANCE)
-        if not rows.dtype.is_floating_point:
-            tolerance = _TOLERANCE[torch.float64]
-        self.seen.append(_Seen(layer, kind, rows.shape, fingerprint, tolerance))
-
-
-def _moments(values: torch.Tensor) -> torch.Tensor:
-    """[samples, 2] float64: sum and sum of squares of each row of `values` [samples, n]."""
-    moments = torch.zeros(len(values), 2, dtype=torch.float64, device=values.device)
-    width = values.shape[1] if values.is_cuda else max(1, _IN_CACHE // max(1, len(values)))
-    for piece in values.split(max(1, width), 1):
-        exact = piece.double()
-        moments[:, 0] += exact.sum(1)
-        moments[:, 1] += exact.square().sum(1)
-    return moments
+#: below this, float32 has fewer digits
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.compiler.disable(recursive=False)
@@ -116,6 +65,7 @@ def find_mixing(
     if not can_tell(batch, rows, views, capture.axis):
         return None
     source %= samples
+    batch = tree_map(_apart, batch, is_leaf=is_packed)
     replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
     with _own_random_numbers(capture.root):
         seed = int(torch.randint(2**31, ()))
@@ -180,8 +130,8 @@ def _own_random_numbers(model: nn.Module) -> Iterator[None]:
 
 def _observe(
     capture: ModelCapture, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
-) -> _Observer:
-    sink, observer = capture.sink, _Observer()
+) -> Observer:
+    sink, observer = capture.sink, Observer()
     capture.sink = observer
     try:
         with _kept_buffers(capture.root):
@@ -190,9 +140,9 @@ def _observe(
             np.random.seed(seed)  # noqa: NPY002
             outputs = [t for t in run(batch) if t.requires_grad]
             torch.manual_seed(seed + 1)
-            total = [_curved(t) if t.ndim > capture.axis else t.sum() for t in outputs]
-            if total:
-                torch.stack([t.double() for t in total]).sum().backward()
+            slopes = [_slopes(t) if t.ndim > capture.axis else torch.ones_like(t) for t in outputs]
+            if outputs:
+                torch.autograd.backward(outputs, slopes)
             buffers = capture.root.named_buffers()
             observer.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
     finally:
@@ -200,31 +150,31 @@ def _observe(
     return observer
 
 
-def _curved(output: torch.Tensor) -> torch.Tensor:
-    """A stand-in loss that is a sum over samples and whose gradient depends on the output."""
-    values = output.float() if output.dtype.itemsize < 4 else output
-    return (values * torch.rand_like(values) + values.square() / 2).sum()
+def _slopes(output: torch.Tensor) -> torch.Tensor:
+    """The gradient of a stand-in loss: a sum over samples, and not the same wherever it is."""
+    return torch.rand_like(output).add_(output.detach())
 
 
-def _same_shapes(first: _Observer, second: _Observer) -> bool:
+def _same_shapes(first: Observer, second: Observer) -> bool:
     return [s.shape for s in first.seen] == [s.shape for s in second.seen]
 
 
 def _compare(
-    first: _Observer, second: _Observer, replaced: int | None, most: float = _COARSE_TOLERANCE
+    first: Observer, second: Observer, replaced: int | None, most: float = _COARSE_TOLERANCE
 ) -> str | None:
     """What moved between two runs, beyond a relative tolerance of at most `most`."""
     if [(s.layer, s.kind) for s in first.seen] != [(s.layer, s.kind) for s in second.seen]:
         return "the model takes another path through its layers when one sample is replaced"
     for a, b in zip(first.seen, second.seen):
-        moved = (a.fingerprint - b.fingerprint).abs()
+        before = first.fingerprint(a)
+        moved = (before - second.fingerprint(b)).abs()
         if replaced is not None:
             moved[replaced] = 0.0
-        sum_scale, norm_sq_scale = a.fingerprint.abs().amax(0)
+        sum_scale, norm_sq_scale = before.abs().amax(0)
         # a sum may cancel (behind a LayerNorm it is 0 but for rounding): its terms do not
         sum_scale = torch.maximum(sum_scale, norm_sq_scale.sqrt())
-        scale = torch.stack([sum_scale, norm_sq_scale]) + torch.finfo(torch.float32).tiny
-        samples = (moved > min(a.tolerance, most) * scale).any(1).nonzero()
+        scale = torch.stack([sum_scale + _TINY, norm_sq_scale + _TINY**2])
+        samples = (moved > min(_tolerance(a.dtype), most) * scale).any(1).nonzero()
         if len(samples):
             return _sentence(a, int(samples[0]), replaced)
     for name, buffer in first.buffers.items():
@@ -237,19 +187,26 @@ def _compare(
     return None
 
 
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative change of another sample's values that counts as rounding."""
+    if not dtype.is_floating_point:
+        return _TOLERANCE[torch.float64]
+    return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
+
+
 def _moved(buffer: torch.Tensor, other: torch.Tensor | None) -> bool:
     """Whether two runs left a buffer different, beyond rounding."""
     if other is None or buffer.shape != other.shape:
         return True
     if not buffer.is_floating_point():
         return not torch.equal(buffer, other)
-    tolerance = _TOLERANCE.get(buffer.dtype, _COARSE_TOLERANCE)
+    tolerance = _tolerance(buffer.dtype)
     return not torch.allclose(
         buffer.double(), other.double(), rtol=tolerance, atol=0.0, equal_nan=True
     )
 
 
-def _sentence(seen: _Seen, sample: int, replaced: int | None) -> str:
+def _sentence(seen: Seen, sample: int, replaced: int | None) -> str:
     if seen.kind == "criterion":
         return (
             f"the gradient of the criterion for sample {sample} moves when sample {replaced} is "
@@ -287,6 +244,15 @@ def _twin(
         return _replace(leaf, rows, views, axis, target, source)
 
     return tree_map(one, batch, is_leaf=is_packed)
+
+
+def _apart(leaf: Any) -> Any:
+    """The same values with a graph of their own, so that a trial's gradients end with them."""
+    if isinstance(leaf, PackedSequence):
+        return PackedSequence(_apart(leaf.data), *leaf[1:])
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().requires_grad_(leaf.requires_grad)
 
 
 def _replace(leaf: Any, rows: int, views: int, axis: int, target: int, source: int) -> Any:

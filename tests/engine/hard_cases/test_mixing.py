@@ -99,6 +99,32 @@ def test_rows_that_are_not_samples_are_refused() -> None:
             made_private(Prototypes(), x)[1](x)
 
 
+@pytest.mark.parametrize("scale", [1e-24, 1.0, 1e24])
+def test_mixing_is_told_from_rounding_at_any_scale(scale: float) -> None:
+    """Squares of such values leave float32's range at either end."""
+
+    def centred(layer: nn.Module, x: torch.Tensor, rounded_only: bool) -> torch.Tensor:
+        common = x.mean(0, keepdim=True)
+        mixed = (x + common) - common if rounded_only else x - common
+        return layer(scale * (mixed - mixed.mean(1, keepdim=True)))
+
+    x = values(4, 6).float()
+    made_private(Call(nn.Linear(6, 3), lambda m, x: centred(m, x, True)), x)[1](x)
+    with pytest.raises(ValueError, match=r"'module': the activations of sample 1 move"):
+        made_private(Call(nn.Linear(6, 3), lambda m, x: centred(m, x, False)), x)[1](x)
+
+
+def test_a_trial_run_leaves_the_inputs_their_graph_and_gradients() -> None:
+    leaf = values(4, 6).float().requires_grad_()
+    given = leaf.square()
+    wrapped = made_private(nn.Linear(6, 3), values(4, 6).float())[1]
+    output = wrapped(given)
+    assert leaf.grad is None
+    output.sum().backward()
+    weight = next(wrapped.parameters())
+    torch.testing.assert_close(leaf.grad, 2 * leaf.detach() * weight.detach().sum(0))
+
+
 class Pairs(nn.Module):
     """Sees each sample once, later twice: behind one another, or side by side."""
 
