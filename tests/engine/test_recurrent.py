@@ -125,6 +125,23 @@ def test_packed_inside_the_model(kind: type[nn.RNNBase], options: str, lengths: 
     assert_private(model.double(), packed_loss, (values(4, 5, 5), torch.tensor(lengths)))
 
 
+@pytest.mark.parametrize("lengths", [[2, 5, 1, 3], [5, 5, 5, 5]])
+@pytest.mark.parametrize("options", ["two-layers-bidirectional", "projected"])
+def test_single_precision_has_steps_of_its_own(options: str, lengths: list[int]) -> None:
+    """Compiled ones on a CPU (csrc/cpu/recurrence.cpp), held against the loop in float64."""
+    torch.manual_seed(0)
+    chosen = OPTIONS[options] if options in OPTIONS else SPECIAL[options][1]
+    model = Packs(build(nn.LSTM, **{"hidden_size": 37, **chosen}), sort=lengths[0] == 5)
+    batch = values(4, 5, 5).float(), torch.tensor(lengths)
+    found = fused(model, packed_loss, batch, 0.5)
+    exact = microbatching(model.double(), packed_loss, (batch[0].double(), batch[1]), 0.5)
+    torch.testing.assert_close(found.norms.double(), exact.norms, rtol=1e-5, atol=0)
+    for name, gradient in exact.gradients.items():
+        size = float(gradient.abs().max())
+        actual = found.gradients[name].double()
+        torch.testing.assert_close(actual, gradient, rtol=0, atol=1e-4 * size)
+
+
 @pytest.mark.parametrize("lengths", [[2, 5, 1, 3], [5, 4, 4, 1]])
 def test_packed_sequences_pass_the_trial_run(lengths: list[int]) -> None:
     """One sample replaced by another is one of another length; sorted lengths must stay sorted."""
