@@ -6,14 +6,17 @@ import statistics
 from pathlib import Path
 
 from bench import regret as regrets
-from bench import results, table
+from bench import table
+from bench.results import RESULTS
 from bench.table import number
 
 #: what the planner may cost at most
 _REGRET_WANTED = 0.10
+#: shapes named in a line
+_WORST = 3
 
 
-def headlines(folder: Path = results.RESULTS) -> list[str]:
+def headlines(folder: Path = RESULTS) -> list[str]:
     """What a user of the package asks first: whole runs, the planner, the noise."""
     found = [
         dice(folder / "time-to-dice.csv"),
@@ -23,11 +26,12 @@ def headlines(folder: Path = results.RESULTS) -> list[str]:
     return [lines[0] for lines in found if lines]
 
 
-def all_lines(folder: Path = results.RESULTS) -> list[str]:
+def all_lines(folder: Path = RESULTS) -> list[str]:
     """One or a few lines for each bench that has rows."""
     sources = {
         "time-to-dice.csv": dice,
         "regret.csv": regret,
+        "ops_cpu.csv": gradients,
         "roofline.csv": roofline,
         "noise.csv": noise,
         "accounting.csv": accounting,
@@ -81,7 +85,7 @@ def regret(path: Path) -> list[str]:
             key=lambda row: -regrets[row["shape"]],
         )
         listed = "; ".join(
-            f"{r['shape']} {regrets[r['shape']]:.0%} ({r[f'{prefix}chosen']} for {r['best']})"
+            f"{r['shape']} {regrets[r['shape']]:.0%} ({r[f'{prefix}chosen']}; best {r['best']})"
             for r in above
         )
         lines.append(
@@ -135,21 +139,43 @@ def _taken(row: dict[str, str]) -> str:
 
 
 def roofline(path: Path) -> list[str]:
-    """Share of the roofline by op."""
+    """How much of the roofline the ops reach, and which reach the least."""
     rows = table.read(path)
     if not rows:
         return []
-    shares: dict[str, list[float]] = {}
-    for row in rows:
-        shares.setdefault(row["op"], []).append(float(row["share"]))
-    parts = [
-        f"{op} {' / '.join(f'{100 * share:.0f}' for share in own)} %" for op, own in shares.items()
-    ]
+    shares = sorted((float(row["share"]), f"{row['op']} {row['shape']}") for row in rows)
+    least = ", ".join(f"{name} {share:.0%}" for share, name in shares[:_WORST])
     return [
-        f"Kernels against the roofline of one core ({float(rows[0]['peak_gflops']):.0f} GFLOP/s, "
+        f"Ops against the roofline of one core ({float(rows[0]['peak_gflops']):.0f} GFLOP/s, "
         f"{float(rows[0]['peak_gbytes_per_s']):.0f} GB/s, measured in the same run): "
-        + ", ".join(parts)
-        + f". {_where(rows)}"
+        f"{statistics.median(share for share, _ in shares):.0%} in the median of {len(rows)} "
+        f"shapes; least: {least}. {_where(rows)}"
+    ]
+
+
+def roofline_table(path: Path = RESULTS / "roofline.csv") -> list[str]:
+    """Every op and shape of the roofline bench."""
+    rows = table.read(path)
+    if not rows:
+        return []
+    lines = ["| op | shape | bound by | ms | share of the roofline |", "|---|---|---|---:|---:|"]
+    for row in rows:
+        cells = (row["op"], row["shape"], row["bound"], row["ms"], f"{float(row['share']):.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return ["\n".join(lines)]
+
+
+def gradients(path: Path) -> list[str]:
+    """Per-sample gradients by our ops over the library's one gradient of the batch."""
+    rows = table.read(path)
+    if not rows:
+        return []
+    found = sorted(((float(row["ours"]), row["shape"]) for row in rows), reverse=True)
+    most = ", ".join(f"{shape} {ratio:.2f}" for ratio, shape in found[:_WORST])
+    return [
+        f"Per-sample gradients of a layer over the library's gradient of the batch: "
+        f"{statistics.geometric_mean(ratio for ratio, _ in found):.2f} times its time in the "
+        f"geometric mean of {len(rows)} shapes; most: {most}. {_where(rows)}"
     ]
 
 
@@ -160,8 +186,9 @@ def noise(path: Path) -> list[str]:
     tested = [row for row in rows.values() if number(row["deviation"]) is not None]
     lines = []
     if rates:
-        shown = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
-        lines.append(f"Noise on one thread: {shown}. {_where(list(rows.values()))}")
+        shown = ", ".join(f"{name.partition(',')[0]} {rate:.0f}" for name, rate in rates.items())
+        where = _where(list(rows.values()))
+        lines.append(f"Noise on one thread, million normals per second: {shown}. {where}")
     errors = [row for row in tested if "distance" not in row["quantity"]]
     distances = [row for row in tested if "distance" in row["quantity"]]
     if errors and distances:

@@ -35,7 +35,12 @@ def write_all(root: Path, rows: list[Row]) -> list[Path]:
         drawn.append(curves)
     shown = [f"![{path.stem}]({path.relative_to(root)})" for path in drawn]
     parts = [*tables(rows), *shown, _listed(digest.headlines()), _MORE, *_no_gpu(rows)]
-    notes = [outcome_table(rows), _listed(digest.all_lines()), *digest.strategies()]
+    notes = [
+        outcome_table(rows),
+        _listed(digest.all_lines()),
+        *digest.roofline_table(),
+        *digest.strategies(),
+    ]
     texts = {
         root / "README.md": "\n\n".join(part for part in parts if part),
         root / "bench" / "NOTES.md": "\n\n".join(note for note in notes if note),

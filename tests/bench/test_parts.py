@@ -194,6 +194,20 @@ def test_a_roofline_is_the_slower_of_bytes_and_flops() -> None:
     assert row["share"] == pytest.approx(2e3 / row["ms"])
 
 
+def test_the_ops_that_reach_the_least_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    shares = {"a": 0.5, "b": 0.9, "c": 0.7, "d": 1.1}
+    same = {"op": "op", "ms": 1.0, "bound": "memory", "peak_gflops": 9, "peak_gbytes_per_s": 2}
+    rows = [{**same, "shape": shape, "share": share} for shape, share in shares.items()]
+    table.replace(path, rows, ("shape",))
+    (line,) = digest.roofline(path)
+    assert "80% in the median of 4 shapes; least: op a 50%, op c 70%, op b 90%." in line
+    (text,) = digest.roofline_table(path)
+    assert text.endswith("| op | d | memory | 1 | 110% |")
+    table.replace(path, [{"shape": shape, "ours": share} for shape, share in shares.items()], ())
+    assert "most: d 1.10" in digest.gradients(path)[0]
+
+
 def test_every_op_of_the_roofline_runs() -> None:
     for op, shape, make in roofline.cases():
         if "48^3" not in shape and "32^2" not in shape:
