@@ -18,7 +18,8 @@ class Phase:
     """`steps` steps of the Poisson-subsampled Gaussian mechanism.
 
     Attributes:
-        noise_multiplier: std of the noise divided by max_grad_norm, > 0.
+        noise_multiplier: std of the noise divided by max_grad_norm, > 0; from 1e-15 to 1e15, beyond
+            which squares and their sums are no longer exact enough to bound anything.
         sample_rate: probability that a record joins a step, in [0, 1].
         steps: number of steps, an integer >= 1.
 
@@ -32,6 +33,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         check_number("noise_multiplier", self.noise_multiplier, above=0.0)
+        check_number("noise_multiplier", self.noise_multiplier, at_least=1e-15, at_most=1e15)
         check_number("sample_rate", self.sample_rate, at_least=0.0, at_most=1.0)
         check_count("steps", self.steps)
 

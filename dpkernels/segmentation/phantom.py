@@ -30,7 +30,7 @@ class PhantomScan:
     """One synthetic scan.
 
     Attributes:
-        image: [X, Y, Z], int16, Hounsfield units, axes to the patient's right-to-left order RAS.
+        image: [X, Y, Z], int16, Hounsfield units, axes in RAS order.
         label: [X, Y, Z], uint8, values of `LABELS`.
         affine: [4, 4], float64, voxel to world, millimetres.
     """
@@ -65,6 +65,7 @@ def make_phantom(patient: int, *, size: int = 48, seed: int = 0) -> PhantomScan:
         (np.arange(n) + 0.5 - n / 2) * step / (_FIELD_OF_VIEW_MM / 2) - shift
         for n, step, shift in zip(shape, spacing, centre, strict=True)
     ]
+    axes[0] = -axes[0]  # voxels run to the patient's right, the anatomy to their left
     grid = np.meshgrid(*axes, indexing="ij")
     image, label = _anatomy(grid, rng)
     image = gaussian_filter(image, sigma=0.45)
@@ -156,13 +157,13 @@ def _save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
 def _ellipsoid(
     grid: Sequence[np.ndarray], centre: Sequence[float], radii: Sequence[float]
 ) -> np.ndarray:
-    """Squared normalised radius: below 1 inside. `grid` in half fields of view, RAS."""
+    """Squared normalised radius: below 1 inside. `grid` in half fields of view."""
     parts = [((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)]
     return np.sum(np.broadcast_arrays(*parts), axis=0)
 
 
 def _anatomy(grid: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Organs from the outside in. In RAS the patient's right, where the liver lies, is x < 0."""
+    """Organs from the outside in. The patient's right, where the liver lies, is x < 0."""
     x, y, z = grid
 
     def about(value: float, spread: float = 0.03) -> float:

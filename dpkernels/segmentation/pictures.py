@@ -16,7 +16,13 @@ from dpkernels.segmentation.evaluate import CaseResult
 from dpkernels.segmentation.volume import Volume
 from dpkernels.training.curves import COLOURS, save_figure
 
-_PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
+#: name, normal, and the patient's side at the left and at the right edge: seen from the feet, from
+#: the front, and from the patient's left, as radiologists do
+_PLANES = (
+    ("axial", 2, "R", "L"),
+    ("coronal", 1, "R", "L"),
+    ("sagittal", 0, "A", "P"),
+)
 
 
 def draw_overlay(
@@ -42,7 +48,7 @@ def draw_overlay(
     )
     columns = (("scan", None), ("truth", volume.truth), ("prediction", prediction))
     figure, axes = plt.subplots(3, 3, figsize=(8.4, 8.6), facecolor="black")
-    for row, (plane, normal) in zip(axes, _PLANES, strict=True):
+    for row, (plane, normal, left, right) in zip(axes, _PLANES, strict=True):
         index = _most_labelled_slice(volume.truth, prediction, normal)
         grey = np.clip((volume.image[0] - low) / (high - low), 0, 1).take(index, axis=normal)
         across, up = (volume.spacing[a] for a in range(3) if a != normal)
@@ -51,15 +57,17 @@ def draw_overlay(
             section = None if mask is None else mask.take(index, axis=normal)
             if section is not None:
                 picture = _tinted(picture, section)
-            # Seen from the feet and from the front: the patient's right is on the left.
             axis.imshow(
                 picture.swapaxes(0, 1), origin="lower", aspect=up / across, interpolation="nearest"
             )
+            axis.invert_xaxis()  # in RAS the patient's right and front are at the high end
             if section is not None:
                 _outline(axis, section)
             axis.set_axis_off()
             if normal == 2:
                 axis.set_title(title, color="white", fontsize=12)
+        for place, side in ((0.02, left), (0.94, right)):
+            row[0].text(place, 0.5, side, color="white", fontsize=9, transform=row[0].transAxes)
         row[0].text(
             0.02, 0.03, plane, color="white", fontsize=9, transform=row[0].transAxes, va="bottom"
         )

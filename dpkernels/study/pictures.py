@@ -24,10 +24,11 @@ def section(image: np.ndarray) -> np.ndarray:
     """What is shown of a record: [H, W] or, for three channels, [H, W, 3].
 
     Args:
-        image: [C, H, W], or [C, X, Y, Z] of which the middle slice along Z is shown, up is +Y.
+        image: [C, H, W], or [C, X, Y, Z] in RAS order, of which the middle slice along Z is shown
+            as radiologists do: the patient's front up, their right on the left.
     """
     if image.ndim == 4:
-        return np.asarray(image[0, :, :, image.shape[-1] // 2].T[::-1])
+        return np.asarray(image[0, :, :, image.shape[-1] // 2].T[::-1, ::-1])
     return np.asarray(np.moveaxis(image, 0, -1) if len(image) == 3 else image[0])
 
 

@@ -53,6 +53,7 @@ class TrainingConfig:
             ("physical_batch_size", 0),
             ("validate_every", 0),
             ("checkpoint_every", 0),
+            ("seed", 0),
         ):
             require(
                 getattr(self, name) >= least,
@@ -109,6 +110,8 @@ class PrivacyConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"privacy.{name}", value, "positive")
         require(0 < self.delta < 1, "privacy.delta", self.delta, "between 0 and 1")
+        seed = self.insecure_fixed_noise
+        require(seed is None or seed >= 0, "privacy.insecure_fixed_noise", seed, "at least 0")
         require(
             self.accountant in ("tight", "rdp", "prv"),
             "privacy.accountant",

@@ -192,7 +192,7 @@ def test_no_budget_is_spent_without_data_or_where_delta_covers_participation():
 
 
 BAD = {
-    "noise_multiplier": (0.0, -1.0, math.nan, math.inf, "1", None),
+    "noise_multiplier": (0.0, -1.0, 1e-300, 1e300, math.nan, math.inf, "1", None),
     "sample_rate": (-0.1, 1.1, math.nan),
     "steps": (0, -3, 2.5, math.nan, True),
     "delta": (0.0, 1.0, math.nan, -1e-6),

@@ -46,6 +46,8 @@ def test_another_target_replaces_the_whole_block():
         ("foo=1", "unknown setting foo; expected one of data"),
         ("training.steps=many", "training.steps must be a value of type int"),
         ("training.steps=0", "training.steps must be at least 1"),
+        ("training.seed=-1", "training.seed must be at least 0"),
+        ("privacy.insecure_fixed_noise=-1", "privacy.insecure_fixed_noise must be at least 0"),
         ("training.schedule=linear", "training.schedule must be constant or cosine"),
         ("data.shape=32", "data.shape must be a list"),
         ("data.shape=[32,32]", "data.shape must be three positive numbers"),

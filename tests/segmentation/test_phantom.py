@@ -1,10 +1,16 @@
 import json
 
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
 
+from dpkernels.segmentation.config import DataConfig
+from dpkernels.segmentation.evaluate import CaseResult
 from dpkernels.segmentation.phantom import LIVER, TUMOUR, make_phantom, write_phantom
+from dpkernels.segmentation.pictures import draw_overlay
+from dpkernels.segmentation.volume import Volume
+from dpkernels.study.pictures import section
 
 
 def test_a_patient_is_fixed_by_seed_and_number():
@@ -29,10 +35,33 @@ def test_every_patient_has_a_liver_in_hounsfield_units_and_a_tumour():
 
 
 def test_the_liver_lies_on_the_patients_right():
+    """An axis code names the end that the axis runs to: in RAS, the right has the high indices."""
     scan = make_phantom(0, size=32)
-    right_to_left = np.argwhere(scan.label == LIVER)[:, 0]
-    assert right_to_left.mean() < scan.label.shape[0] / 2
+    across = np.argwhere(scan.label == LIVER)[:, 0]
+    assert across.mean() > scan.label.shape[0] / 2
     assert nib.aff2axcodes(scan.affine) == ("R", "A", "S")
+
+
+def test_pictures_show_the_patients_right_on_the_left(tmp_path):
+    """As radiologists look at them; the bright half is the patient's right, front and head."""
+    image = np.full((1, 12, 12, 12), -150.0, np.float32)
+    image[0, 6:, 6:, :] = 200.0
+    label = np.ones((12, 12, 12), np.uint8)
+    scan = Volume("x", image, label, (2.0, 2.0, 2.0), np.diag([2.0, 2.0, 2.0, 1.0]))
+    result = CaseResult("x", "x", {"liver": 1.0}, {"liver": 0.0})
+    config = DataConfig(shape=(12, 12, 12))
+    path = tmp_path / "overlay.png"
+    draw_overlay(scan, label, result, {0: "background", 1: "liver"}, config, path)
+    drawn = plt.imread(path)[..., :3].mean(axis=-1)
+    height, width = drawn.shape
+    axial = drawn[int(0.07 * height) : int(0.35 * height), : width // 3]
+    halves = axial.shape[0] // 2, axial.shape[1] // 2
+    bright = axial[: halves[0], : halves[1]].mean()
+    assert bright > 0.5
+    assert axial[:, halves[1] :].mean() < 0.2 * bright
+    shown = section(image)
+    assert (shown[:6, :6] == 200).all()
+    assert (shown[:, 6:] == -150).all()
 
 
 def test_layout_is_that_of_the_decathlon(cohort):
