@@ -103,11 +103,12 @@ class BareForward(UnitForward):
     def _trial(
         self, pair: UnitCall, parameter: nn.Parameter, layout: int
     ) -> tuple[float, float] | None:
-        """Two samples with parameters of their own, together and alone.
+        """Two samples with parameters of their own, together and alone, and with one for both.
 
         Returns:
-            How far other parameters move the output, and how far the samples together are from
-            each alone; None if they cannot be compared.
+            How far other parameters move the outputs, and how far the samples together are from
+            each alone, or from the ordinary forward where both have the same parameter; None if
+            they cannot be compared.
         """
         generator = torch.Generator(parameter.device).manual_seed(0)
 
@@ -132,22 +133,23 @@ class BareForward(UnitForward):
 
         repeats = pair.rows // 2
         own, control = random(parameter, 2), random(parameter, 2)
+        alike = control[:1].expand_as(control)
         with torch.no_grad(), deterministic(self.module), self.capture.paused():
             try:
-                together, changed = (
+                together, changed, same = (
                     run(pair, _laid_out(v.repeat_interleave(repeats, 0), parameter, layout))
-                    for v in (own, control)
+                    for v in (own, control, alike)
                 )
+                plain = run(pair, control[0])
                 alone = [run(pair.only(b), own[b]) for b in range(2)]
             except (RuntimeError, ValueError, IndexError):
                 return None
         joined = [torch.cat(parts) for parts in zip(*alone) if parts[0].ndim]
-        together, changed = ([t for t in ts if t.ndim] for ts in (together, changed))
-        if not joined or any(a.shape != b.shape for a, b in zip(joined, together)):
+        pairs = [*zip(joined, [t for t in together if t.ndim]), *zip(plain, same)]
+        if not joined or any(a.shape != b.shape for a, b in pairs):
             return None
         effect = max(_distance(a, b) for a, b in zip(together, changed))
-        error = max(_distance(a, b) for a, b in zip(together, joined))
-        return effect, error
+        return effect, max(_distance(a, b) for a, b in pairs)
 
 
 def _owners(module: nn.Module) -> Iterator[nn.Module]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -202,6 +203,12 @@ class ModelCapture:
         """The number of samples behind `rows` rows of a layer."""
         samples = self.samples or (self.sink.samples if self.sink is not None else None)
         if samples is None:
+            self.check_batch_norms()
+            warnings.warn(
+                f"layer {layer!r} was called outside the model's forward, where no trial run can "
+                "tell whether samples mix: its rows are taken for samples. Call the model instead",
+                stacklevel=2,
+            )
             samples = rows // self.views if rows % self.views == 0 else 0
         if not samples or rows_per_sample(rows, samples) is None:
             raise NotPerSample(

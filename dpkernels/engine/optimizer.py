@@ -89,6 +89,8 @@ class FusedDPOptimizer(ReleasingOptimizer):
         self._passes = 0
         #: the generator that signals where logical batches end
         self._signals_from: FrameType | None = None
+        #: how many signals it is ahead of the steps, as its loader fetches; None before the first
+        self._ahead: int | None = None
 
     @property
     def accumulated_iterations(self) -> int:
@@ -115,12 +117,23 @@ class FusedDPOptimizer(ReleasingOptimizer):
 
         ``BatchMemoryManager`` signals from a generator. When another one takes over, the loop has
         left the first half-way: what that began is dropped, as it would end in another batch's sum.
+
+        Raises:
+            ValueError: a physical batch had no step, so its signal would go to the next one.
         """
         caller = sys._getframe(1)
-        if caller.f_code.co_flags & CO_GENERATOR and caller is not self._signals_from:
-            if self._signals_from is not None:
-                self._abandon()
-            self._signals_from = caller
+        if caller.f_code.co_flags & CO_GENERATOR:
+            if caller is not self._signals_from:
+                if self._signals_from is not None:
+                    self._abandon()
+                self._signals_from, self._ahead = caller, None
+            elif self._ahead is not None and len(self._step_skip_queue) > self._ahead:
+                raise ValueError(
+                    "BatchMemoryManager: a physical batch was passed over without "
+                    "optimizer.step(), so logical batches would end elsewhere than they were "
+                    "drawn; step for each, after make_private_noise_only() instead of backward() "
+                    "where there is nothing to learn from"
+                )
         super().signal_skip_step(do_skip)
 
     def _abandon(self) -> None:
@@ -262,6 +275,8 @@ class FusedDPOptimizer(ReleasingOptimizer):
         """
         if not any(p.requires_grad for p in self.params):
             return True
+        if self._ahead is None and self._step_skip_queue:
+            self._ahead = len(self._step_skip_queue) - 1
         if self._check_skip_next_step():
             if self._iterations:
                 raise ValueError(
@@ -312,7 +327,7 @@ class FusedDPOptimizer(ReleasingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.update(_private={}, last_step=None, _signals_from=None)
+        state.update(_private={}, last_step=None, _signals_from=None, _ahead=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -82,3 +84,30 @@ def test_a_mask_as_long_as_the_batch_is_not_taken_for_samples() -> None:
     expected = microbatching(model, squared_loss, (x[:6],), 1.0, expected_batch_size=8)
     for name, p in model.named_parameters():
         assert relative_error(p.grad, expected.gradients[name]) < 1e-9
+
+
+class Penalised(nn.Module):
+    """Returns something of its parameter alone, beside what it makes of its samples."""
+
+    def __init__(self, penalty: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.scale, self.layer, self.penalty = (
+            nn.Parameter(torch.randn(5)),
+            nn.Linear(5, 3),
+            penalty,
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layer(x * self.scale), self.penalty(self.scale)
+
+
+@pytest.mark.parametrize("penalty", [lambda p: p.square().sum(), lambda p: p.square()])
+def test_a_penalty_on_a_bare_parameter_is_refused(
+    penalty: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Expanded, the parameter would enter it once for every sample."""
+    torch.manual_seed(0)
+    x = values(4, 5)
+    _, model, _, _ = made_private(Penalised(penalty).double(), x)
+    with pytest.raises(ValueError, match="is not what its samples give one by one"):
+        model(x)

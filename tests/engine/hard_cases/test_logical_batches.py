@@ -77,6 +77,31 @@ def test_a_logical_batch_left_half_way_is_dropped(workers: int) -> None:
     assert relative_error(model.weight.grad, expected["weight"]) < 1e-5
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_physical_batch_without_a_step_is_refused(workers: int) -> None:
+    """``if not len(batch): continue`` would shift where logical batches end, for good."""
+    torch.manual_seed(1)
+    _, model, optimizer, loader = private(nn.Linear(5, 3), TensorDataset(values(40, 5).float()), 20)
+    if workers:
+        loader.num_workers, loader.prefetch_factor = workers, 2
+
+    def loop(passed_over: int | None) -> None:
+        with BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=4, optimizer=optimizer
+        ) as physical:
+            for count, (batch,) in enumerate(physical):
+                if count == passed_over:
+                    continue
+                optimizer.zero_grad()
+                squared_loss(model, (batch,)).backward()
+                optimizer.step()
+
+    loop(None)
+    with pytest.raises(ValueError, match="passed over without"):
+        loop(2)
+    loop(None)
+
+
 def test_a_sum_of_a_parameter_frozen_meanwhile_is_dropped() -> None:
     """What it had from the first physical batch belongs to no later logical batch."""
     torch.manual_seed(0)

@@ -100,3 +100,17 @@ def test_statistics_of_a_large_batch_in_half_precision(samples: int) -> None:
         pytest.raises(ValueError, match="when sample 0 is replaced"),
     ):
         model(x)
+
+
+def test_layers_called_around_the_model_are_pointed_out() -> None:
+    """No trial can be run there, and a thawed batch normalisation is refused there too."""
+    x = values(4, 5).float()
+    net = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3))
+    net[1].eval()
+    _, model, _, _ = made_private(net, x)
+    model(x)
+    with pytest.warns(UserWarning, match="'0' was called outside the model's forward"):
+        net[0](x)
+    model.train()
+    with pytest.raises(ValueError, match="'1'.*in training mode now"):
+        net[0](x)
