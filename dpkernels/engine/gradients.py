@@ -52,6 +52,10 @@ class ParameterGradient:
             self.stored, self.factored, self._norm_sq = self.factored.grad_sample(), None, None
         return self.stored
 
+    def let_go(self) -> None:
+        """Free the factors: they are summed, and the sums of other parameters need room."""
+        self.factored = None
+
     def norm_sq(self) -> torch.Tensor:
         """[B]: squared norm of each sample's gradient, as computed."""
         if self._norm_sq is None:

@@ -82,7 +82,11 @@ class ReleasingOptimizer(ScaledLossOptimizer):
         again = last and self._iterations > 0
         finished = bool(noise_std) or again
         scale = 1.0 / self._divisor(self._iterations + 1) if last else 1.0
-        sums = [self._sum(p, found.get(p), factors.get(p, _NOBODY), again) for p in self.params]
+        # from the last layer on: tables, the largest sums, then find the others' factors gone
+        sums = [
+            self._sum(p, found.get(p), factors.get(p, _NOBODY), again)
+            for p in reversed(self.params)
+        ][::-1]
         self._finish(sums, self.processes.own_noise(noise_std), scale if finished else 1.0)
         for parameter, each in zip(self.params, sums, strict=True):
             parameter.summed_grad = None if finished else each.total  # type: ignore[attr-defined]
@@ -113,6 +117,7 @@ class ReleasingOptimizer(ScaledLossOptimizer):
             total = getattr(parameter, "summed_grad", None)
         if gradient is not None and gradient.factored is not None:
             clipped = gradient.factored.clipped_grad(factor).reshape(parameter.shape)
+            gradient.let_go()
             total = clipped if total is None else total.add_(clipped)
         if gradient is not None and gradient.stored is not None:
             stored = gradient.stored
