@@ -21,10 +21,15 @@ def load_picture(path: str, size: int, channels: int) -> torch.Tensor:
     """Decode and resize an image: [channels, size, size], uint8.
 
     Raises:
-        ValueError: the file is missing, truncated or no image.
+        ValueError: the file is missing, truncated, no image, or deeper than 8 bits.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # decoded as 8 bits, all would be black and white
+                raise ValueError(
+                    f"{path}: pixels of mode {image.mode}, expected 8 bits for each channel; scale "
+                    "or window the image first"
+                )
             resized = image.convert(_MODES[channels]).resize((size, size), Image.Resampling.BOX)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(

@@ -340,8 +340,10 @@ def attack_folder(
         console: where progress goes; None: nowhere.
 
     Raises:
-        ValueError: no such adversary, or the run has no weights yet.
+        ValueError: no such adversary, no patients, or the run has no weights yet.
     """
+    if patients < 1:
+        raise ValueError(f"--patients must be at least 1; got {patients}")
     trainer.folder.check_writable()
     plan = trainer.plan()
     with StudyDisplay(console, len(adversaries)) as display:

@@ -177,15 +177,18 @@ class PlainErrors:
         self._warnings.__enter__()
         warnings.showwarning = self._warn
 
-    def _warn(self, message: Warning | str, *_: Any) -> None:
+    def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
         self._console.print(
             f"Warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
         )
 
     def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        self._warnings.__exit__()
+        self._warnings.__exit__(kind, error, trace)
         if isinstance(error, (ValueError, OSError, FloatingPointError)):
             self._console.quiet = False
             self._console.print(

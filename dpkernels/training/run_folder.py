@@ -239,13 +239,21 @@ def _naming(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces `path` once it is completely on disk."""
+    """A temporary path that replaces `path` once it is completely on disk.
+
+    Raises:
+        OSError: it cannot be written; a full disk alone would not say which file it was.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -332,7 +332,8 @@ class Trainer(ABC, Generic[Config]):
             raise ValueError(
                 f"--resume: {self.folder.root} is finished, all {plan.steps} planned steps are "
                 "taken; more would exceed the budget. Start a new run (training.init_from can "
-                "start from its weights, but then the budgets add up)"
+                "start from its weights, but then the budgets add up). `evaluate` and `report` "
+                "write its results again"
             )
         self.folder.metrics_json.unlink(missing_ok=True)  # of the weights so far
         return self.folder.load_checkpoint() if self.folder.last.exists() else None

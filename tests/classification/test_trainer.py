@@ -8,7 +8,7 @@ from PIL import Image
 
 from dpkernels.accounting import get_epsilon
 from dpkernels.classification import ClassificationConfig, ClassificationTrainer
-from dpkernels.classification.data import ImageStore, PatientImages
+from dpkernels.classification.data import ImageStore, PatientImages, load_picture
 from dpkernels.classification.folders import read_images
 from dpkernels.classification.networks import ResNet9
 from dpkernels.classification.presets import PRESETS
@@ -227,6 +227,14 @@ def test_grey_and_transparent_images_are_brought_to_the_stated_channels(folder, 
         image = store.image(grey)
         assert image.shape == (channels, 16, 16)
         assert float((image - 128 / 255).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
+def test_deep_images_are_refused_as_8_bits_would_cut_them_off(tmp_path, kind, mode):
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.full((8, 8), 3000, kind)).save(path)
+    with pytest.raises(ValueError, match=rf"deep.tif: pixels of mode {mode}, expected 8 bits"):
+        load_picture(str(path), 8, 3)
 
 
 def test_training_without_privacy_learns_the_synthetic_task(tmp_path):

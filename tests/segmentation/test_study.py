@@ -154,6 +154,8 @@ def test_attacking_a_run_uses_its_noise(tiny, tmp_path, monkeypatch, sigma, near
         "advance",
         lambda self, amount, **named: shares.append(amount) or whole(self, amount, **named),
     )
+    with pytest.raises(ValueError, match="--patients must be at least 1; got 0"):
+        attack_folder(SegmentationTrainer.from_run(tmp_path / "run"), names, 0, None)
     found = attack_folder(SegmentationTrainer.from_run(tmp_path / "run"), names, 3, None)
     assert sum(shares) == pytest.approx(len(names))
     assert len(shares) > len(names)  # the bar moves within an attack, too

@@ -26,7 +26,13 @@ from dpkernels.segmentation.trainer import SegmentationTrainer
 from dpkernels.training import options
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.progress import SilentDisplay
-from dpkernels.training.run_folder import RunFolder, StepLedger, load_checkpoint, steps_begun
+from dpkernels.training.run_folder import (
+    RunFolder,
+    StepLedger,
+    atomic,
+    load_checkpoint,
+    steps_begun,
+)
 from dpkernels.training.settings import load_yaml, merge
 
 
@@ -373,6 +379,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatc
     result = SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True)
     assert result.steps == 4
     assert history(tmp_path / "run")[0][2] == 4
+
+
+def test_a_full_disk_is_reported_with_the_file_it_met(tmp_path):
+    path = tmp_path / "metrics.json"
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics.json"), atomic(path):
+        raise OSError(28, "No space left on device")  # as write() says it, without a name
 
 
 def test_a_step_that_cannot_be_entered_in_the_ledger_is_not_taken(tiny, tmp_path):
