@@ -13,10 +13,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/conv_tile.h"
 
 namespace dpkernels::cpu {
@@ -89,25 +88,6 @@ struct Layout {
     int64_t input_plane;    // floats per input plane of one phase
     int64_t input_phase;    // floats per phase
     int64_t input_channel;  // floats per input channel
-};
-
-class AlignedBuffer {
-public:
-    float* at_least(int64_t floats) {
-        if (floats > capacity_) {
-            data_.reset(static_cast<float*>(::operator new(floats * sizeof(float), kAlignment)));
-            capacity_ = floats;
-        }
-        return data_.get();
-    }
-
-private:
-    static constexpr std::align_val_t kAlignment{64};
-    struct Deleter {
-        void operator()(float* pointer) const { ::operator delete(pointer, kAlignment); }
-    };
-    std::unique_ptr<float, Deleter> data_;
-    int64_t capacity_ = 0;
 };
 
 // Rows are packed in ascending order, so that these two may write up to a vector past their end:

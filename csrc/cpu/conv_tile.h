@@ -23,16 +23,6 @@ struct Tile {
 };
 
 using Quad = float __attribute__((vector_size(16)));
-using UnalignedFloats =
-    float __attribute__((vector_size(4 * kLanes), aligned(alignof(float)), may_alias));
-
-DPK_INLINE Floats load(const float* address) {
-    return *reinterpret_cast<const UnalignedFloats*>(address);
-}
-
-DPK_INLINE void store(float* address, const Floats& value) {
-    *reinterpret_cast<UnalignedFloats*>(address) = value;
-}
 
 // Lanes 0, 2, 4, ... of two vectors in a row.
 DPK_INLINE Floats even_lanes(const Floats& low, const Floats& high) {

@@ -20,11 +20,21 @@ constexpr int kLanes = 4;
 using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
 using Ints = std::int32_t __attribute__((vector_size(4 * kLanes)));
 using Floats = float __attribute__((vector_size(4 * kLanes)));
+using UnalignedFloats =
+    float __attribute__((vector_size(4 * kLanes), aligned(alignof(float)), may_alias));
 
 DPK_INLINE Words lane_index() {
     Words result;
     for (int i = 0; i < kLanes; ++i) result[i] = static_cast<std::uint32_t>(i);
     return result;
+}
+
+DPK_INLINE Floats load(const float* address) {
+    return *reinterpret_cast<const UnalignedFloats*>(address);
+}
+
+DPK_INLINE void store(float* address, const Floats& value) {
+    *reinterpret_cast<UnalignedFloats*>(address) = value;
 }
 
 }  // namespace dpkernels

@@ -65,6 +65,10 @@ def of_gram(
 ) -> torch.Tensor:
     """[B]: the norm came from Gram products, where terms of either sign may cancel.
 
+    An inner product of n terms is off by at most n units of rounding of its terms' absolute sum,
+    in whatever order they are added: pairwise in a library's product, one feature after the other
+    in csrc/cpu/linear.cpp, which multiplies and adds the products of a tile in float64.
+
     Args:
         norm_sq: [B], as computed.
         magnitude: [B], at least the sum over positions of |A_t| |G_t|: its square is what the

@@ -19,14 +19,13 @@ from dpkernels.layers.costs import Offers, nbytes, offers, stored_bytes, stored_
 from dpkernels.layers.fold import sum_rows
 from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.conv.gram import gradient_flops, gram_flops, is_cheaper
+from dpkernels.ops.linear import gram as linear_gram
 from dpkernels.ops.registry import Op
 from dpkernels.ops.sums import squared_norms
 
 #: the op that a strategy runs first, and its arguments
 Call = tuple[Op, tuple[Any, ...]]
 
-#: side of the Gram tiles that are computed whole
-_GRAM_TILE = {"cpu": 256, "cuda": 64}
 _REDUCED = (
     "products of float32 are rounded to fewer bits (TF32), so the factors' norm is not that of the "
     "values that are summed"
@@ -103,10 +102,8 @@ class LinearOperand:
     def offers(self) -> Offers:
         samples, length, inputs = self.activations.shape
         outputs = self.backprops.shape[2]
-        side = min(length, _GRAM_TILE.get(self.backprops.device.type, length))
-        tiles = -(-length // side) if length else 0
-        gram: float | str = samples * tiles * (tiles + 1.0) * side**2 * (inputs + outputs)
-        if length > 1 and length * (inputs + outputs) >= 2 * inputs * outputs:
+        gram: float | str = linear_gram.gram_flops(self.activations, self.backprops)
+        if length > 1 and not linear_gram.is_cheaper(self.activations, self.backprops):
             gram = f"{length} positions: the gradient itself takes fewer operations"
         elif length > 1 and margins.product_unit(self.backprops):
             gram = _REDUCED

@@ -17,6 +17,8 @@ LINEAR = {
     "long, narrow": (2, 700, 3, 2),
     "short, wide": (2, 3, 65, 33),
     "several Gram tiles": (2, 300, 64, 70),
+    "all but one tile": (3, 127, 70, 130),
+    "one more than a tile": (2, 129, 17, 200),
 }
 """(B, T, I, O)"""
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dpkernels import ops
 from dpkernels.ops import native
-from dpkernels.ops.linear import cpu, library
+from dpkernels.ops.linear import cpu, gram, library
 from tests.ops import shapes
 from tests.ops.compare import BACKENDS, DTYPES, assert_as_exact_as_torch, skip_unless_runs
 
@@ -115,7 +119,7 @@ def test_positions_first_in_memory(name: str, which: tuple[bool, bool]) -> None:
 @pytest.mark.parametrize("name", shapes.LINEAR)
 def test_every_norm_strategy(name: str, form: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "SCRATCH_ELEMENTS", 3000)
-    monkeypatch.setattr(library, "GRAM_TILE", 5)
+    monkeypatch.setattr(gram, "LIBRARY_TILE", 5)
     for dtype in (torch.float32, torch.float64):
         activations, grad_output = operands(name, dtype)
         grads = truths(activations, grad_output)
@@ -129,19 +133,54 @@ def test_the_compiled_gram(name: str, layout: str, threads: None) -> None:
     """Any length and any layout; the same bits with any number of threads."""
     activations, grad_output = operands(name, torch.float32, layout)
     torch.set_num_threads(1)
-    norm_sq = cpu.short_gram_norm_sq(activations, grad_output)
+    norm_sq = cpu.gram_norm_sq(activations, grad_output)
     assert_as_exact_as_torch(norm_sq, *square_sums(truths(activations, grad_output)))
     torch.set_num_threads(3)
-    assert torch.equal(cpu.short_gram_norm_sq(activations, grad_output), norm_sq)
+    assert torch.equal(cpu.gram_norm_sq(activations, grad_output), norm_sq)
 
 
 @pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
-def test_which_sequences_are_short() -> None:
-    widest = native.extension(torch.zeros(1)).instruction_set == "avx512"
-    assert cpu._is_short(torch.zeros(2, 128, 3)) is widest
-    assert not cpu._is_short(torch.zeros(2, 129, 3))
-    assert not cpu._is_short(torch.zeros(2, 1, 3))
-    assert not cpu._is_short(torch.zeros(2, 9, 3, dtype=torch.float64))
+@pytest.mark.parametrize("name", native.instruction_sets())
+def test_every_instruction_set_stays_within_the_margin(name: str) -> None:
+    """In a process of its own: the loader picks the instruction set once."""
+    environ = {**os.environ, "DPKERNELS_INSTRUCTION_SET": name}
+    command = [sys.executable, "-c", _WITHIN_THE_MARGIN, name]
+    subprocess.run(command, check=True, env=environ, timeout=120)
+
+
+_WITHIN_THE_MARGIN = """
+import sys, torch
+from dpkernels.ops import native
+from dpkernels.ops.linear import cpu
+assert native.load("cpu").instruction_set == sys.argv[1], native.load("cpu")
+generator = torch.Generator().manual_seed(3)
+for positions in (1, 2, 3, 4, 7, 8, 9, 13, 16, 17, 31, 33, 48, 127, 129):
+    for inputs, outputs in ((1, 1), (1, 17), (17, 2), (33, 16), (130, 5), (2000, 17)):
+        drawn = [torch.randn(3, positions, n, generator=generator) for n in (inputs, outputs)]
+        drawn[1][1] *= 1e-3
+        drawn[1][:, 1::2] = -drawn[1][:, : positions - 1 : 2]  # with equal inputs, these cancel
+        drawn[0][2, 1::2] = drawn[0][2, : positions - 1 : 2]
+        wide = [each.double() for each in drawn]
+        grams = [each @ each.mT for each in wide]
+        exact = (grams[0] * grams[1]).sum((1, 2)).clamp(min=0)
+        norms = [each.norm(dim=2) for each in wide]
+        largest = (norms[0] * norms[1]).sum(1).square()
+        found = cpu.gram_norm_sq(*drawn).double()
+        allowed = (inputs + outputs + 8) * 2.0**-24 * largest + 2.0**-24 * exact
+        assert ((found - exact).abs() <= allowed).all(), (positions, inputs, outputs)
+        assert (found >= 0).all()
+"""
+
+
+def test_the_gram_form_costs_what_its_backend_forms() -> None:
+    """Ours forms half of both Grams and the tiles on the diagonal, the library all of 256."""
+    pair = torch.zeros(2, 128, 3), torch.zeros(2, 128, 5)
+    whole = 2 * 2.0 * 128 * 128 * (3 + 5)
+    with ops.use_backend("library"):
+        assert gram.gram_flops(*pair) == whole
+    assert gram.gram_flops(*(each.double() for each in pair)) == whole
+    if native.why_not_cpu() is None:
+        assert whole / 2 < gram.gram_flops(*pair) < 0.6 * whole
 
 
 def test_calls_of_one_module_add_before_the_norm() -> None:

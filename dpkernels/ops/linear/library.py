@@ -12,10 +12,10 @@ import torch
 
 from dpkernels.ops import pages
 from dpkernels.ops.checks import kept_samples, result_dtype, why_not_exact
+from dpkernels.ops.linear import gram
 from dpkernels.ops.sums import squared_norms
 
 SCRATCH_ELEMENTS = 1 << 21
-GRAM_TILE = 256
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -53,16 +53,9 @@ def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torc
     activations, grad_output = widened(activations, grad_output)
     if activations.shape[1] == 1:
         return squared_norms(activations) * squared_norms(grad_output)
-    if gram_is_cheaper(activations, grad_output):
+    if gram.is_cheaper(activations, grad_output):
         return gram_norm_sq(activations, grad_output)
     return recompute_norm_sq(activations, grad_output)
-
-
-def gram_is_cheaper(activations: torch.Tensor, grad_output: torch.Tensor) -> bool:
-    """Whether two Grams over positions take fewer operations than the gradient."""
-    _, positions, features_in = activations.shape
-    features_out = grad_output.shape[2]
-    return positions * (features_in + features_out) < 2 * features_in * features_out
 
 
 def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
@@ -77,7 +70,7 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
     """
     batch, positions, _ = activations.shape
     norm_sq = activations.new_zeros(batch)
-    tile = max(1, min(positions, GRAM_TILE))
+    tile = max(1, min(positions, gram.LIBRARY_TILE))
     chunk = max(1, SCRATCH_ELEMENTS // max(1, 2 * tile * tile))
     for first in range(0, batch, chunk):
         rows = slice(first, first + chunk)
@@ -88,8 +81,8 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
                     x[rows, other : other + tile].transpose(1, 2)
                     for x in (activations, grad_output)
                 )
-                gram = torch.bmm(a_left, a_right).mul_(torch.bmm(g_left, g_right))
-                norm_sq[rows].add_(gram.sum((1, 2)), alpha=1 if other == start else 2)
+                products = torch.bmm(a_left, a_right).mul_(torch.bmm(g_left, g_right))
+                norm_sq[rows].add_(products.sum((1, 2)), alpha=1 if other == start else 2)
     return norm_sq.clamp_(min=0)
 
 
