@@ -73,6 +73,8 @@ class ModelCapture:
         self.tried: set[tuple[str, int]] | None = None
         #: samples of the largest batch that a trial run has passed
         self.tried_on = 0
+        #: a layer that had several rows per sample in a forward pass before any trial run
+        self.folded: str | None = None
         self._trying = False
         #: what the optimizer holds now (frozen parameters too: they may be unfrozen later)
         self.held: Callable[[], Iterable[nn.Parameter]] | None = None
@@ -218,6 +220,8 @@ class ModelCapture:
             )
         if samples > 1 and self.tried is not None:
             self._check_tried(layer, rows // samples)
+        elif samples > 1 and self.probe is not None and rows > samples * self.views:
+            self.folded = layer
         return samples
 
     def due(self) -> bool:

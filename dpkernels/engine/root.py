@@ -46,7 +46,7 @@ class RootForward(CapturedForward):
         try:
             if capture.due():
                 self._try((args, kwargs), rows)
-            capture.marked = False
+            capture.marked, capture.folded = False, None
             try:
                 output = self.original(*args, **kwargs)
             except Untried:
@@ -134,12 +134,19 @@ class _Begin:
         self.capture = capture
         self.samples = samples
         self.marked = marked
+        self.folded = capture.folded
         self._pass: int | None = None
 
     def __call__(self, grad: torch.Tensor) -> None:
         sink, axis = self.capture.sink, self.capture.axis
         if sink is None or (self.marked and not self.capture.wants_this_backward()):
             return
+        if self.folded is not None:
+            raise NotPerSample(
+                f"layer {self.folded!r}: it has several rows for each sample, and no trial run can "
+                "tell which rows are whose, as the samples of the model's first tensor are all "
+                "alike; pass the batch as the first tensor, and train on samples that differ"
+            )
         under_way = torch._C._current_graph_task_id()
         if self._pass not in (None, under_way):
             raise NotPerSample(

@@ -114,3 +114,21 @@ def test_layers_called_around_the_model_are_pointed_out() -> None:
     model.train()
     with pytest.raises(ValueError, match="'1'.*in training mode now"):
         net[0](x)
+
+
+def test_a_first_tensor_that_is_not_the_batch_is_refused() -> None:
+    """The height and width of square images are not two samples of half a batch each."""
+
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, size: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) * size.prod()
+
+    x = values(6, 5).float()
+    _, model, _, _ = made_private(Sized(), x)
+    output = model(torch.tensor([2.0, 2.0]), x)
+    with pytest.raises(ValueError, match="'layer'.*pass the batch as the first tensor"):
+        output.square().sum(1).mean().backward()
