@@ -1,11 +1,10 @@
 """The planner: which strategy computes a parameter's norm, and why.
 
 Costs are counted (floating-point operations and bytes per strategy, docs/math.md, section 2) and
-weighed by the device's ridge point, where what stays in the cache costs nothing and stored
-gradients beyond it come on fresh pages; or they are measured on the first step's own operands.
-While the first backward pass runs, each layer is decided on its own; at its end the plan is made
-again over all layers: the memory budget for stored gradients is spent where a byte saves the most
-work.
+weighed by the device's ridge point, where what stays in the cache costs nothing; or they are
+measured on the first step's own operands. While the first backward pass runs, each layer is
+decided on its own; at its end the plan is made again over all layers: the memory budget for stored
+gradients is spent where a byte saves the most work.
 """
 
 from __future__ import annotations
@@ -29,12 +28,8 @@ from dpkernels.ops.sums import squared_norms
 PLANS = ("auto", "measured")
 #: share of free memory that stored per-sample gradients may take by default
 _BUDGET_SHARE = 0.25
-#: bytes moved by one layer that stay in a processor's cache, measured on small Linear layers, and
-#: bytes that all layers together may store on pages that the process keeps from step to step
+#: bytes moved by one layer that stay in a processor's cache: measured on small Linear layers
 _CACHED = {"cpu": 1 << 22}
-#: traffic of stored gradients beyond that, over the counted: a step frees them all at once, so the
-#: system takes their pages back and maps new ones in the next (bench/NOTES.md: 0.5 ms per MB)
-_FRESH_PAGES = {"cpu": 2.0}
 #: timed runs of each candidate of ``plan="measured"``
 _RUNS = 3
 _REUSED = "used several times in one pass, so the norm is that of a sum: only store adds up"
@@ -71,8 +66,6 @@ class Entry:
     backends: dict[str, str]
     #: what a strategy takes, in operations that the device could do in that time
     work: dict[str, float]
-    #: the same of `store`, where its gradients lie on pages that are kept and where they do not
-    store_work: tuple[float, float] | None = None
     #: by strategy: the backend that was fastest, where candidates were measured
     fastest: dict[str, str] = field(default_factory=dict)
     #: why strategies on offer were not taken, other than by their work
@@ -82,11 +75,6 @@ class Entry:
     def pick(self, strategy: str, reason: str) -> None:
         """Settle on a strategy."""
         self.choice = Choice(strategy, self.fastest.get(strategy), reason)
-
-    def price(self, fresh: bool) -> None:
-        """Count `store` as one whose gradients come on fresh pages, or not."""
-        if self.store_work is not None:
-            self.work["store"] = self.store_work[fresh]
 
     @property
     def cost(self) -> Cost:
@@ -100,7 +88,7 @@ class Entry:
 
     def kept(self, strategy: str, samples: int) -> float:
         """Bytes of stored gradients for `samples` samples; other strategies store none."""
-        if strategy != "store" or strategy not in self.costs:
+        if strategy != "store":
             return 0.0
         return self.costs[strategy].kept * samples / self.samples
 
@@ -148,7 +136,6 @@ class Planner:
         self.entries: dict[tuple[str, str, bool], Entry] = {}
         self._reused: set[str] = set()
         self._samples = 0
-        self._cached = 0
         self._changed = False
 
     def choose(self, operand: Operand, parameter: str, layer: str, like: torch.Tensor) -> Choice:
@@ -183,8 +170,7 @@ class Planner:
             self.memory_budget = default_memory_budget(like.device)
         offers = operand.offers()
         costs = {n: o for n, o in offers.items() if isinstance(o, Cost)}
-        kind = like.device.type
-        ridge, self._cached = ridge_point(like.device), _CACHED.get(kind, 0)
+        ridge, cached = ridge_point(like.device), _CACHED.get(like.device.type, 0)
         entry = Entry(
             layer,
             parameter,
@@ -193,14 +179,10 @@ class Planner:
             costs,
             {n: o for n, o in offers.items() if isinstance(o, str)},
             {n: _backend(operand, n) for n in costs},
-            {n: c.flops + ridge * max(c.traffic - self._cached, 0.0) for n, c in costs.items()},
+            {n: c.flops + ridge * max(c.traffic - cached, 0.0) for n, c in costs.items()},
         )
         if self.plan == "measured":
             self._measure(entry, operand, like)
-        elif "store" in costs and kind in _FRESH_PAGES:
-            store = costs["store"]
-            fresh = store.flops + ridge * _FRESH_PAGES[kind] * store.traffic
-            entry.store_work = entry.work["store"], fresh
         return entry
 
     def _measure(self, entry: Entry, operand: Operand, like: torch.Tensor) -> None:
@@ -208,7 +190,7 @@ class Planner:
         if operand.kernel(next(iter(entry.costs))) is None:
             entry.work = dict.fromkeys(entry.costs, 0.0)
             return
-        left = (self.memory_budget or 0) - self._stored()
+        left = self._left()
         candidates = [
             (strategy, backend)
             for strategy in entry.costs
@@ -229,9 +211,7 @@ class Planner:
 
     def _decide_alone(self, entry: Entry) -> None:
         """The least work that fits what the layers before have left of the budget."""
-        stored = self._stored()
-        left = (self.memory_budget or 0) - stored
-        entry.price(fresh=stored + entry.kept("store", self._samples) > self._cached)
+        left = self._left()
         fitting = {
             n: work
             for n, work in entry.work.items()
@@ -240,50 +220,48 @@ class Planner:
         best = min(fitting or entry.work, key=entry.work.__getitem__)
         entry.pick(best, self._reason(entry, best))
 
-    def _stored(self) -> float:
-        """Bytes that the layers so far store: of a parameter's shapes, the largest."""
+    def _left(self) -> float:
+        """What the layers so far leave of the budget: of a parameter's shapes, the largest."""
         used: dict[str, float] = {}
         for entry in self.entries.values():
             if entry.choice.strategy:
                 kept = entry.kept(entry.choice.strategy, self._samples)
                 used[entry.parameter] = max(kept, used.get(entry.parameter, 0.0))
-        return sum(used.values())
+        return (self.memory_budget or 0) - sum(used.values())
 
     def _spend(self) -> None:
         """Store where a byte saves the most work, until the budget is spent."""
-        stored = 0.0
-        waiting: list[tuple[float, float, Entry]] = []
+        left = float(self.memory_budget or 0)
+        waiting: list[tuple[float, Entry]] = []
         for entry in self.entries.values():
             entry.refused.clear()
-            entry.price(fresh=False)
             if entry.parameter in self._reused:
                 strategy = "store" if "store" in entry.costs else "single"
                 entry.refused = dict.fromkeys(set(entry.costs) - {strategy}, _REUSED)
                 entry.pick(strategy, _REUSED)
-                stored += entry.kept(strategy, self._samples)
+                left -= entry.kept(strategy, self._samples)
                 continue
             others = {n: work for n, work in entry.work.items() if n != "store"}
             if not others:
                 entry.pick("store", "the only strategy for this layer")
-                stored += entry.kept("store", self._samples)
+                left -= entry.kept("store", self._samples)
                 continue
             best = min(others, key=others.__getitem__)
-            entry.pick(best, "")
+            entry.pick(best, self._reason(entry, best))
+            kept = entry.kept("store", self._samples) if "store" in entry.costs else 0.0
+            saved = entry.work[best] - entry.work.get("store", math.inf)
+            if saved > 0:
+                own = max(kept * entry.samples / self._samples, 1.0)
+                waiting.append((saved / own, entry))
+        for _, entry in sorted(waiting, key=lambda row: -row[0]):
             kept = entry.kept("store", self._samples)
-            saved = others[best] - entry.work.get("store", math.inf)
-            own = max(kept * entry.samples / self._samples, 1.0)
-            waiting.append((saved / own, kept, entry))
-        for _, kept, entry in sorted(waiting, key=lambda row: -row[0]):
-            entry.price(fresh=stored + kept > self._cached)
-            if entry.work.get("store", math.inf) < entry.work[entry.choice.strategy]:
-                if stored + kept <= (self.memory_budget or 0):
-                    stored += kept
-                    entry.pick("store", "")
-                else:
-                    entry.refused["store"] = (
-                        f"{kept:.3g} bytes of stored gradients exceed what memory_budget leaves"
-                    )
-            entry.pick(entry.choice.strategy, self._reason(entry, entry.choice.strategy))
+            if kept <= left:
+                left -= kept
+                entry.pick("store", self._reason(entry, "store"))
+            else:
+                entry.refused["store"] = (
+                    f"{kept:.3g} bytes of stored gradients exceed what memory_budget leaves"
+                )
 
     def _reason(self, entry: Entry, strategy: str) -> str:
         others = [work for name, work in entry.work.items() if name != strategy]
