@@ -11,6 +11,7 @@ import torch
 
 from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.phantom import write_phantom
+from dpkernels.segmentation.trainer import SegmentationTrainer
 from dpkernels.training.settings import merge
 
 _TINY = {
@@ -89,3 +90,28 @@ def rewrite():
         nib.save(nib.Nifti1Image(array, image.affine if affine is None else affine), path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """One finished run on six phantom patients, used read only."""
+    root = tmp_path_factory.mktemp("runs")
+    values = {
+        "data": {
+            "shape": [16, 16, 16],
+            "test_share": 0.34,
+            "validation_share": 0.17,
+            "phantom": {"patients": 6, "size": 20},
+        },
+        "network": {
+            "_target_": "monai.networks.nets.UNet",
+            "spatial_dims": 3,
+            "channels": [4, 8],
+            "strides": [2],
+        },
+        "loss": {"_target_": "monai.losses.DiceCELoss", "softmax": True, "to_onehot_y": True},
+        "training": {"steps": 3, "batch_size": 2, "ema_decay": 0.9, "validate_every": 2},
+        "evaluation": {"overlays": 1},
+    }
+    SegmentationTrainer(SegmentationConfig.from_dict(values), root / "run").fit()
+    return root / "run"

@@ -18,7 +18,7 @@ from dpkernels.segmentation.trainer import SegmentationTrainer
 from dpkernels.training.run_folder import RunFolder, load_checkpoint, steps_begun
 from dpkernels.training.settings import merge
 from dpkernels.training.trainer import TrainingResult
-from tests.segmentation.test_trainer import StopAfter
+from tests.segmentation.runs import StopAfter
 
 _save_checkpoint = RunFolder.save_checkpoint
 

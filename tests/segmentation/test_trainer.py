@@ -1,14 +1,6 @@
-import contextlib
 import json
-import multiprocessing
-import os
-import resource
 import shutil
-import signal
-import tempfile
-import time
 import warnings
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,82 +8,16 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from typer.testing import CliRunner
 
 from dpkernels.accounting import get_epsilon
 from dpkernels.reconstruction import rero_bound
-from dpkernels.segmentation.cli import app
 from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.trainer import SegmentationTrainer
 from dpkernels.training import options
 from dpkernels.training.logs import read_metrics
-from dpkernels.training.progress import SilentDisplay
-from dpkernels.training.run_folder import (
-    RunFolder,
-    StepLedger,
-    atomic,
-    load_checkpoint,
-    steps_begun,
-)
-from dpkernels.training.settings import load_yaml, merge
-
-
-class StopAfter(SilentDisplay):
-    """Interrupts training after a number of steps, as Ctrl-C would."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-
-    @contextlib.contextmanager
-    def training(self, plan, done):
-        with super().training(plan, done) as bar:
-            yield _StoppingBar(bar, self._steps)
-
-
-class _StoppingBar:
-    def __init__(self, bar, steps: int) -> None:
-        self._bar, self._left = bar, steps
-
-    def advance(self, statistics):
-        self._left -= 1
-        if self._left == 0:
-            raise KeyboardInterrupt
-        return self._bar.advance(statistics)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """One finished run on six phantom patients, used read only."""
-    root = tmp_path_factory.mktemp("runs")
-    values = {
-        "data": {
-            "shape": [16, 16, 16],
-            "test_share": 0.34,
-            "validation_share": 0.17,
-            "phantom": {"patients": 6, "size": 20},
-        },
-        "network": {
-            "_target_": "monai.networks.nets.UNet",
-            "spatial_dims": 3,
-            "channels": [4, 8],
-            "strides": [2],
-        },
-        "loss": {"_target_": "monai.losses.DiceCELoss", "softmax": True, "to_onehot_y": True},
-        "training": {"steps": 3, "batch_size": 2, "ema_decay": 0.9, "validate_every": 2},
-        "evaluation": {"overlays": 1},
-    }
-    SegmentationTrainer(SegmentationConfig.from_dict(values), root / "run").fit()
-    return root / "run"
-
-
-def weights(run: Path) -> torch.Tensor:
-    state = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
-    return torch.cat([value.flatten() for value in state.values()])
-
-
-def history(run: Path) -> list:
-    update = load_checkpoint(run / "checkpoints" / "last.pt")["update"]
-    return [list(entry) for entry in update["accountant"]["history"]]
+from dpkernels.training.run_folder import load_checkpoint
+from dpkernels.training.settings import load_yaml
+from tests.segmentation.runs import weights
 
 
 def test_the_run_folder_holds_everything_that_is_promised(finished):
@@ -204,79 +130,6 @@ def test_predictions_lie_on_the_grid_of_their_files(finished, tmp_path):
         trainer.predict(tmp_path / "nothing", tmp_path / "out")
 
 
-def test_an_interrupted_run_continues_with_an_exact_history(tiny, tmp_path):
-    config = tiny({"training": {"steps": 5}})
-    with pytest.raises(KeyboardInterrupt):
-        SegmentationTrainer(config, tmp_path / "run", StopAfter(2)).fit()
-    assert history(tmp_path / "run")[0][2] == 2
-    SegmentationTrainer.from_run(tmp_path / "run").evaluate()
-    assert SegmentationTrainer.from_run(tmp_path / "run").finished() is None
-    result = SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True)
-    assert result.steps == 5
-    ((sigma, rate, steps),) = history(tmp_path / "run")
-    assert (steps, rate) == (5, 2 / 6)
-    assert result.epsilon == get_epsilon(
-        noise_multiplier=sigma, sample_rate=rate, steps=5, delta=1e-5
-    )
-    assert read_metrics(tmp_path / "run" / "metrics.csv")["step"] == [1, 3, 4, 5]
-
-
-def test_a_resumed_run_takes_the_very_steps_of_an_uninterrupted_one(tiny, tmp_path):
-    """Without noise, and with every patient in every batch, nothing else is random."""
-    change = {
-        "training": {"steps": 5, "batch_size": 6, "ema_decay": 0.9, "schedule": "cosine"},
-        "privacy": {"enabled": False},
-        "data": {"spacing": [15.0, 15.0, 15.0], "shape": None, "crop": [8, 8, 8]},
-    }
-    SegmentationTrainer(tiny(change), tmp_path / "whole").fit()
-    with pytest.raises(KeyboardInterrupt):
-        SegmentationTrainer(tiny(change), tmp_path / "parts", StopAfter(3)).fit()
-    SegmentationTrainer.from_run(tmp_path / "parts").fit(resume=True)
-    torch.testing.assert_close(
-        weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=1e-5
-    )
-    ema = [
-        load_checkpoint(tmp_path / run / "checkpoints" / "ema.pt")["model"]
-        for run in ("parts", "whole")
-    ]
-    for name, value in ema[0].items():
-        torch.testing.assert_close(value, ema[1][name], rtol=0, atol=1e-5)
-
-
-def test_resuming_with_other_privacy_parameters_is_refused(tiny, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        SegmentationTrainer(tiny({"training": {"steps": 4}}), tmp_path / "run", StopAfter(2)).fit()
-    for change, name in (
-        ({"privacy": {"epsilon": 9.0}}, "noise_multiplier"),
-        ({"privacy": {"max_grad_norm": 0.7}}, "max_grad_norm"),
-        ({"privacy": {"delta": 1e-6}}, "delta"),
-        ({"privacy": {"enabled": False}}, "enabled"),
-        ({"training": {"steps": 40}}, "steps"),
-        ({"training": {"batch_size": 3}}, "sample_rate"),
-        ({"training": {"seed": 1}}, "split"),
-        ({"data": {"test_share": 0.4}}, "patients"),
-    ):
-        config = tiny(merge({"training": {"steps": 4}}, change))
-        with pytest.raises(ValueError, match=f"--resume: a privacy parameter .*{name}"):
-            SegmentationTrainer(config, tmp_path / "run").fit(resume=True)
-
-
-def test_a_finished_run_is_neither_resumed_nor_overwritten(finished):
-    trainer = SegmentationTrainer.from_run(finished)
-    with pytest.raises(ValueError, match="all 3 planned steps are taken"):
-        trainer.fit(resume=True)
-    with pytest.raises(ValueError, match="holds a run that took steps"):
-        trainer.fit()
-
-
-def test_a_run_that_failed_before_its_first_step_may_be_repeated(tiny, tmp_path, folder):
-    (folder / "imagesTr" / "phantom_003.nii.gz").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"phantom_003.nii.gz: not a readable NIfTI"):
-        SegmentationTrainer(tiny(root=folder), tmp_path / "run").fit()
-    assert not (tmp_path / "run" / "checkpoints" / "steps.ledger").exists()
-    assert SegmentationTrainer(tiny(), tmp_path / "run").fit().steps == 3
-
-
 def test_every_faulty_scan_is_listed_at_once(tiny, tmp_path, folder, rewrite):
     (folder / "imagesTr" / "phantom_003.nii.gz").write_bytes(b"damaged")
     rewrite(folder / "labelsTr" / "phantom_006.nii.gz", lambda array: array[1:])
@@ -329,104 +182,12 @@ def test_faulty_labels_are_refused_before_the_first_step(
     assert not (tmp_path / "run" / "checkpoints" / "steps.ledger").exists()
 
 
-def test_a_ledger_line_cut_short_still_counts(tmp_path):
-    path = tmp_path / "steps.ledger"
-    path.write_bytes(b"1\n2\n3")
-    ledger = StepLedger(path)
-    assert ledger.count == 3
-    assert ledger.begin() == 4
-    ledger.close()
-    assert StepLedger(path).count == steps_begun(path) == 4
-
-
 def test_a_run_without_steps_has_nothing_to_report(tiny, tmp_path):
     config = tiny({"network": {"norm": "BATCH"}})
     with pytest.raises(ValueError, match="BatchNorm"):
         SegmentationTrainer(config, tmp_path / "run").fit()
     with pytest.raises(ValueError, match="no step was taken yet"):
         SegmentationTrainer.from_run(tmp_path / "run").privacy_report()
-
-
-def test_the_report_of_a_read_only_run_is_printed_all_the_same(finished, monkeypatch):
-    def refuse(*_):
-        raise OSError(30, "Read-only file system", "privacy_report.json")
-
-    monkeypatch.setattr(RunFolder, "write_json", refuse)
-    shown = CliRunner().invoke(app, ["report", str(finished)], env={"COLUMNS": "200"})
-    assert shown.exit_code == 0
-    assert "The unit is the patient" in shown.output
-    assert "Not saved: [Errno 30] Read-only file system: 'privacy_report.json'" in shown.output
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatch):
-    config = tiny({"training": {"steps": 4, "checkpoint_every": 1}})
-    write = torch.save
-    written = []
-
-    def fill_the_disk(state, path):
-        written.append(path)
-        if len(written) == 3:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        write(state, path)
-
-    monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match=r"last.pt: .*No space left.*previous checkpoint is whole"):
-        SegmentationTrainer(config, tmp_path / "run").fit()
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
-    assert not list((tmp_path / "run").rglob("*.partial"))
-    monkeypatch.undo()
-    result = SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True)
-    assert result.steps == 4
-    assert history(tmp_path / "run")[0][2] == 4
-
-
-def test_a_full_disk_is_reported_with_the_file_it_met(tmp_path):
-    path = tmp_path / "metrics.json"
-    with pytest.raises(OSError, match=r"No space left on device: .*metrics.json"), atomic(path):
-        raise OSError(28, "No space left on device")  # as write() says it, without a name
-
-
-def test_a_step_that_cannot_be_entered_in_the_ledger_is_not_taken(tiny, tmp_path):
-    """A limit on file sizes stands for the full disk: real writes fail, also those of root."""
-    config = tiny({"training": {"steps": 3, "checkpoint_every": 1}})
-    with pytest.raises(KeyboardInterrupt):
-        SegmentationTrainer(config, tmp_path / "run", StopAfter(2)).fit()
-    ledger = tmp_path / "run" / "checkpoints" / "steps.ledger"
-    counted, saved = steps_begun(ledger), weights(tmp_path / "run")
-    entered = StepLedger(ledger)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.stat().st_size, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"steps.ledger: .*Step 3 was not taken.*--resume"):
-            entered.begin()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-        entered.close()
-    assert steps_begun(ledger) == counted == 2
-    torch.testing.assert_close(weights(tmp_path / "run"), saved)
-    assert SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True).steps == 3
-
-
-def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"run folder: cannot write to .*file"):
-        SegmentationTrainer(tiny(), tmp_path / "file" / "run").fit()
-
-
-@contextlib.contextmanager
-def unprivileged():
-    """Permissions do not hold root back."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 @pytest.mark.filterwarnings("ignore:No patient_id")
@@ -443,79 +204,6 @@ def test_warnings_of_a_command_are_one_line_without_a_path(capsys):
     with options.PlainErrors(Console(width=40)):
         warnings.warn("one [line], however long it may be", stacklevel=1)
     assert capsys.readouterr().out == "Warning: one [line], however long it may be\n"
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_read_only_run_folder_is_named_before_the_data_are_read(tiny, resume):
-    with tempfile.TemporaryDirectory() as place:  # below tmp_path others than root see nothing
-        run = RunFolder.create(Path(place) / "run")
-        run.write_yaml("config.yaml", {})
-        for part in (Path(place), run.root, run.checkpoints, run.overlays):
-            part.chmod(0o555)
-        nothing = tiny({"data": {"root": str(Path(place) / "no-data")}})
-        try:
-            with (
-                unprivileged(),
-                pytest.raises(ValueError, match=r"cannot write to .*run:"),
-            ):
-                SegmentationTrainer(nothing, run.root).fit(resume=resume)
-        finally:
-            for part in (Path(place), run.root, run.checkpoints, run.overlays):
-                part.chmod(0o755)
-
-
-def test_a_run_folder_has_one_trainer_at_a_time(tiny, tmp_path):
-    """Two would enter steps into one ledger, and one would overwrite the other's checkpoint."""
-    folder = RunFolder.create(tmp_path / "run")
-    with folder.claimed(), pytest.raises(ValueError, match="another process is training in"):
-        SegmentationTrainer(tiny(), folder.root).fit()
-    assert not folder.config.exists()
-    assert SegmentationTrainer(tiny(), folder.root).fit().steps == 3
-
-
-def test_own_files_beside_the_overlays_stay(tmp_path):
-    folder = RunFolder.create(tmp_path / "run")
-    for name in ("old.png", "notes.txt"):
-        (folder.overlays / name).write_text("x")
-    folder.clear_overlays()
-    assert [path.name for path in folder.overlays.iterdir()] == ["notes.txt"]
-
-
-def _run_and_say(values: dict, out: Path, resume: bool) -> None:
-    torch.set_num_threads(1)
-    SegmentationTrainer(SegmentationConfig.from_dict(values), out).fit(resume=resume)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork server to be fast")
-def test_killed_ten_times_no_step_goes_uncounted_and_no_checkpoint_is_unreadable(tiny, tmp_path):
-    steps, run = 60, tmp_path / "run"
-    values = tiny({"training": {"steps": steps, "checkpoint_every": 2}}).to_dict()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dpkernels.segmentation.trainer"])
-    rng = np.random.default_rng(0)
-    ledger, last = run / "checkpoints" / "steps.ledger", run / "checkpoints" / "last.pt"
-
-    def taken() -> int:
-        return len(ledger.read_bytes().split()) if ledger.exists() else 0
-
-    for kill in range(10):
-        started = taken()
-        child = context.Process(target=_run_and_say, args=(values, run, started > 0))
-        child.start()
-        target = started + int(rng.integers(1, 6))
-        while taken() < target:
-            assert child.is_alive(), f"the run ended by itself before kill {kill}"
-            time.sleep(0.002)
-        time.sleep(float(rng.uniform(0, 0.05)))
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        assert not last.exists() or load_checkpoint(last)["step"] <= taken()
-    counted_before = taken()
-    _run_and_say(values, run, True)
-    assert counted_before < steps == taken()
-    ((_, _, counted),) = history(run)
-    assert counted == steps
-    assert json.loads((run / "privacy_report.json").read_text())["epsilon"] <= 8
 
 
 def test_fine_tuning_starts_from_a_checkpoint_and_trains_only_the_listed_layers(
