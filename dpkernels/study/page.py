@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkernels.study.campaign import Adversary
+from dpkernels.study.results import UNLIKELY
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #22303c; max-width: 68rem; margin: 2rem auto;
@@ -63,10 +64,9 @@ def facts(cells: Sequence[Mapping[str, Any]], accountant: str, seeds: int) -> li
         "Bounds, which no attack can pass: worst case and relaxed are the largest probability of "
         f"picking the right one among {plan['patients']} candidates from the whole run, for an "
         "attacker who knows the gradient of every candidate, or only how large it is. NCC bounds "
-        "hold for an attacker "
-        "without prior knowledge and a record whose whole norm is signal, up to fluctuations of "
-        f"about 1/sqrt(D) = {cells[0]['dimension'] ** -0.5:.1g}, and more for the best of many "
-        "candidates.",
+        "are correlations that a reconstruction without prior knowledge exceeds with probability "
+        f"{UNLIKELY:.0%} at most, for a record whose whole norm is signal; the best of many "
+        "candidates may.",
         f"The steps of all runs took {minutes['training']:.1f} minutes and the attacks "
         f"{minutes['attacks']:.1f}, on {machine['gpu'] or machine['device']} with "
         f"{machine['threads']} threads; dpkernels {packages['dpkernels']}, "

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-from dpkernels.reconstruction import ncc_bound, rero_bound
+from dpkernels.reconstruction import ncc_quantile, rero_bound
 from dpkernels.training.privacy import PrivacyPlan
+
+#: probability at which a reconstruction may exceed the correlations of :class:`Risk`
+UNLIKELY = 0.05
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Risk:
     Attributes:
         worst_case: success at picking one of N candidates, attacker who knows the gradients.
         relaxed: the same, attacker who knows their size only.
-        ncc_update: correlation of a reconstruction from scratch, one update.
+        ncc_update: correlation that a reconstruction from scratch, from one update, exceeds with
+            probability :data:`UNLIKELY` at most.
         ncc_run: the same from q * T averaged updates.
     """
 
@@ -57,7 +61,12 @@ def risk_of(plan: PrivacyPlan, dimension: int, observations: int) -> Risk:
         for adversary in ("worst_case", "relaxed")
     )
     update, run = (
-        ncc_bound(noise_multiplier=plan.noise_multiplier, dimension=dimension, observations=count)
+        ncc_quantile(
+            UNLIKELY,
+            noise_multiplier=plan.noise_multiplier,
+            dimension=dimension,
+            observations=count,
+        )
         for count in (1, observations)
     )
     return Risk(worst_case, relaxed, update, run)
