@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from dpkernels.reconstruction import ncc_bound
+from dpkernels.reconstruction import ncc_bound, ncc_quantile
 from dpkernels.study import results
 from dpkernels.study.results import Reached, Risk, Row
 from dpkernels.study.verdict import conclude
@@ -137,4 +137,6 @@ def test_risk_without_noise_is_what_little_noise_tends_to() -> None:
     much = results.risk_of(plan(0.5), 4096, 12)
     typical = ncc_bound(noise_multiplier=0.5, dimension=4096)
     assert typical < much.ncc_update < much.ncc_run < 0.2
+    exceeded = ncc_quantile(0.05, noise_multiplier=0.5, dimension=4096)
+    assert much.ncc_update == pytest.approx(exceeded, rel=1e-12)
     assert 1 / 96 < much.relaxed < much.worst_case < 1
