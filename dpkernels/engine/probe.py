@@ -52,18 +52,16 @@ def find_mixing(
     Args:
         capture: the model's capture.
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
-        batch: nested arguments; every tensor with `rows` rows on the sample axis is batched.
+        batch: nested arguments that :func:`can_tell`; every tensor with `rows` rows on the sample
+            axis is batched.
         rows: rows of the batch.
         source: the sample that takes the place of the replaced one, where it differs from it.
 
     Returns:
-        A sentence that names the layer, or None. None too if the batch cannot tell
-        (:func:`can_tell`).
+        A sentence that names the layer, or None.
     """
     views = capture.views
     samples = rows // views
-    if not can_tell(batch, rows, views, capture.axis):
-        return None
     source %= samples
     batch = tree_map(_apart, batch, is_leaf=is_packed)
     replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
@@ -343,7 +341,9 @@ def refuse_mixing(
     Returns:
         Whether the batch could tell.
     """
+    if not can_tell(batch, rows, capture.views, capture.axis):
+        return False
     fault = find_mixing(capture, run, batch, rows, source)
     if fault is not None:
         raise NotPerSample(fault)
-    return can_tell(batch, rows, capture.views, capture.axis)
+    return True
