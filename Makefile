@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo study study-docs test bench bench-quick bench-gpu opacus-suite lint fmt docs build clean
+.PHONY: demo study study-docs test test-install bench bench-quick bench-gpu opacus-suite lint fmt docs build clean
 
 demo: .venv/.has-segmentation .venv/.native
 	$(BIN)/python -m dpkernels segment train
@@ -18,7 +18,11 @@ study-docs: study
 	$(BIN)/python docs/publish_study.py runs/study
 
 test: .venv/.has-segmentation .venv/.has-test .venv/.native
-	$(BIN)/python -m pytest --durations=10 -m "not slow"
+	$(BIN)/python -m pytest --durations=10 -m "not slow and not install"
+
+# Installs as a stranger does: pip's build isolation (it downloads the build tools), new environments.
+test-install: .venv/.has-segmentation .venv/.has-test
+	$(BIN)/python -m pytest --durations=10 -m install
 
 bench: .venv/.has-segmentation .venv/.has-test .venv/.rivals .venv/.native
 	$(BIN)/python -m bench all

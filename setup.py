@@ -1,9 +1,10 @@
 """Builds the native extensions with CMake. Decide first, then build strictly.
 
 ``DPKERNELS_BUILD`` = ``auto`` (default) | ``off`` | ``cpu`` | ``cuda`` decides before anything is
-compiled: ``auto`` takes the CPU extension if there is a C++ compiler and the CUDA extension if
-there is also an nvcc (on PATH, or under CUDA_HOME or CUDA_PATH). A build that has been decided and
-fails is an error, never a silent pure-Python package.
+compiled: ``auto`` takes the CPU extension if there is a C++ compiler, the CUDA extension if there
+is also an nvcc (on PATH, or under CUDA_HOME or CUDA_PATH), and neither where there is no compiler.
+Half a toolchain is an error, and so is a build that has been decided and fails: it ends in one line
+that names the remedy, never in a silent pure-Python package.
 """
 
 from __future__ import annotations
@@ -14,72 +15,149 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PROGRAM_FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 MODES = ("auto", "off", "cpu", "cuda")
+# What CMake reads when it first sees a folder and keeps: with other values, it gets another folder.
+REMEMBERED = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "NVCC_CCBIN")
+ARCHITECTURES = "DPKERNELS_CUDA_ARCHITECTURES"
+WITHOUT = "DPKERNELS_BUILD=off installs without compiling"
+WITHOUT_CUDA = "DPKERNELS_BUILD=cpu leaves CUDA out"
+INSTALL_COMPILER = "install one with C++17 (Debian: g++, Fedora: gcc-c++), or set CXX"
+INSTALL_CUDA = "install the CUDA toolkit, and put nvcc on PATH or set CUDA_HOME"
 
 
 def find_compiler(environ: Mapping[str, str]) -> str | None:
-    """Path of the C++ compiler that CMake is going to find, or None."""
-    names = [environ["CXX"].split()[0]] if environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next(
-        filter(None, (shutil.which(name, path=environ.get("PATH")) for name in names)), None
-    )
+    """Path of the C++ compiler that CMake is going to use, or None.
+
+    Raises:
+        ValueError: CXX names a program that does not exist.
+    """
+    search = environ.get("PATH")
+    if environ.get("CXX"):
+        return _named("CXX", environ["CXX"], search)
+    found = (shutil.which(name, path=search) for name in ("c++", "g++", "clang++"))
+    return next(filter(None, found), None)
 
 
 def find_nvcc(environ: Mapping[str, str]) -> str | None:
-    """Path of nvcc from CUDACXX, PATH, CUDA_HOME or CUDA_PATH, or None."""
+    """Path of nvcc from CUDACXX, PATH, CUDA_HOME or CUDA_PATH, or None.
+
+    Raises:
+        ValueError: CUDACXX names a program that does not exist.
+    """
     homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     search = os.pathsep.join([environ.get("PATH", ""), *(os.path.join(h, "bin") for h in homes)])
-    return shutil.which(environ.get("CUDACXX") or "nvcc", path=search)
+    if environ.get("CUDACXX"):
+        return _named("CUDACXX", environ["CUDACXX"], search)
+    return shutil.which("nvcc", path=search)
 
 
-def decide(environ: Mapping[str, str], compiler: str | None, nvcc: str | None) -> tuple[str, ...]:
+def _named(variable: str, value: str, search: str | None) -> str:
+    """Path of the program that an environment variable names; arguments may stand behind it."""
+    found = shutil.which((value.split() or [""])[0], path=search)
+    if found is None:
+        raise ValueError(f"{variable}={value!r}: no such program; correct it or unset {variable}")
+    return found
+
+
+def decide(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Which extensions to build: (), ("cpu",) or ("cpu", "cuda").
 
     Raises:
-        ValueError: an unknown mode, or one that needs a compiler that is not there.
+        ValueError: an unknown mode, one whose compiler is not there, or an nvcc without the C++
+            compiler that it calls.
     """
-    mode = environ.get("DPKERNELS_BUILD", "auto")
+    mode = environ.get("DPKERNELS_BUILD") or "auto"
     if mode not in MODES:
         raise ValueError(f"DPKERNELS_BUILD={mode!r}: expected one of {', '.join(MODES)}")
-    if mode in ("cpu", "cuda") and compiler is None:
-        raise ValueError(f"DPKERNELS_BUILD={mode}: no C++ compiler found (set CXX or install one)")
-    if mode == "cuda" and nvcc is None:
-        raise ValueError("DPKERNELS_BUILD=cuda: no nvcc found (on PATH or under CUDA_HOME)")
-    if mode == "off" or compiler is None:
+    if mode == "off":
         return ()
-    return ("cpu",) if mode == "cpu" or nvcc is None else ("cpu", "cuda")
+    compiler = find_compiler(environ)
+    nvcc = find_nvcc(environ) if mode != "cpu" else None
+    if mode == "cuda" and nvcc is None:
+        raise ValueError(f"DPKERNELS_BUILD=cuda, but no nvcc: {INSTALL_CUDA}; {WITHOUT_CUDA}")
+    if compiler is None and (mode != "auto" or nvcc is not None):
+        asked = f"DPKERNELS_BUILD={mode}" if mode != "auto" else f"{nvcc} is there"
+        raise ValueError(f"{asked}, but no C++ compiler: {INSTALL_COMPILER}; {WITHOUT}")
+    if compiler is None:
+        return ()
+    return ("cpu",) if nvcc is None else ("cpu", "cuda")
 
 
-def program(name: str) -> str:
-    """Path of cmake or ninja: from the package of that name if installed, else from PATH."""
+def find_program(name: str, environ: Mapping[str, str]) -> str:
+    """Path of cmake or ninja: from the package of that name, else from PATH.
+
+    Inside pip's build isolation the ninja package knows no folder (its BIN_DIR is ""), but pip has
+    put its program on PATH.
+
+    Raises:
+        ValueError: the program is in neither place.
+    """
     try:
         folder = getattr(importlib.import_module(name), PROGRAM_FOLDERS[name])
     except ImportError:
-        folder = None
-    found = shutil.which(name, path=folder)
+        folder = ""
+    # An empty path would make shutil.which look nowhere.
+    found = shutil.which(name, path=folder) if folder else None
+    found = found or shutil.which(name, path=environ.get("PATH"))
     if found is None:
-        raise RuntimeError(f"{name} not found: pip install {name}")
+        raise ValueError(f"{name} not found: pip install {name}; {WITHOUT}")
     return found
+
+
+def find_includes() -> list[str]:
+    """The folders of the headers of Python and of pybind11.
+
+    Raises:
+        ValueError: one is not installed; on Debian, Python's are a package of their own.
+    """
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").is_file():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise ValueError(
+            f"a C++ compiler is there, but no Python.h in {python}: install Python's headers "
+            f"(Debian: python{version}-dev, Fedora: python3-devel); {WITHOUT}"
+        )
+    try:
+        import pybind11
+    except ImportError:
+        raise ValueError(f"pybind11 not found: pip install pybind11; {WITHOUT}") from None
+    return [str(python), pybind11.get_include()]
+
+
+def give_up(reason: object) -> NoReturn:
+    """End the build with one line, without a traceback."""
+    sys.exit(f"dpkernels: {reason}")
+
+
+class FreshBuild(build):
+    """Packs what the source holds now, not modules that an earlier build has left behind."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "dpkernels", ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
     """Runs CMake once for all extensions and copies what it made to where setuptools wants it."""
 
     def run(self) -> None:
-        build = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        libraries = build / "lib"
-        shutil.rmtree(libraries, ignore_errors=True)
-        subprocess.run([program("cmake"), *self._configuration(build, libraries)], check=True)
-        subprocess.run([program("cmake"), "--build", str(build)], check=True)
-        self._copy(libraries)
+        libraries = self._compile() if self.extensions else []
+        for stale in self._package().glob("_c*.so"):
+            stale.unlink()
+        for library in libraries:
+            self._package().mkdir(parents=True, exist_ok=True)
+            shutil.copy2(library, self._package())
 
     def get_outputs(self) -> list[str]:
         return sorted(str(path) for path in self._package().glob("_c*.so"))
@@ -87,33 +165,56 @@ class CMakeBuild(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
-    def _configuration(self, build: Path, libraries: Path) -> list[str]:
-        import pybind11
+    def _compile(self) -> list[Path]:
+        """The extensions, compiled."""
+        try:
+            cmake, folder, settings = self._configuration()
+        except ValueError as error:
+            give_up(error)
+        libraries = folder / "lib"
+        shutil.rmtree(libraries, ignore_errors=True)
+        output = f"-DDPKERNELS_OUTPUT={libraries}"
+        self._call(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", output, *settings)
+        self._call(cmake, "--build", str(folder))
+        return sorted(libraries.iterdir())
 
-        targets = [extension.name.rpartition("._")[2] for extension in self.extensions]
-        includes = [sysconfig.get_path("include"), pybind11.get_include()]
+    def _configuration(self) -> tuple[str, Path, list[str]]:
+        """CMake, the folder it builds in, and its settings."""
+        compiler = find_compiler(os.environ)
+        nvcc = find_nvcc(os.environ) if "cuda" in self._targets() else None
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
-            "CMAKE_MAKE_PROGRAM": program("ninja"),
-            "DPKERNELS_CUDA": "ON" if "cuda" in targets else "OFF",
-            "DPKERNELS_INCLUDES": ";".join(includes),
-            "DPKERNELS_OUTPUT": str(libraries),
+            "CMAKE_MAKE_PROGRAM": find_program("ninja", os.environ),
+            "DPKERNELS_CUDA": "ON" if nvcc else "OFF",
+            "DPKERNELS_INCLUDES": ";".join(find_includes()),
             "DPKERNELS_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
         }
-        if "cuda" in targets:
-            options["CMAKE_CUDA_COMPILER"] = str(find_nvcc(os.environ))
-        if os.environ.get("DPKERNELS_CUDA_ARCHITECTURES"):
-            options["DPKERNELS_CUDA_ARCHITECTURES"] = os.environ["DPKERNELS_CUDA_ARCHITECTURES"]
-        settings = [f"-D{name}={value}" for name, value in options.items()]
-        return ["-S", str(ROOT), "-B", str(build), "-G", "Ninja", *settings]
+        if nvcc:
+            options["CMAKE_CUDA_COMPILER"] = nvcc
+            # By itself nvcc calls gcc, whatever CXX says.
+            chosen = os.environ.get("CUDAHOSTCXX") or os.environ.get("NVCC_CCBIN")
+            if compiler and not chosen and len(os.environ.get("CXX", "").split()) < 2:
+                options["CMAKE_CUDA_HOST_COMPILER"] = compiler
+        if os.environ.get(ARCHITECTURES):
+            options[ARCHITECTURES] = os.environ[ARCHITECTURES]
+        remembered = (ROOT, compiler, nvcc, *map(os.environ.get, (*REMEMBERED, ARCHITECTURES)))
+        name = f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / f"{name}-{zlib.crc32(repr(remembered).encode()):08x}"
+        settings = [f"-D{option}={value}" for option, value in options.items()]
+        return find_program("cmake", os.environ), folder, settings
 
-    def _copy(self, libraries: Path) -> None:
-        package = self._package()
-        package.mkdir(parents=True, exist_ok=True)
-        for stale in package.glob("_c*.so"):
-            stale.unlink()
-        for library in sorted(libraries.iterdir()):
-            shutil.copy2(library, package)
+    def _call(self, *command: str) -> None:
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError:
+            without_cuda = f"; {WITHOUT_CUDA}" if "cuda" in self._targets() else ""
+            give_up(
+                "the native build failed; the reason stands above. CXX chooses another C++17 "
+                f"compiler{without_cuda}; {WITHOUT}"
+            )
+
+    def _targets(self) -> list[str]:
+        return [extension.name.rpartition("._")[2] for extension in self.extensions]
 
     def _package(self) -> Path:
         return (ROOT if self.inplace else Path(self.build_lib)) / "dpkernels"
@@ -121,14 +222,13 @@ class CMakeBuild(build_ext):
 
 def main() -> None:
     """Decide, say so, and hand over to setuptools."""
-    compiler, nvcc = find_compiler(os.environ), find_nvcc(os.environ)
     try:
-        targets = decide(os.environ, compiler, nvcc)
+        targets = decide(os.environ)
     except ValueError as error:
-        sys.exit(f"dpkernels: {error}")
+        give_up(error)
     print(f"dpkernels: builds {' and '.join(targets) or 'no native extension'}", file=sys.stderr)
     extensions = [Extension(f"dpkernels._{target}", sources=[]) for target in targets]
-    setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
+    setup(ext_modules=extensions, cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})
 
 
 if __name__ == "__main__":
