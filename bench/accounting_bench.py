@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from bench import memory, results, table, work
+from dpkernels.accounting import opacus_accountants
 
 PATH = results.RESULTS / "accounting.csv"
 KEY = ("device", "run", "nominal_epsilon", "accountant")
@@ -32,12 +33,12 @@ LIMIT_S = 40.0
 _GRID = 2e-5
 
 # The server from which processes are forked imports this module: what it has, they have.
-for _module in (
-    "dp_accounting.pld.privacy_loss_distribution",
-    "dpkernels.accounting.opacus_adapter",
-):
-    with suppress(ImportError):
-        importlib.import_module(_module)
+with suppress(ImportError):
+    importlib.import_module("dp_accounting.pld.privacy_loss_distribution")
+with suppress(ImportError), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for _mechanism in opacus_accountants.MECHANISMS:
+        opacus_accountants.accountant(_mechanism)
 
 
 def run(

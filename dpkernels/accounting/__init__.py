@@ -1,6 +1,6 @@
 """Privacy accounting without torch: what ran is data (events), how it is bounded is code.
 
-The "tight" accountant is `tight`; Opacus' own are reached on demand through `opacus_adapter`.
+The "tight" accountant is `tight`; Opacus' own are loaded on demand by `opacus_accountants`.
 """
 
 from dpkernels.accounting.api import (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from dpkernels.accounting import calibration, tight
+from dpkernels.accounting import calibration, opacus_accountants, tight
 from dpkernels.accounting.checks import check_count, check_number
 from dpkernels.accounting.events import History, Phase, as_history
 
@@ -24,25 +25,15 @@ class Accountant:
     noise_multiplier: Callable[[float, float, float, int], float]
 
 
-def _from_opacus(mechanism: str) -> Accountant:
-    def epsilon(history: History, delta: float) -> float:
-        from dpkernels.accounting import opacus_adapter
-
-        return opacus_adapter.epsilon(mechanism, history, delta)
-
-    def noise_multiplier(target: float, delta: float, rate: float, steps: int) -> float:
-        from dpkernels.accounting import opacus_adapter
-
-        return opacus_adapter.noise_multiplier(mechanism, target, delta, rate, steps)
-
-    return Accountant(epsilon, noise_multiplier)
-
-
 ACCOUNTANTS: dict[str, Accountant] = {
     "tight": Accountant(tight.epsilon, calibration.noise_multiplier),
-    "rdp": _from_opacus("rdp"),
-    "prv": _from_opacus("prv"),
-    "gdp": _from_opacus("gdp"),
+    **{
+        mechanism: Accountant(
+            partial(opacus_accountants.epsilon, mechanism),
+            partial(opacus_accountants.noise_multiplier, mechanism),
+        )
+        for mechanism in opacus_accountants.MECHANISMS
+    },
 }
 
 
