@@ -37,7 +37,6 @@ class BareForward(UnitForward):
         self._layouts: dict[int, int] | None = None
         self._tried = False
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slots = [] if self.capture.open_sink is None else self._bare_slots()
         if not slots or self.axis != 0:

@@ -20,7 +20,6 @@ class CompositeForward(CapturedForward):
         super().__init__(module, name, capture)
         self.rule = rule
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
         if capture.open_sink is None:

@@ -194,7 +194,6 @@ class LayerForward(CapturedForward):
         self.rule = rule
         self.axis = axis if rule.sample_axis is None else rule.sample_axis
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
         sink = capture.open_sink

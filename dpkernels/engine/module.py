@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from torch import nn
@@ -37,6 +39,7 @@ def install(root: nn.Module, capture: ModelCapture) -> list[CapturedForward]:
         ValueError: the model is private already.
     """
     _refuse_captured(root)
+    _keep_compiler_out()
     installed: list[CapturedForward] = []
     for forward in _captured(root, "", capture, capture.axis, set()):
         forward.install()
@@ -44,6 +47,20 @@ def install(root: nn.Module, capture: ModelCapture) -> list[CapturedForward]:
     installed.append(RootForward(root, "", capture))
     installed[-1].install()
     return installed
+
+
+@functools.cache
+def _keep_compiler_out() -> None:
+    """Leave captured forwards out of compiled graphs; torch.compile takes what lies between them.
+
+    Done for the first private model and not where the classes are defined: it loads torch's
+    compiler, half a second that an import need not wait for and that every optimizer spends anyway.
+    """
+    for captured in (LayerForward, CompositeForward, UnitForward, BareForward):
+        captured.__call__ = torch.compiler.disable(captured.__call__)  # type: ignore[method-assign]
+    RootForward.__call__ = torch.compiler.disable(  # type: ignore[method-assign]
+        RootForward.__call__, recursive=False
+    )
 
 
 def _refuse_captured(root: nn.Module) -> None:
@@ -175,7 +192,7 @@ class _FusedCapture:
                 capture.root, capture, optimizer.processes, optimizer.is_last_physical_batch
             )
         else:
-            capture.probe = refuse_mixing
+            capture.probe = torch.compiler.disable(refuse_mixing)
         capture.refresh()
 
     def forbid_grad_accumulation(self) -> None:

@@ -36,7 +36,6 @@ _FINE_TOLERANCE = 1e-3
 _TINY = torch.finfo(torch.float32).tiny
 
 
-@torch.compiler.disable(recursive=False)
 def find_mixing(
     capture: ModelCapture,
     run: Callable[[Any], list[torch.Tensor]],
@@ -87,7 +86,6 @@ def find_mixing(
     return None
 
 
-@torch.compiler.disable
 def can_tell(batch: Any, rows: int, views: int, axis: int) -> bool:
     """Whether replacing the first or the last sample of a batch can show that samples mix.
 

@@ -18,7 +18,6 @@ from dpkernels.engine.forward import CapturedForward, leaves_of
 class RootForward(CapturedForward):
     """Finds the batch, arms capture, watches the outputs."""
 
-    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
         sink = capture.open_sink

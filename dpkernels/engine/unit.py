@@ -96,7 +96,6 @@ class UnitForward(CapturedForward):
         #: a mask [T, T] stays everybody's in a batch of T samples
         self._shared: set[tuple[int, int]] = set()
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture
         sink = capture.open_sink

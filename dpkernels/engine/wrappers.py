@@ -107,6 +107,7 @@ class Lockstep:
         self.model, self.capture, self.processes, self.is_last = model, capture, processes, is_last
         self._inside = False
         self._probed = False
+        self._refuse_mixing = torch.compiler.disable(refuse_mixing)
         #: places among the model's outputs from which the last backward pass came
         self._used: set[int] = set()
         self._handles = [
@@ -146,7 +147,7 @@ class Lockstep:
             last = self.is_last()
             others_go_on, too_few = self.processes.largest([float(not last), rows < 2 * views])
             if not self._probed and not too_few:
-                self._alone(refuse_mixing, self.capture, self._outputs, (args, kwargs), rows)
+                self._alone(self._refuse_mixing, self.capture, self._outputs, (args, kwargs), rows)
                 self._probed = True
             if not (last and others_go_on):
                 return
