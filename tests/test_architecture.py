@@ -144,6 +144,11 @@ sys.meta_path.insert(0, Absent)
 """
 
 
+COMMAND = "from dpkernels.cli import app; app({!r}.split(), standalone_mode=False)"
+RUN = "--sample-rate 0.01 --steps 500 --delta 1e-5"
+ACCOUNTS = ("--epsilon 8", "--epsilon 8 --accountant prv", "--noise-multiplier 1 --accountant gdp")
+
+
 @pytest.mark.parametrize(
     ("absent", "statement"),
     [
@@ -151,12 +156,29 @@ sys.meta_path.insert(0, Absent)
         ({"torch", "opacus", "triton", "monai"}, "import dpkernels.reconstruction.metrics"),
         ({"torch", "opacus", "triton", "monai"}, "from dpkernels.info import show; show()"),
         ({"triton", "monai"}, "import dpkernels.ops"),
+        *(({"torch"}, COMMAND.format(f"account {RUN} {asked}")) for asked in ACCOUNTS),
+        ({"torch"}, COMMAND.format(f"risk {RUN} --noise-multiplier 1 --dataset-size 1000")),
     ],
 )
 def test_what_must_not_be_needed(absent: set[str], statement: str) -> None:
-    """Accounting, bounds and `info` work without torch; the ops work without triton."""
+    """Accounting (Opacus' own too), bounds and `info` work without torch; ops without triton."""
     script = WITHOUT.format(absent=absent, statement=statement)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_the_engine_imports_little_beside_opacus() -> None:
+    """Half a second of imports, such as torch's compiler, would be felt at every start."""
+    script = (
+        "import sys, opacus; before = set(sys.modules); from dpkernels import PrivacyEngine; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    added = output.stdout.split()
+    assert "dpkernels.engine.privacy_engine" in added
+    heavy = ("torch._dynamo", "torch._inductor", "triton", "matplotlib", "monai", "typer", "rich")
+    assert not [name for name in added if name in heavy]
 
 
 # csrc
