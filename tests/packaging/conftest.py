@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPLAINT = "this compiler has no licence"
 
 
 def run(
@@ -42,6 +43,26 @@ def fail(*arguments, **keywords) -> str:
     assert result.returncode != 0, printed
     assert "Traceback" not in printed
     return printed
+
+
+def executable(path: Path, script: str = "") -> Path:
+    """A program that runs a shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def broken_compiler(folder: Path) -> Path:
+    """A C++ compiler that does nothing but complain."""
+    return executable(folder / "broken-c++", f"echo {COMPLAINT} >&2; exit 1")
+
+
+def without_compilers(folder: Path) -> dict[str, str]:
+    """The environment of a machine that has no compiler and says nothing of a build."""
+    (folder / "nothing").mkdir()
+    unset = ("CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "DPKERNELS_BUILD")
+    return {"PATH": str(folder / "nothing"), **dict.fromkeys(unset, "")}
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,15 @@ import pytest
 
 import dpkernels
 from dpkernels.ops import native
-from tests.packaging.conftest import ROOT, fail, succeed
+from tests.packaging.conftest import (
+    COMPLAINT,
+    ROOT,
+    broken_compiler,
+    executable,
+    fail,
+    succeed,
+    without_compilers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +31,6 @@ def setup_py() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def executable(path: Path, script: str = "") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return path
 
 
 @pytest.fixture
@@ -155,17 +156,12 @@ def test_pure_python_wheel(source: Path, tmp_path: Path) -> None:
     assert succeed(["-c", script], tmp_path, PYTHONPATH=str(site)).strip() == "1.0"
 
 
-def without_compilers(tmp_path: Path) -> str:
-    (tmp_path / "nothing").mkdir()
-    return str(tmp_path / "nothing")
-
-
 def test_an_in_place_build_without_a_compiler_builds_nothing(source: Path, tmp_path: Path) -> None:
     """`make test` and `make demo` on a machine without one; no old extension is left behind."""
     left_behind = source / "dpkernels" / "_cpu.baseline.so"
     left_behind.touch()
     arguments = ["setup.py", "build_ext", "--inplace"]
-    succeed(arguments, source, PATH=without_compilers(tmp_path), DPKERNELS_BUILD="auto")
+    succeed(arguments, source, **without_compilers(tmp_path))
     assert not left_behind.exists()
 
 
@@ -188,10 +184,10 @@ def assert_ends_with_remedy(printed: str) -> None:
 
 
 def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None:
-    broken = executable(tmp_path / "broken-c++", "echo this compiler has no licence >&2; exit 1")
     arguments = ["setup.py", "build_ext", "--inplace"]
-    printed = fail(arguments, source, DPKERNELS_BUILD="cpu", CXX=str(broken))
-    assert "this compiler has no licence" in printed
+    broken = str(broken_compiler(tmp_path))
+    printed = fail(arguments, source, DPKERNELS_BUILD="cpu", CXX=broken)
+    assert COMPLAINT in printed
     assert_ends_with_remedy(printed)
 
 

@@ -17,7 +17,13 @@ from pathlib import Path
 import pytest
 
 import dpkernels
-from tests.packaging.conftest import fail, succeed
+from tests.packaging.conftest import (
+    COMPLAINT,
+    broken_compiler,
+    fail,
+    succeed,
+    without_compilers,
+)
 
 pytestmark = [pytest.mark.install, pytest.mark.timeout(900)]
 
@@ -127,9 +133,7 @@ def assert_pure_python(environment: Environment) -> None:
 def test_install_where_no_compiler_exists(
     environment: Environment, source: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "nothing").mkdir()
-    machine = {"PATH": str(tmp_path / "nothing"), "CXX": "", "CUDACXX": "", "CUDA_HOME": ""}
-    machine |= {"CUDA_PATH": "", "DPKERNELS_BUILD": "auto"}
+    machine = without_compilers(tmp_path)
     environment.pip("install", "--no-deps", ".", where=source, **machine)
     assert_pure_python(environment)
 
@@ -144,11 +148,8 @@ def test_install_the_source_archive_without_compiling(
 def test_what_pip_says_of_a_compiler_that_fails(
     environment: Environment, source: Path, tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken-c++"
-    broken.write_text("#!/bin/sh\necho this compiler has no licence >&2\nexit 1\n")
-    broken.chmod(0o755)
     arguments = [*PIP, "wheel", ".", "--no-deps", "-w", "wheels"]
-    mode = {"DPKERNELS_BUILD": "cpu", "CXX": str(broken)}
+    mode = {"DPKERNELS_BUILD": "cpu", "CXX": str(broken_compiler(tmp_path))}
     printed = fail(arguments, source, python=environment.python, **mode)
-    assert "this compiler has no licence" in printed
+    assert COMPLAINT in printed
     assert "DPKERNELS_BUILD=off installs without compiling" in printed
