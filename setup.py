@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,8 +29,8 @@ ROOT = Path(__file__).resolve().parent
 PROGRAM_FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 MODES = ("auto", "off", "cpu", "cuda")
 # What CMake reads when it first sees a folder and keeps: with other values, it gets another folder.
-REMEMBERED = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "NVCC_CCBIN")
-ARCHITECTURES = "DPKERNELS_CUDA_ARCHITECTURES"
+REMEMBERED = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "NVCC_CCBIN")
+REMEMBERED += ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "DPKERNELS_CUDA_ARCHITECTURES")
 WITHOUT = "DPKERNELS_BUILD=off installs without compiling"
 WITHOUT_CUDA = "DPKERNELS_BUILD=cpu leaves CUDA out"
 INSTALL_COMPILER = "install one with C++17 (Debian: g++, Fedora: gcc-c++), or set CXX"
@@ -42,10 +43,9 @@ def find_compiler(environ: Mapping[str, str]) -> str | None:
     Raises:
         ValueError: CXX names a program that does not exist.
     """
-    search = environ.get("PATH")
     if environ.get("CXX"):
-        return _named("CXX", environ["CXX"], search)
-    found = (shutil.which(name, path=search) for name in ("c++", "g++", "clang++"))
+        return _named("CXX", environ)
+    found = (shutil.which(name, path=environ.get("PATH")) for name in ("c++", "g++", "clang++"))
     return next(filter(None, found), None)
 
 
@@ -55,19 +55,50 @@ def find_nvcc(environ: Mapping[str, str]) -> str | None:
     Raises:
         ValueError: CUDACXX names a program that does not exist.
     """
+    if environ.get("CUDACXX"):
+        return _named("CUDACXX", environ)
     homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     search = os.pathsep.join([environ.get("PATH", ""), *(os.path.join(h, "bin") for h in homes)])
-    if environ.get("CUDACXX"):
-        return _named("CUDACXX", environ["CUDACXX"], search)
     return shutil.which("nvcc", path=search)
 
 
-def _named(variable: str, value: str, search: str | None) -> str:
-    """Path of the program that an environment variable names; arguments may stand behind it."""
-    found = shutil.which((value.split() or [""])[0], path=search)
+def _named(variable: str, environ: Mapping[str, str]) -> str:
+    """Path of the program that an environment variable names, by itself or with arguments."""
+    value, search = environ[variable], environ.get("PATH")
+    whole = shutil.which(value, path=search)
+    if whole is not None:
+        return whole
+    program = (_words(value) or [""])[0]
+    found = shutil.which(program, path=search)
     if found is None:
-        raise ValueError(f"{variable}={value!r}: no such program; correct it or unset {variable}")
+        raise ValueError(
+            f"{variable}={value!r}: there is no program {program!r}; correct it or unset {variable}"
+        )
     return found
+
+
+def _words(value: str) -> list[str]:
+    try:
+        return shlex.split(value)
+    except ValueError:  # a quotation mark without its twin
+        return value.split()
+
+
+def host_compiler(environ: Mapping[str, str]) -> dict[str, str]:
+    """CXX as the compiler that nvcc calls, which is gcc by itself; nothing where somebody says so.
+
+    Returns:
+        What to add to the environment of CMake.
+    """
+    compiler = shutil.which(environ.get("CXX") or "", path=environ.get("PATH"))
+    flags = " ".join(
+        environ.get(name, "")
+        for name in ("CUDACXX", "CUDAFLAGS", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+    )
+    said = environ.get("CUDAHOSTCXX") or environ.get("NVCC_CCBIN")
+    if compiler is None or said or "-ccbin" in flags or "-compiler-bindir" in flags:
+        return {}
+    return {"CUDAHOSTCXX": compiler}
 
 
 def decide(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -104,7 +135,7 @@ def find_program(name: str, environ: Mapping[str, str]) -> str:
         ValueError: the program is in neither place.
     """
     try:
-        folder = getattr(importlib.import_module(name), PROGRAM_FOLDERS[name])
+        folder = getattr(importlib.import_module(name), PROGRAM_FOLDERS[name], "")
     except ImportError:
         folder = ""
     # An empty path would make shutil.which look nowhere.
@@ -144,7 +175,9 @@ class FreshBuild(build):
     """Packs what the source holds now, not modules that an earlier build has left behind."""
 
     def run(self) -> None:
-        shutil.rmtree(Path(self.build_lib) / "dpkernels", ignore_errors=True)
+        package = Path(self.build_lib).resolve() / "dpkernels"
+        if package.is_dir() and package != ROOT / "dpkernels":
+            shutil.rmtree(package)
         super().run()
 
 
@@ -152,7 +185,11 @@ class CMakeBuild(build_ext):
     """Runs CMake once for all extensions and copies what it made to where setuptools wants it."""
 
     def run(self) -> None:
-        libraries = self._compile() if self.extensions else []
+        try:
+            targets = decide(os.environ)
+            libraries = self._compile(targets) if targets else []
+        except ValueError as error:
+            give_up(error)
         for stale in self._package().glob("_c*.so"):
             stale.unlink()
         for library in libraries:
@@ -165,56 +202,57 @@ class CMakeBuild(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
-    def _compile(self) -> list[Path]:
-        """The extensions, compiled."""
-        try:
-            cmake, folder, settings = self._configuration()
-        except ValueError as error:
-            give_up(error)
+    def _compile(self, targets: tuple[str, ...]) -> list[Path]:
+        """The extensions, compiled.
+
+        Raises:
+            ValueError: something that is needed is not there, or the build fails.
+        """
+        nvcc = find_nvcc(os.environ) if "cuda" in targets else None
+        cmake, folder = find_program("cmake", os.environ), self._folder(nvcc)
         libraries = folder / "lib"
         shutil.rmtree(libraries, ignore_errors=True)
-        output = f"-DDPKERNELS_OUTPUT={libraries}"
-        self._call(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", output, *settings)
-        self._call(cmake, "--build", str(folder))
+        settings = [f"-D{k}={v}" for k, v in self._options(nvcc, libraries).items()]
+        environ = {**os.environ, **host_compiler(os.environ)}
+        for command in (
+            [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *settings],
+            [cmake, "--build", str(folder)],
+        ):
+            try:
+                subprocess.run(command, check=True, env=environ)
+            except OSError as error:
+                raise ValueError(f"{error}: pip install cmake; {WITHOUT}") from error
+            except subprocess.CalledProcessError as error:
+                cuda = f"CUDAHOSTCXX the one that nvcc calls; {WITHOUT_CUDA}; "
+                raise ValueError(
+                    "the native build failed; the reason stands above. If it is the compiler: CXX "
+                    f"chooses another; {cuda if nvcc else ''}if it is cmake or ninja: "
+                    f"pip install cmake ninja; {WITHOUT}"
+                ) from error
         return sorted(libraries.iterdir())
 
-    def _configuration(self) -> tuple[str, Path, list[str]]:
-        """CMake, the folder it builds in, and its settings."""
-        compiler = find_compiler(os.environ)
-        nvcc = find_nvcc(os.environ) if "cuda" in self._targets() else None
+    def _folder(self, nvcc: str | None) -> Path:
+        """Where CMake builds: a folder for each Python, source and choice of compilers."""
+        compilers = find_compiler(os.environ), nvcc
+        remembered = repr((ROOT, *compilers, *map(os.environ.get, REMEMBERED))).encode()
+        python = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        return ROOT / "build" / f"native-{python}-{zlib.crc32(remembered):08x}"
+
+    def _options(self, nvcc: str | None, libraries: Path) -> dict[str, str]:
+        """The options of CMakeLists.txt."""
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "CMAKE_MAKE_PROGRAM": find_program("ninja", os.environ),
             "DPKERNELS_CUDA": "ON" if nvcc else "OFF",
             "DPKERNELS_INCLUDES": ";".join(find_includes()),
+            "DPKERNELS_OUTPUT": str(libraries),
             "DPKERNELS_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
         }
-        if nvcc:
+        if nvcc and not os.environ.get("CUDACXX"):  # which CMake reads by itself
             options["CMAKE_CUDA_COMPILER"] = nvcc
-            # By itself nvcc calls gcc, whatever CXX says.
-            chosen = os.environ.get("CUDAHOSTCXX") or os.environ.get("NVCC_CCBIN")
-            if compiler and not chosen and len(os.environ.get("CXX", "").split()) < 2:
-                options["CMAKE_CUDA_HOST_COMPILER"] = compiler
-        if os.environ.get(ARCHITECTURES):
-            options[ARCHITECTURES] = os.environ[ARCHITECTURES]
-        remembered = (ROOT, compiler, nvcc, *map(os.environ.get, (*REMEMBERED, ARCHITECTURES)))
-        name = f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        folder = ROOT / "build" / f"{name}-{zlib.crc32(repr(remembered).encode()):08x}"
-        settings = [f"-D{option}={value}" for option, value in options.items()]
-        return find_program("cmake", os.environ), folder, settings
-
-    def _call(self, *command: str) -> None:
-        try:
-            subprocess.run(command, check=True)
-        except subprocess.CalledProcessError:
-            without_cuda = f"; {WITHOUT_CUDA}" if "cuda" in self._targets() else ""
-            give_up(
-                "the native build failed; the reason stands above. CXX chooses another C++17 "
-                f"compiler{without_cuda}; {WITHOUT}"
-            )
-
-    def _targets(self) -> list[str]:
-        return [extension.name.rpartition("._")[2] for extension in self.extensions]
+        if os.environ.get("DPKERNELS_CUDA_ARCHITECTURES"):
+            options["DPKERNELS_CUDA_ARCHITECTURES"] = os.environ["DPKERNELS_CUDA_ARCHITECTURES"]
+        return options
 
     def _package(self) -> Path:
         return (ROOT if self.inplace else Path(self.build_lib)) / "dpkernels"
@@ -224,9 +262,10 @@ def main() -> None:
     """Decide, say so, and hand over to setuptools."""
     try:
         targets = decide(os.environ)
-    except ValueError as error:
-        give_up(error)
-    print(f"dpkernels: builds {' and '.join(targets) or 'no native extension'}", file=sys.stderr)
+    except ValueError:
+        targets = ("cpu",)  # whoever builds is told why; a source archive needs no compiler
+    else:
+        print(f"dpkernels: builds {' and '.join(targets) or 'no native code'}", file=sys.stderr)
     extensions = [Extension(f"dpkernels._{target}", sources=[]) for target in targets]
     setup(ext_modules=extensions, cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})
 

@@ -42,6 +42,8 @@ class _Base:
 def accountant(mechanism: str) -> Any:
     """A new accountant of Opacus, with an empty history: "rdp", "prv" or "gdp".
 
+    It computes as Opacus' does and is of another class than ``opacus.accountants`` has.
+
     Raises:
         ModuleNotFoundError: Opacus is not installed.
     """

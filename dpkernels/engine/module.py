@@ -53,8 +53,9 @@ def install(root: nn.Module, capture: ModelCapture) -> list[CapturedForward]:
 def _keep_compiler_out() -> None:
     """Leave captured forwards out of compiled graphs; torch.compile takes what lies between them.
 
-    Done for the first private model and not where the classes are defined: it loads torch's
-    compiler, half a second that an import need not wait for and that every optimizer spends anyway.
+    Done once in a process, for its first private model, be it made or restored from a pickle. Not
+    where the classes are defined, as it loads torch's compiler: half a second that an import need
+    not wait for and that every optimizer spends anyway.
     """
     for captured in (LayerForward, CompositeForward, UnitForward, BareForward):
         captured.__call__ = torch.compiler.disable(captured.__call__)  # type: ignore[method-assign]
@@ -179,6 +180,7 @@ class _FusedCapture:
 
     def connect(self, optimizer: FusedDPOptimizer) -> None:
         """Hand the gradients of `optimizer`'s parameters to it at the end of each backward pass."""
+        _keep_compiler_out()
         self._optimizer = optimizer
         optimizer.grad_accumulation_allowed = self._allow_accumulation
         capture = self.capture

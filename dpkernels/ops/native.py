@@ -43,8 +43,8 @@ def load(name: str) -> ModuleType | str:
         return path
     if not path.is_file():
         remedy = {
-            "cpu": "reinstall with a C++ compiler and without DPKERNELS_BUILD=off",
-            "cuda": "reinstall with nvcc on PATH or under CUDA_HOME",
+            "cpu": "reinstall with a C++ compiler and --no-cache-dir, without DPKERNELS_BUILD=off",
+            "cuda": "reinstall with --no-cache-dir, and nvcc on PATH or under CUDA_HOME",
         }[name]
         return f"the {name} extension was not built ({remedy})"
     spec = importlib.util.spec_from_file_location(f"dpkernels._{name}", path)
@@ -58,7 +58,7 @@ def load(name: str) -> ModuleType | str:
     if getattr(module, "interface", 1) != INTERFACE:
         raise RuntimeError(
             f"{path} was built from other sources than this package: build it again "
-            "(python setup.py build_ext --inplace)"
+            "(python setup.py build_ext --inplace) or delete it"
         )
     return module
 

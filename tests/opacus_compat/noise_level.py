@@ -3,7 +3,9 @@
 The test trains a model of zeros on gradients of zero: its n parameters end as n independent
 Gaussians, whose squares add up to their variance times a chi-squared variable of n degrees. Opacus
 allows 15 % whatever n is. It fixes the seed, so it knows that its draws pass; ours are keyed by the
-operating system, and one honest draw in six of a model of 160 parameters is further away.
+operating system, and one honest draw in six of a model of 160 parameters is further away. With
+:func:`bounds`, that model finds only a variance of half or twice the right one, while those of
+12,000 parameters and more still find 8 %.
 """
 
 from __future__ import annotations

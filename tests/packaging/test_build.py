@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import setuptools
 
 import dpkernels
 from dpkernels.ops import native
@@ -73,9 +74,16 @@ def test_decision(setup_py: ModuleType, machine, mode, programs, targets) -> Non
         ("cuda", ["nvcc"], {}, "DPKERNELS_BUILD=cuda, but no C++ compiler", "or set CXX"),
         ("cuda", ["c++"], {}, "DPKERNELS_BUILD=cuda, but no nvcc", "DPKERNELS_BUILD=cpu leaves"),
         (None, ["nvcc"], {}, "nvcc is there, but no C++ compiler", "DPKERNELS_BUILD=off installs"),
-        (None, ["c++"], {"CXX": "cxx -m64"}, "CXX='cxx -m64': no such program", "unset CXX"),
-        (None, ["c++"], {"CXX": " "}, "CXX=' ': no such program", "unset CXX"),
-        ("cuda", ["c++"], {"CUDACXX": "nv"}, "CUDACXX='nv': no such program", "unset CUDACXX"),
+        (
+            None,
+            ["c++"],
+            {"CXX": "cxx -m64"},
+            "CXX='cxx -m64': there is no program 'cxx'",
+            "unset CXX",
+        ),
+        (None, ["c++"], {"CXX": " "}, "CXX=' ': there is no program ''", "unset CXX"),
+        (None, ["c++"], {"CXX": "'c++"}, 'there is no program "\'c++"', "unset CXX"),
+        ("cuda", ["c++"], {"CUDACXX": "nv"}, "CUDACXX='nv': there is no", "unset CUDACXX"),
     ],
 )
 def test_impossible_decisions(
@@ -99,6 +107,83 @@ def test_compilers_are_found_where_they_are(setup_py: ModuleType, machine, tmp_p
     assert setup_py.find_nvcc({"PATH": str(nvcc.parent)}) == str(nvcc)
     on_path = {"PATH": str(compiler.parent), "CXX": "my-c++ -m64"}
     assert setup_py.find_compiler(on_path) == str(compiler)
+    spaced = executable(tmp_path / "my compilers" / "c++")
+    for named in (str(spaced), f"'{spaced}' -m64"):
+        assert setup_py.find_compiler({**nothing, "CXX": named}) == str(spaced)
+
+
+@pytest.mark.parametrize(
+    ("environ", "called"),
+    [
+        ({}, None),
+        ({"CXX": "g++"}, "g++"),
+        ({"CXX": "g++ -m64"}, None),
+        ({"CXX": "ccache g++"}, None),
+        ({"CXX": "g++", "CUDAHOSTCXX": "clang++"}, None),
+        ({"CXX": "g++", "NVCC_CCBIN": "clang++"}, None),
+        ({"CXX": "g++", "NVCC_PREPEND_FLAGS": "-ccbin clang++"}, None),
+        ({"CXX": "g++", "CUDACXX": "nvcc --compiler-bindir=clang++"}, None),
+        ({"CXX": "g++", "CUDAFLAGS": "-lineinfo"}, "g++"),
+    ],
+)
+def test_nvcc_calls_the_compiler_of_cxx(setup_py: ModuleType, machine, environ, called) -> None:
+    machine = machine("g++", "clang++", "ccache", "nvcc", **environ)
+    host = setup_py.host_compiler(machine)
+    assert host == ({"CUDAHOSTCXX": f"{machine['PATH']}/{called}"} if called else {})
+
+
+class CMake:
+    """Stands for CMake in :class:`setup.CMakeBuild`, and remembers what it is asked."""
+
+    def __init__(self, setup_py: ModuleType, patch: pytest.MonkeyPatch, root: Path):
+        self.build = setup_py.CMakeBuild(setuptools.Distribution())
+        self.build.debug = False
+        patch.setattr(setup_py, "ROOT", root)
+        patch.setattr(setup_py.subprocess, "run", self.run)
+
+    def run(self, command: list[str], env: dict[str, str], check: bool) -> None:
+        if "-S" not in command:
+            return
+        self.folder = Path(command[command.index("-B") + 1])
+        (self.folder / "lib").mkdir(parents=True)
+        pairs = [word[2:].split("=", 1) for word in command if word.startswith("-D")]
+        self.options, self.environ = dict(pairs), env
+
+    def configure(self, *targets: str) -> Path:
+        self.build._compile(targets)
+        return self.folder
+
+
+def test_what_cmake_is_asked(
+    setup_py: ModuleType, machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What CMake keeps from its first call decides which folder it gets."""
+    environ = machine("g++", "c++", "nvcc")
+    for name in (*setup_py.REMEMBERED, "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", environ["PATH"] + os.pathsep + os.environ["PATH"])
+    cmake = CMake(setup_py, monkeypatch, tmp_path / "source")
+    folders = [cmake.configure("cpu")]
+    assert cmake.options["DPKERNELS_CUDA"] == "OFF"
+    assert "CMAKE_CUDA_COMPILER" not in cmake.options
+    assert cmake.configure("cpu") == folders[0]
+    folders.append(cmake.configure("cpu", "cuda"))
+    assert cmake.options["DPKERNELS_CUDA"] == "ON"
+    assert cmake.options["CMAKE_CUDA_COMPILER"] == f"{environ['PATH']}/nvcc"
+    assert "CUDAHOSTCXX" not in cmake.environ
+    monkeypatch.setenv("CXX", "g++")
+    folders.append(cmake.configure("cpu", "cuda"))
+    assert cmake.environ["CUDAHOSTCXX"] == f"{environ['PATH']}/g++"
+    monkeypatch.setenv("CUDACXX", "nvcc -lineinfo")
+    folders.append(cmake.configure("cpu", "cuda"))
+    assert "CMAKE_CUDA_COMPILER" not in cmake.options
+    monkeypatch.setenv("DPKERNELS_CUDA_ARCHITECTURES", "90-real")
+    folders.append(cmake.configure("cpu", "cuda"))
+    assert cmake.options["DPKERNELS_CUDA_ARCHITECTURES"] == "90-real"
+    monkeypatch.setattr(setup_py, "ROOT", tmp_path / "copy")
+    folders.append(cmake.configure("cpu", "cuda"))
+    assert len(set(folders)) == len(folders)
+    assert {folder.parent.parent.name for folder in folders} == {"source", "copy"}
 
 
 def test_cmake_and_ninja_come_from_their_packages_or_from_path(
@@ -111,6 +196,8 @@ def test_cmake_and_ninja_come_from_their_packages_or_from_path(
     for folder, found in (("", on_path), (str(packaged.parent), str(packaged))):
         monkeypatch.setitem(sys.modules, "ninja", types.SimpleNamespace(BIN_DIR=folder))
         assert setup_py.find_program("ninja", environ) == found
+    monkeypatch.setitem(sys.modules, "ninja", types.SimpleNamespace())  # a folder of that name
+    assert setup_py.find_program("ninja", environ) == on_path
     monkeypatch.setitem(sys.modules, "ninja", None)
     assert setup_py.find_program("ninja", environ) == on_path
     with pytest.raises(ValueError, match="ninja not found: pip install ninja"):
@@ -180,6 +267,7 @@ def assert_ends_with_remedy(printed: str) -> None:
     last = printed.strip().splitlines()[-1]
     assert last.startswith("dpkernels: the native build failed; the reason stands above.")
     assert "CXX chooses another" in last
+    assert "if it is cmake or ninja: pip install cmake ninja" in last
     assert "DPKERNELS_BUILD=off installs without compiling" in last
 
 
@@ -192,9 +280,31 @@ def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None
 
 
 def test_an_impossible_mode_ends_with_one_line(source: Path) -> None:
-    printed = fail(["setup.py", "--version"], source, DPKERNELS_BUILD="gpu")
+    arguments = ["setup.py", "--quiet", "build_ext", "--inplace"]
+    printed = fail(arguments, source, DPKERNELS_BUILD="gpu")
     expected = "dpkernels: DPKERNELS_BUILD='gpu': expected one of auto, off, cpu, cuda"
     assert printed.strip() == expected
+    assert succeed(["setup.py", "--version"], source, DPKERNELS_BUILD="gpu").strip()
+
+
+def test_a_build_into_the_source_keeps_the_source(source: Path) -> None:
+    succeed(["setup.py", "build", "--build-lib", "."], source, DPKERNELS_BUILD="off")
+    assert (source / "dpkernels" / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("script", ["\0garbage", None])
+def test_a_cmake_that_does_not_run_ends_with_one_line(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None
+) -> None:
+    program = executable(tmp_path / "cmake")
+    program.write_text(script if script else "#!/no/such/interpreter\n")
+    monkeypatch.setattr(setup_py, "find_program", lambda name, environ: str(program))
+    monkeypatch.setattr(setup_py, "ROOT", tmp_path)
+    monkeypatch.setenv("DPKERNELS_BUILD", "cpu")
+    build = setup_py.CMakeBuild(setuptools.Distribution())
+    build.debug = False
+    with pytest.raises(SystemExit, match="dpkernels: .*cmake.*: pip install cmake; DPKERNELS_BUI"):
+        build.run()
 
 
 @pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
