@@ -85,10 +85,9 @@ def _words(value: str) -> list[str]:
 
 
 def host_compiler(environ: Mapping[str, str]) -> dict[str, str]:
-    """CXX as the compiler that nvcc calls, which is gcc by itself; nothing where somebody says so.
+    """What to add to the environment of CMake for nvcc to call CXX; by itself it calls gcc.
 
-    Returns:
-        What to add to the environment of CMake.
+    Nothing where the user names the compiler that nvcc is to call, or where CXX has arguments.
     """
     compiler = shutil.which(environ.get("CXX") or "", path=environ.get("PATH"))
     flags = " ".join(

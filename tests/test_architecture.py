@@ -120,15 +120,20 @@ def test_the_rule_notices(room: str, source: str) -> None:
     assert room_violations(room, source)
 
 
+def printed(script: str) -> str:
+    """What a script prints in a process of its own."""
+    output = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    return output.stdout.strip()
+
+
 def test_importing_the_package_loads_no_torch_and_no_native_code() -> None:
     script = (
         "import sys, dpkernels; dpkernels.__version__; "
         "print([m for m in ('torch', 'triton', 'opacus', 'dpkernels.ops') if m in sys.modules])"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
-    )
-    assert output.stdout.strip() == "[]"
+    assert printed(script) == "[]"
 
 
 WITHOUT = """
@@ -172,10 +177,7 @@ def test_the_engine_imports_little_beside_opacus() -> None:
         "import sys, opacus; before = set(sys.modules); from dpkernels import PrivacyEngine; "
         "print(*sorted(set(sys.modules) - before))"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
-    )
-    added = output.stdout.split()
+    added = printed(script).split()
     assert "dpkernels.engine.privacy_engine" in added
     heavy = ("torch._dynamo", "torch._inductor", "triton", "matplotlib", "monai", "typer", "rich")
     assert not [name for name in added if name in heavy]
