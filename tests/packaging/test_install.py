@@ -38,12 +38,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
-from dpkernels import PrivacyEngine
+from dpkernels import PrivacyEngine, ops
 from dpkernels.ops import native
 
 warnings.simplefilter("ignore")
 assert Path(dpkernels.__file__).is_relative_to({environment!r}), dpkernels.__file__
 assert native.why_not_cpu() is None, native.why_not_cpu()
+assert ops.all_ops()["finish_grads_"].preferred("cpu") == "cpu"
 
 model = nn.Linear(8, 3)
 x, y = torch.randn(6, 8), torch.randn(6, 3)
