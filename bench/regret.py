@@ -26,6 +26,7 @@ from dpkernels.engine.strategies import held_by
 from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost, nbytes, stored_bytes
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand
+from dpkernels.ops import native
 from dpkernels.ops.conv import library, tiles
 from dpkernels.ops.conv.cpu import GradSample
 from dpkernels.ops.conv.geometry import Geometry
@@ -149,7 +150,7 @@ def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Work]:
         for backend in op.candidates(*arguments)[1:] if op else ():
             name = f"{strategy}, {backend}"
             calls[name] = partial(_work, operand, parameter, strategy, backend)
-    if isinstance(operand, ConvOperand):
+    if isinstance(operand, ConvOperand) and native.why_not_cpu() is None:
         for name, form in _CONV_FORMS.items():
             calls[f"store, {name}"] = partial(_formed, form, operand)
     first: dict[str, float] = {}

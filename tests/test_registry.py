@@ -86,6 +86,7 @@ def test_a_backend_refuses_the_other_device() -> None:
     assert clip_factor.why_not("cpu", norm_sq=torch.empty(3, device="meta"), max_grad_norm=1.0)
 
 
+@built
 def test_candidates_are_what_runs_with_the_automatic_choice_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

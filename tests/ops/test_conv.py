@@ -177,6 +177,7 @@ def test_the_kernel_is_left_alone_where_it_cannot_win() -> None:
         assert tiles.is_faster(short, short, geometry, folds_well=True)
 
 
+@pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
 @pytest.mark.usefixtures("threads")
 def test_threads_do_not_change_a_bit() -> None:
     case = shapes.CONV["3d, several blocks"]

@@ -301,6 +301,7 @@ def test_a_cmake_that_does_not_run_ends_with_one_line(
     monkeypatch.setattr(setup_py, "find_program", lambda name, environ: str(program))
     monkeypatch.setattr(setup_py, "ROOT", tmp_path)
     monkeypatch.setenv("DPKERNELS_BUILD", "cpu")
+    monkeypatch.setenv("CXX", str(executable(tmp_path / "c++")))
     build = setup_py.CMakeBuild(setuptools.Distribution())
     build.debug = False
     with pytest.raises(SystemExit, match="dpkernels: .*cmake.*: pip install cmake; DPKERNELS_BUI"):
