@@ -33,7 +33,7 @@ def _row(case: str = "unet3d-48-b2", rival: str = "ours", **values: object) -> r
 
 def _measure(*chosen: rivals.Rival, precision: str = "float32") -> dict[str, results.Row]:
     case = replace(_TINY, precision=precision)
-    found = harness.measure(case, list(chosen), _CPU, _PLAN, lambda what, share: None)
+    found = harness.measure(case, list(chosen), _CPU, _PLAN, work.SILENT)
     return {row.rival: row for row in found}
 
 

@@ -91,7 +91,7 @@ def test_without_the_ordinary_step_there_is_nothing_to_compare() -> None:
     case = cases.find(["recommender-b256"], "")[0]
     plan = harness.Plan(memory=False)
     with pytest.raises(RuntimeError, match="the ordinary step cannot run: out of memory"):
-        harness.measure(case, [ordinary], torch.device("cpu"), plan, lambda what, share: None)
+        harness.measure(case, [ordinary], torch.device("cpu"), plan, work.SILENT)
 
 
 def test_a_rival_that_is_named_is_measured_though_it_is_slow(
