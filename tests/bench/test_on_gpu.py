@@ -211,6 +211,29 @@ def test_kernels_beyond_the_longest_are_counted_together(
     assert sum(float(row["share"]) for row in own) == pytest.approx(1.0, abs=1e-2)
 
 
+def test_a_step_that_cannot_be_traced_has_its_reason_and_the_other_its_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def failing(workload: cases.Workload, privacy: rivals.Privacy) -> rivals.Trainer:
+        raise ValueError("no such layer")
+
+    path = tmp_path / "trace.csv"
+    ordinary, ours = rivals.find(["ours"])
+    chosen = [ordinary, replace(ours, prepare=failing)]
+    monkeypatch.setattr(rivals, "find", lambda names: chosen)
+    assert trace.run([_TINY], _CPU, path).complete
+    found = {name: [r for r in table.read(path) if r["rival"] == name] for name in trace.RIVALS}
+    assert [(row["kind"], row["name"]) for row in found["ours"]] == [
+        ("time", "cannot run: no such layer"),
+        ("step", "cannot run: no such layer"),
+    ]
+    assert len(found["ordinary"]) > len(found["ours"])
+    monkeypatch.undo()
+    monkeypatch.setattr(work, "STATE", tmp_path / "state")
+    trace.run([_TINY], _CPU, path)
+    assert "cannot run" not in path.read_text()
+
+
 def test_a_plan_is_written_case_by_case_and_a_failing_case_has_its_reason(tmp_path: Path) -> None:
     def failing() -> torch.nn.Module:
         raise ValueError("no such layer")
