@@ -88,7 +88,7 @@ def _measure(
     """Write the `rows` of the ordinary step and of ours, or why there are none, as a name."""
     here = asdict(results.Environment.here(device, "system"))
     workload = case.build(device)
-    for rival in rivals.find(["ours"]):
+    for rival in rivals.find(list(RIVALS)):
         place = {"case": case.name, "rival": rival.name}
         if rival.name in report.ended:
             found = [_row(kind, report.ended[rival.name])]
