@@ -1,0 +1,49 @@
+"""Every kind of layer on a device: one sample at a time in float64 on the CPU is the truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.device.kinds import KINDS, model_of
+from tests.engine.device.support import backward, error_of, private, truth
+from tests.engine.truth import assert_same, relative_error
+
+#: relative error that the roundings of inputs, weights, activations and backprops may leave
+BFLOAT16 = 2.0**-5
+
+
+
+def assert_on_kernels(ran: dict[str, set[str]], device: torch.device) -> None:
+    """Ops ran, and on a GPU none of them on PyTorch's kernels: else the test proves nothing."""
+    assert ran
+    if device.type == "cuda":
+        others = {op: found - {"triton", "cuda"} for op, found in ran.items()}
+        assert not any(others.values()), others
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32(
+    kind: str, device: torch.device, full_float32: None, ran: dict[str, set[str]]
+) -> None:
+    model, x = model_of(kind)
+    expected, bound = truth(model, x)
+    made = private(model, x, device, bound)
+    backward(made, x.to(device))
+    print(kind, ran)
+    assert_same(made.released(), expected, 1e-4)
+    assert_on_kernels(ran, device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_autocast(kind: str, device: torch.device, ran: dict[str, set[str]]) -> None:
+    model, x = model_of(kind)
+    expected, bound = truth(model, x)
+    made = private(model, x, device, bound)
+    backward(made, x.to(device), torch.bfloat16)
+    found = made.released()
+    print(kind, error_of(found, expected), relative_error(found.norms, expected.norms))
+    assert {g.dtype for g in found.gradients.values()} == {torch.float32}
+    assert error_of(found, expected) < BFLOAT16
+    assert relative_error(found.norms, expected.norms) < BFLOAT16
+    assert_on_kernels(ran, device)
