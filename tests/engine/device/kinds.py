@@ -43,7 +43,7 @@ class Quadratic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.form = nn.Parameter(torch.randn(18, 18) / 4)
+        self.form = nn.Parameter(torch.randn(18, 18) / 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.sin((x @ self.form) * x)

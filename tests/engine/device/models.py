@@ -33,9 +33,10 @@ def positions() -> nn.Module:
 
 
 def images() -> nn.Module:
+    """Small maps of many channels at the end: norms by Gram products over channels."""
     return nn.Sequential(
-        nn.Conv2d(3, 18, 3, padding=1), nn.GroupNorm(3, 18), nn.ReLU(), nn.Conv2d(18, 36, 3, 2),
-        nn.Flatten(), nn.Linear(324, 5),
+        nn.Conv2d(3, 18, 3, 2, 1), nn.GroupNorm(3, 18), nn.ReLU(), nn.Conv2d(18, 36, 3),
+        nn.Flatten(), nn.Linear(144, 5),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from tests.engine.device.support import Private, backward, error_of, private, tr
 from tests.engine.truth import assert_same, relative_error
 
 #: relative error that the roundings of inputs, weights, activations and backprops may leave
-BFLOAT16 = 2.0**-5
+BFLOAT16 = 2.0**-6
 
 
 
