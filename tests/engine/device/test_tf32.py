@@ -77,7 +77,7 @@ def matmul_precision() -> Iterator[None]:
 
 def product_error(device: torch.device) -> float:
     """Relative error of an ordinary product of matrices."""
-    a, b = (torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    a, b = (torch.randn(512, 512, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     return relative_error((a.to(device) @ b.to(device)).cpu(), a.double() @ b.double())
 
 
@@ -104,7 +104,7 @@ def test_switches(
     switch(name)
     if device.type == "cuda" and name in MATRICES_ROUNDED:
         assert product_error(device) > 1e-5, "the switch does nothing here"
-    exact = name in MATRICES_EXACT and network == "positions"
+    exact = name == "old-cudnn-off" or (name in MATRICES_EXACT and network == "positions")
     assert_private_step(network, device, EXACT if exact else ROUNDED)
 
 
