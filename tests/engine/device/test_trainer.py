@@ -31,7 +31,7 @@ def segment(*arguments: object) -> Result:
     return result
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.gpu)])
 def test_demonstration(precision: str, device: torch.device, tmp_path: Path) -> None:
     data, out = tmp_path / "Task99_Phantom", tmp_path / "run"
     segment("phantom", data, "--patients", 6, "--size", 20)
