@@ -68,12 +68,14 @@ def test_the_older_switch_of_matrix_products(stated: str, rounded: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+#: what becomes of TF32 in convolutions where only what stands above them is switched off
+OF_CONVOLUTIONS = "ieee" if torch.__version__ >= (2, 13) else "tf32"
 NEWER_SWITCHES = {
     ("", "tf32"): dict.fromkeys(DEFAULT, "tf32"),
-    ("", "ieee"): dict.fromkeys(DEFAULT, "ieee"),
-    ("", "bf16"): {"cuda conv": "ieee", "cpu matmul": "bf16", "cpu conv": "bf16"},
+    ("", "ieee"): {"cuda conv": OF_CONVOLUTIONS},
+    ("", "bf16"): {"cuda conv": OF_CONVOLUTIONS, "cpu matmul": "bf16", "cpu conv": "bf16"},
     ("cuda.matmul", "tf32"): {"cuda matmul": "tf32"},
-    ("cudnn", "ieee"): {"cuda matmul": "ieee", "cuda conv": "ieee"},
+    ("cudnn", "ieee"): {"cuda conv": OF_CONVOLUTIONS},
     ("cudnn.conv", "ieee"): {"cuda conv": "ieee"},
     ("mkldnn.matmul", "bf16"): {"cpu matmul": "bf16"},
     ("mkldnn.conv", "bf16"): {"cpu conv": "bf16"},
