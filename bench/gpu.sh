@@ -51,6 +51,7 @@ scratch=$(mktemp -d)
 logs=$scratch/logs
 mkdir "$logs"
 : >"$scratch/table"
+last=- # the exit code of the last stage
 running= # the stage that runs, and
 group= # the process group of its command
 failed=0
@@ -135,6 +136,7 @@ meaning() {
         tail -n 1 | sed -E 's/^=+ //; s/ =+$//')
     case $2 in
         0) echo "ok${count:+: $count}" ;;
+        3) echo "failed; torch finds no GPU" ;;
         5) echo "no test was found" ;;
         86) echo "GPU lost" ;;
         87) echo "hung" ;;
@@ -180,6 +182,7 @@ stage() {
         record "$name" - 0 "no time left"
         return
     fi
+    last=$status
     note=$(meaning "$name" "$status")
     [ "$tried" -eq 1 ] || note="$note; begun $tried times"
     offenders=$(($(lost) - offenders))
@@ -197,14 +200,14 @@ tests() {
         return
     fi
     shift 2
-    stage "$name" "$limit" 4 env OMP_NUM_THREADS=2 "$python" "${pytest[@]}" \
+    stage "$name" "$limit" 4 env "${environ[@]}" "$python" "${pytest[@]}" \
         --junitxml="$logs/$name.xml" "$@"
 }
 
 unpack() {
     local wheel suffix
     if [ ! -d "$pack" ]; then
-        record unpack - 0 "missing: $pack (nothing is carried; bench/gpu-pack.sh makes it)"
+        record unpack 0 0 "nothing is carried: no $pack"
         return
     fi
     mkdir -p "$scratch/site" "$TRITON_CACHE_DIR"
@@ -228,6 +231,7 @@ if [ -z "${DPKERNELS_COMMIT:-}" ]; then
     DPKERNELS_COMMIT=$(git describe --always --dirty 2>/dev/null || cat "$pack/commit" 2>/dev/null)
     export DPKERNELS_COMMIT
 fi
+environ=(OMP_NUM_THREADS=2)
 pytest=(-m pytest -m gpu -v --tb=short -p no:cacheprovider --continue-on-collection-errors)
 plugins=$("$python" -c '
 import importlib.util
@@ -237,6 +241,7 @@ if [ -n "$rehearsal" ]; then
     device=cpu
     processes=2
     small=(--quick)
+    environ+=(PYTHONOPTIMIZE=1)
     pytest+=(-p bench.rehearsal.plugin --assert=plain)
 fi
 case " $plugins " in
@@ -251,6 +256,7 @@ import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')" ]; then
     stage build 90 1 "$python" setup.py build_ext --inplace
 fi
 stage versions 25 1 "$python" -m bench.rehearsal.versions "$pack"
+[ "$last" != 3 ] || exit 1
 if [ "$run" = first ]; then
     tests tiles 60 tests/ops/test_production_tiles.py
     tests engine 50 tests/engine/device

@@ -86,10 +86,11 @@ def main() -> int:
                 print(f"    and is {here.get(name)!r}")
         if agree:
             print("carried kernels are taken: all that enters their keys agrees")
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        print(f"capability {torch.cuda.get_device_capability()}")
+    elif not os.environ.get("DPKERNELS_GPU_REHEARSAL"):
         print("torch finds no GPU")
         return 3
-    print(f"capability {torch.cuda.get_device_capability()}")
     return 0 if agree else 1
 
 

@@ -193,6 +193,13 @@ def test_what_is_missing_costs_its_own_stage(machine: Machine) -> None:
     assert {table[name][0] for name in ("versions", "engine", "trace", "ops")} == {"0"}
 
 
+def test_without_a_gpu_nothing_else_is_tried(machine: Machine) -> None:
+    machine.answer("*bench.rehearsal.versions*", "exit 3")
+    status, _ = machine.run("second")
+    assert status == 1
+    assert list(machine.table().items())[1:] == [("versions", ("3", "failed; torch finds no GPU"))]
+
+
 def test_a_stage_that_lost_the_gpu_begins_again_and_its_budget_is_what_is_left(
     machine: Machine,
 ) -> None:
