@@ -79,10 +79,7 @@ class ModelCapture:
         #: what the optimizer holds now (frozen parameters too: they may be unfrozen later)
         self.held: Callable[[], Iterable[nn.Parameter]] | None = None
         self.trained: frozenset[int] = frozenset()
-        #: requires gradients, so that a first layer's node is reached at all; not a leaf, so that
-        #: a backward pass can be asked whether it is for the parameters
-        with torch.enable_grad():
-            self.anchor = torch.zeros((), requires_grad=True).clone()
+        self.place_anchor(torch.device("cpu"))
         self._held: tuple[tuple[int, bool], ...] | None = None
         self._batch_norms: list[nn.Module] = []
         #: whether a layer of the forward pass under way is in its graph (not so inside a
@@ -172,9 +169,23 @@ class ModelCapture:
 
         self._guards[id(parameter)] = parameter.register_hook(refuse)
 
+    def place_anchor(self, device: torch.device) -> None:
+        """Make the tensor that every captured layer's node hangs on.
+
+        It requires gradients, so that a first layer's node is reached at all; it is no leaf, so
+        that a backward pass can be asked whether it is for the parameters; and the leaf behind it
+        is where the parameters are: only then does autograd end the pass on the streams from which
+        ``backward()`` was called (no parameter of a private model is a leaf of the graph).
+        """
+        with torch.enable_grad():
+            self.anchor = torch.zeros((), device=device, requires_grad=True).clone()
+
     def refresh(self) -> None:
         """Follow the optimizer: parameters may have been added or unfrozen; guard them all."""
-        parameters = self.root.parameters() if self.held is None else self.held()
+        parameters = list(self.root.parameters() if self.held is None else self.held())
+        device = next((p.device for p in parameters if p.is_cuda), self.anchor.device)
+        if device != self.anchor.device:
+            self.place_anchor(device)
         held = tuple((id(p), p.requires_grad) for p in parameters)
         if held == self._held:
             return

@@ -11,6 +11,7 @@ from torch import nn
 from dpkernels.engine.capture import ModelCapture, NotPerSample
 from dpkernels.engine.forward import CapturedForward
 from dpkernels.layers.composite import CompositeRule, Found
+from dpkernels.ops.precision import full_precision
 
 
 class CompositeForward(CapturedForward):
@@ -77,7 +78,8 @@ class CallRecorder:
         sink = capture.sink
         if sink is None or not capture.wants_this_backward():
             return
-        sink.begin(self.samples)
-        sink.saw(name, "backprops", backprops, self.samples)
-        for parameter, operand in found:
-            sink.add(parameter, operand, self.samples, name)
+        with full_precision():
+            sink.begin(self.samples)
+            sink.saw(name, "backprops", backprops, self.samples)
+            for parameter, operand in found:
+                sink.add(parameter, operand, self.samples, name)

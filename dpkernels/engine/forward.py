@@ -22,6 +22,7 @@ from dpkernels.engine.capture import ModelCapture, NotPerSample
 from dpkernels.layers.fold import sum_rows
 from dpkernels.layers.operands import Operand, StoredOperand
 from dpkernels.layers.rule import Rule
+from dpkernels.ops.precision import full_precision
 
 
 class LayerCall:
@@ -105,7 +106,8 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, backprops: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         capture = ctx.call.owner.capture
         if backprops is not None and capture.wants_this_backward():
-            ctx.call.backward(backprops.detach(), ctx.saved_tensors)
+            with full_precision():
+                ctx.call.backward(backprops.detach(), ctx.saved_tensors)
         return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
 
 
@@ -127,7 +129,8 @@ class PerSample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_sample: torch.Tensor | None) -> tuple[None, ...]:
         if grad_sample is not None:
-            ctx.receive(grad_sample.detach())
+            with full_precision():
+                ctx.receive(grad_sample.detach())
         return (None, None, None, None)
 
 

@@ -10,8 +10,10 @@ from torch import nn
 from dpkernels.engine.capture import ModelCapture, NotPerSample
 from dpkernels.engine.planner import Planner
 from dpkernels.engine.strategies import Factored, held_by
+from dpkernels.engine.streams import Streams
 from dpkernels.layers import margins
 from dpkernels.layers.operands import Operand
+from dpkernels.ops.precision import full_precision
 from dpkernels.ops.sums import squared_norms
 
 
@@ -81,15 +83,21 @@ class PendingGradients:
         planner: chooses how each parameter's norm is computed.
         capture: the model's capture, for names and for whether the batch was empty.
         done: called once at the end of each backward pass with this object.
+        streams: on which contributions are formed.
     """
 
     def __init__(
-        self, planner: Planner, capture: ModelCapture, done: Callable[[PendingGradients], None]
+        self,
+        planner: Planner,
+        capture: ModelCapture,
+        done: Callable[[PendingGradients], None],
+        streams: Streams,
     ):
         self.planner = planner
         self.names = capture.names
         self._capture = capture
         self._done = done
+        self._streams = streams
         self.samples: int | None = None
         self.gradients: dict[nn.Parameter, ParameterGradient] = {}
 
@@ -115,6 +123,7 @@ class PendingGradients:
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         """One parameter's contribution from one call of one layer."""
         parameter = self._capture.held_as(parameter)
+        self._streams.note(parameter.device)
         gradient = self.gradients.setdefault(parameter, ParameterGradient())
         name = self.names.get(id(parameter), "?")
         if gradient.started:
@@ -145,10 +154,14 @@ class PendingGradients:
         """Forget everything: the end of a backward pass, or one that failed half-way."""
         self.samples = None
         self.gradients = {}
+        self._streams.forget()
 
     def _finish(self) -> None:
         try:
-            self._done(self)
+            self._streams.gather()
+            with full_precision():
+                self._done(self)
+            self._streams.complete()
             self.planner.settle()
         finally:
             self.reset()

@@ -185,7 +185,9 @@ class _FusedCapture:
         optimizer.grad_accumulation_allowed = self._allow_accumulation
         capture = self.capture
         capture.held = optimizer.held_parameters
-        capture.sink = PendingGradients(self.planner, capture, optimizer.privatize)
+        capture.sink = PendingGradients(
+            self.planner, capture, optimizer.privatize, optimizer.streams
+        )
         if self._lockstep is not None:
             self._lockstep.remove()
             self._lockstep = None

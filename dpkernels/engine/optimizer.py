@@ -21,6 +21,7 @@ from dpkernels.engine.gradients import ParameterGradient, PendingGradients
 from dpkernels.engine.release import ReleasingOptimizer
 from dpkernels.engine.scaling import warn_of_overflow
 from dpkernels.engine.steps import Mechanism, StepCounter, StepReport
+from dpkernels.engine.streams import Streams, refuse_graph_capture
 
 
 class FusedDPOptimizer(ReleasingOptimizer):
@@ -155,6 +156,7 @@ class FusedDPOptimizer(ReleasingOptimizer):
         """
         if not self.params:
             return
+        refuse_graph_capture("backward()")
         self._check_cleared()
         factors = self._clip(gradients)
         self._passes += 1
@@ -166,6 +168,7 @@ class FusedDPOptimizer(ReleasingOptimizer):
         For training loops that skip the forward pass when Poisson sampling draws nobody; follow it
         with ``step()``, which counts.
         """
+        refuse_graph_capture("make_private_noise_only()")
         self.processes.check_noise_only()
         self._check_cleared()
         self._passes += 1
@@ -247,6 +250,7 @@ class FusedDPOptimizer(ReleasingOptimizer):
 
         A parameter that was frozen meanwhile has none, not zeros that momentum would follow.
         """
+        self.streams.wait()
         for p in self.held_parameters():
             p.grad_sample = None  # type: ignore[attr-defined]
         if not self._is_last_step_skipped:
@@ -273,6 +277,8 @@ class FusedDPOptimizer(ReleasingOptimizer):
             ValueError: no backward pass was made since the last step or ``zero_grad()``, or a
                 gradient did not come from the engine.
         """
+        refuse_graph_capture("optimizer.step()")
+        self.streams.wait()
         if not any(p.requires_grad for p in self.params):
             return True
         if self._ahead is None and self._step_skip_queue:
@@ -327,7 +333,9 @@ class FusedDPOptimizer(ReleasingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.update(_private={}, last_step=None, _signals_from=None, _ahead=None)
+        state.update(
+            _private={}, last_step=None, _signals_from=None, _ahead=None, streams=Streams()
+        )
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,20 +9,22 @@ gradients is spent where a byte saves the most work.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from dpkernels import ops
-from dpkernels.engine.ridge import ridge_point
+from dpkernels.engine.ridge import kind_of_products, ridge_point
 from dpkernels.engine.strategies import held_by
 from dpkernels.layers import margins
 from dpkernels.layers.costs import STRATEGIES, Cost
-from dpkernels.layers.operands import Operand
+from dpkernels.layers.operands import ConvOperand, Operand
 from dpkernels.ops.sums import squared_norms
 
 PLANS = ("auto", "measured")
@@ -106,9 +108,13 @@ class Entry:
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """Bytes for stored per-sample gradients: a quarter of the memory that is free now."""
+    """Bytes for stored per-sample gradients: a quarter of the memory that is free now.
+
+    On a GPU what PyTorch's allocator holds and has not given out counts as free.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _BUDGET_SHARE)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((torch.cuda.mem_get_info(device)[0] + held) * _BUDGET_SHARE)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(free * _BUDGET_SHARE)
 
@@ -170,7 +176,8 @@ class Planner:
             self.memory_budget = default_memory_budget(like.device)
         offers = operand.offers()
         costs = {n: o for n, o in offers.items() if isinstance(o, Cost)}
-        ridge, cached = ridge_point(like.device), _CACHED.get(like.device.type, 0)
+        ridge = ridge_point(like.device, _products_of(operand, like.device))
+        cached = _CACHED.get(like.device.type, 0)
         entry = Entry(
             layer,
             parameter,
@@ -316,8 +323,26 @@ def _wait(like: torch.Tensor) -> None:
         torch.cuda.synchronize(like.device)
 
 
+def _tensors_of(operand: Operand) -> list[torch.Tensor]:
+    own = vars(_innermost(operand)).values()
+    return [value for value in own if isinstance(value, torch.Tensor)]
+
+
+def _innermost(operand: Any) -> Operand:
+    """What an operand of a part of a parameter, or of a computed one, stands on."""
+    while hasattr(operand, "operand"):
+        operand = operand.operand
+    return operand
+
+
+def _products_of(operand: Operand, device: torch.device) -> str:
+    """The kind of products that the operand's tensors are multiplied in."""
+    floating = [t.dtype for t in _tensors_of(operand) if t.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, floating)
+    return kind_of_products(device, dtype, isinstance(_innermost(operand), ConvOperand))
+
+
 def _signature(operand: Operand) -> str:
     """Shapes of one sample's tensors: the choice does not depend on the drawn batch size."""
-    own = vars(getattr(operand, "operand", operand)).values()
-    shapes = [tuple(v.shape[1:]) for v in own if isinstance(v, torch.Tensor)]
+    shapes = [tuple(t.shape[1:]) for t in _tensors_of(operand)]
     return " ".join("x".join(map(str, shape)) or "1" for shape in shapes)

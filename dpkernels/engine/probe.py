@@ -139,6 +139,8 @@ def _observe(
             slopes = [_slopes(t) if t.ndim > capture.axis else torch.ones_like(t) for t in outputs]
             if outputs:
                 torch.autograd.backward(outputs, slopes)
+            if capture.anchor.is_cuda:  # a model may work on streams of its own
+                torch.cuda.synchronize(capture.anchor.device)
             buffers = capture.root.named_buffers()
             observer.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
     finally:

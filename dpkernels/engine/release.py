@@ -16,6 +16,7 @@ from dpkernels.engine.distributed import Processes
 from dpkernels.engine.gradients import ParameterGradient
 from dpkernels.engine.scaling import ScaledLossOptimizer
 from dpkernels.engine.steps import Mechanism
+from dpkernels.engine.streams import Streams
 from dpkernels.ops.noise.source import NoiseSource
 
 
@@ -42,6 +43,7 @@ class ReleasingOptimizer(ScaledLossOptimizer):
         self.clipping = clipping
         self.processes = processes
         self.processes.check_generator(self.generator)
+        self.streams = Streams()
         self._noise = NoiseSource()
         self._iterations = 0
         self._mechanism: Mechanism | None = None

@@ -1,9 +1,10 @@
 """A device's ridge point: the operations it does in the time of moving one byte.
 
-Measured once per device, version of PyTorch and number of threads, and kept in the user's cache
-directory (``XDG_CACHE_HOME``, else ``~/.cache``), in ``dpkernels/ridge.json``. The environment
-variable ``DPKERNELS_RIDGE`` states it instead: a number, or ``table`` for a value by kind of
-device.
+It depends on what is multiplied: a GPU's matrix units do sixteen times as many operations on
+bfloat16 as its other units on float32. It is measured once per device, kind of product, version of
+PyTorch and number of threads, and kept in the user's cache directory (``XDG_CACHE_HOME``, else
+``~/.cache``), in ``dpkernels/ridge.json``. The environment variable ``DPKERNELS_RIDGE`` states it
+instead: a number, or ``table`` for a value by kind of device and product.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from pathlib import Path
 
 import torch
 
-_TABLE = {"cpu": 10.0, "cuda": 160.0}
+from dpkernels.ops.precision import float32_products
+
+#: by kind of device and of product; a GPU's are half of an H100's rates over its bandwidth
+_TABLE = {
+    "cpu": {"float32": 10.0, "float64": 5.0},
+    "cuda": {"bfloat16": 130.0, "float16": 130.0, "tf32": 65.0, "float32": 8.0, "float64": 8.0},
+}
 #: side of the square matrices, float32 values moved, repeats
 _PROBES = {"cpu": (384, 1 << 24, 7), "cuda": (4096, 1 << 26, 15)}
 #: share of a large product's rate that the products of layers reach
@@ -28,8 +35,22 @@ _LAYERS_REACH = 0.5
 _CREDIBLE = 4.0
 
 
-def ridge_point(device: torch.device) -> float:
-    """Operations per byte of this device.
+def kind_of_products(device: torch.device, dtype: torch.dtype, convolution: bool = False) -> str:
+    """What operands of this dtype are multiplied as: a key of the table of ridge points.
+
+    A CPU's kernels widen half precision first. On a GPU float32 is ``"tf32"`` where PyTorch's
+    switches allow it now, for convolutions or for matrix products.
+    """
+    if device.type != "cuda":
+        return "float64" if dtype == torch.float64 else "float32"
+    if dtype == torch.float32:
+        precision = float32_products("cuda", "conv" if convolution else "matmul")
+        return "float32" if precision == "ieee" else "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+def ridge_point(device: torch.device, kind: str = "float32") -> float:
+    """Operations per byte of this device, for products of a kind (:func:`kind_of_products`).
 
     Raises:
         ValueError: ``DPKERNELS_RIDGE`` is neither ``table``, ``measure`` nor a number > 0.
@@ -46,12 +67,12 @@ def ridge_point(device: torch.device) -> float:
             )
         return value
     if stated == "table" or device.type not in _PROBES:
-        return _TABLE.get(device.type, _TABLE["cpu"])
-    return _cached(device, _key(device))
+        return _TABLE.get(device.type, _TABLE["cpu"])[kind]
+    return _cached(device, kind, _key(device, kind))
 
 
 @functools.cache
-def _cached(device: torch.device, key: str) -> float:
+def _cached(device: torch.device, kind: str, key: str) -> float:
     """From the file, or measured and written into it; by the table where it cannot be written."""
     path = _path()
     known = _read(path)
@@ -62,13 +83,13 @@ def _cached(device: torch.device, key: str) -> float:
         scratch = path.with_suffix(f".{os.getpid()}")
         scratch.touch()
     except OSError:
-        return _TABLE[device.type]
+        return _TABLE[device.type][kind]
     with contextlib.suppress(OSError):
-        value = measure(device)
+        value = measure(device, kind)
         scratch.write_text(json.dumps({**_read(path), key: value}, indent=1))
         scratch.replace(path)
         return value
-    return _TABLE[device.type]
+    return _TABLE[device.type][kind]
 
 
 def _path() -> Path:
@@ -87,31 +108,36 @@ def _read(path: Path) -> dict[str, float]:
     return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and v > 0}
 
 
-def _key(device: torch.device) -> str:
+def _key(device: torch.device, kind: str) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         name = f"{name} {os.cpu_count()} cores"
     probe = f"best of {_PROBES[device.type][2]}"
-    return f"{name} | torch {torch.__version__} | {torch.get_num_threads()} threads | {probe}"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{name} | {kind} | torch {torch.__version__} | {threads} | {probe}"
 
 
-def measure(device: torch.device) -> float:
-    """Rate of layers' float32 products over the rate of a copy, in operations per byte.
+def measure(device: torch.device, kind: str) -> float:
+    """Rate of layers' products over the rate of a copy of float32 values, in operations per byte.
 
     The copy is into fresh memory, as stored gradients are. The best of several calls counts: other
-    work on the machine only ever slows them down.
+    work on the machine only ever slows them down. TF32 counts as half of bfloat16, which is what
+    matrix units make of it, so that no switch has to be moved.
     """
+    if kind == "tf32":
+        return measure(device, "bfloat16") / 2
     side, values, repeats = _PROBES[device.type]
-    left, right = (torch.ones(side, side, device=device) for _ in range(2))
+    dtype = getattr(torch, kind)
+    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     source = torch.ones(values, device=device)
     with torch.no_grad():
         compute = _seconds(lambda: torch.mm(left, right, out=product), device, repeats)
         move = _seconds(source.clone, device, repeats)
     ridge = _LAYERS_REACH * (2.0 * side**3 / compute) / (8.0 * values / move)
-    stated = _TABLE[device.type]
+    stated = _TABLE[device.type][kind]
     return min(max(ridge, stated / _CREDIBLE), stated * _CREDIBLE)
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from dpkernels.engine.capture import ModelCapture, NotPerSample, Untried
 from dpkernels.engine.composite import CompositeForward
 from dpkernels.engine.forward import CapturedForward, leaves_of
+from dpkernels.engine.streams import refuse_graph_capture
 
 
 class RootForward(CapturedForward):
@@ -28,6 +29,7 @@ class RootForward(CapturedForward):
                 return self.original(*args, **kwargs)
         if torch._C._current_graph_task_id() == -1:
             sink.reset()
+        refuse_graph_capture(f"{type(self.module).__name__}.forward()")
         capture.refresh()
         capture.check_batch_norms()
         rows = self._rows(args, kwargs)

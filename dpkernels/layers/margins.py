@@ -14,14 +14,15 @@ import torch
 
 from dpkernels.ops.checks import result_dtype
 from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.precision import float32_products
 from dpkernels.ops.sums import squared_norms
 
 #: units of rounding between the values that are summed and their norm, all scaling included
 _VALUE_UNITS = 160
 #: units of rounding of the sum over a tile of Gram products
 _TILE_UNITS = 128
-#: unit of the products' inputs by ``torch.get_float32_matmul_precision()``: TF32, bfloat16
-_REDUCED = {"high": 2.0**-11, "medium": 2.0**-9}
+#: largest relative error to which inputs of float32 products are rounded, by their precision
+_ROUNDED_TO = {"ieee": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-9}
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -33,11 +34,8 @@ def product_unit(tensor: torch.Tensor, convolution: bool = False) -> float:
     """Largest relative error to which inputs of float32 products are rounded; 0 if they are not."""
     if result_dtype(tensor) == torch.float64 or tensor.dtype.itemsize < 4:
         return 0.0
-    if tensor.is_cuda and (
-        torch.backends.cuda.matmul.allow_tf32 or (convolution and torch.backends.cudnn.allow_tf32)
-    ):
-        return _REDUCED["high"]
-    return _REDUCED.get(torch.get_float32_matmul_precision(), 0.0)
+    kinds = ("matmul", "conv") if convolution else ("matmul",)
+    return _ROUNDED_TO[float32_products(tensor.device.type, *kinds)]
 
 
 def of_values(norm_sq: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+
+from dpkernels.ops.precision import float32_products
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,17 +53,19 @@ def require_clip_factor(clip_factor: torch.Tensor, batch: int) -> None:
         raise ValueError(f"clip_factor: dtype {clip_factor.dtype}, expected float32 or float64")
 
 
-def why_not_exact(tf32: bool, *operands: torch.Tensor) -> str | None:
+def why_not_exact(kinds: Sequence[str], *operands: torch.Tensor) -> str | None:
     """Why library products on CUDA cannot form norms and clipped sums apart from each other.
 
     TF32 rounds the operands, and a scaled operand otherwise than the plain one: the norm would not
     be that of the values that are summed. Stored per-sample gradients do not have this problem.
 
     Args:
-        tf32: whether the library may use TF32.
+        kinds: of the products, as :func:`dpkernels.ops.precision.float32_products` takes them.
         operands: what is multiplied.
     """
-    if tf32 and operands[0].is_cuda and result_dtype(*operands) == torch.float32:
+    if not operands[0].is_cuda or result_dtype(*operands) != torch.float32:
+        return None
+    if float32_products("cuda", *kinds) != "ieee":
         return "TF32 is allowed, so a sum of scaled operands is not that of the measured gradients"
     return None
 

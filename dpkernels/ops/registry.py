@@ -28,6 +28,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from dpkernels.ops.precision import full_precision
+
 Result = TypeVar("Result")
 """What an op returns: a tensor, or the list of tensors that it mutates."""
 
@@ -140,7 +142,8 @@ class Op(Generic[Result]):
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Result:
         function = self.implementation(*args, **kwargs)
-        return function(*args, **kwargs)
+        with full_precision():
+            return function(*args, **kwargs)
 
     def implementation(self, *args: Any, **kwargs: Any) -> Callable[..., Result]:
         """The function that runs for these arguments.

@@ -230,7 +230,7 @@ def test_the_ridge_point_is_measured_once_and_kept(
     assert 0.1 < measured < 1000.0
     assert list(json.loads(fresh_ridge.read_text()).values()) == [measured]
     ridge._cached.cache_clear()
-    monkeypatch.setattr(ridge, "measure", lambda device: pytest.fail("measured again"))
+    monkeypatch.setattr(ridge, "measure", lambda *_: pytest.fail("measured again"))
     assert ridge.ridge_point(CPU) == measured
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_cache_is_replaced(
 ) -> None:
     fresh_ridge.parent.mkdir()
     fresh_ridge.write_text(content)
-    monkeypatch.setattr(ridge, "measure", lambda device: 7.5)
+    monkeypatch.setattr(ridge, "measure", lambda *_: 7.5)
     assert ridge.ridge_point(CPU) == 7.5
     assert list(json.loads(fresh_ridge.read_text()).values()) == [7.5]
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from dpkernels import ops
 from tests.engine.support import made_private, squared_loss, values
 from tests.engine.truth import assert_same, fused, microbatching, relative_error
 
@@ -248,3 +252,97 @@ def test_nothing_is_said_while_all_is_finite() -> None:
         warnings.simplefilter("error")
         scaler.scale(squared_loss(model, (X[:, 0],))).backward()
         scaler.step(optimizer)
+
+
+def encoder_of_two_kinds() -> nn.Module:
+    """Grams over few positions, products of two norms, attention and a recurrent layer."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Linear(40, 64), nn.Tanh(), nn.TransformerEncoderLayer(64, 2, 48, 0.0, batch_first=True),
+        Last(nn.LSTM(64, 24, batch_first=True)), nn.Linear(24, 4),
+    )  # fmt: skip
+
+
+class Last(nn.Module):
+    """The output of a recurrent layer at the last position."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0][:, -1]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_backward_inside_autocast_releases_no_more_than_the_bound(
+    backend: str, clipping: str, positions: int
+) -> None:
+    """One sample, no noise: norms, factors and sums are formed in full precision all the same."""
+    bound = 0.05
+    for seed in range(6):
+        torch.manual_seed(seed)
+        x = torch.randn(1, positions, 40)
+        _, model, _, _ = made_private(
+            encoder_of_two_kinds(), x, max_grad_norm=bound, clipping=clipping
+        )
+        with ops.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+            nn.functional.cross_entropy(model(x), torch.tensor([seed % 4])).backward()
+        released = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+        assert 0.9 * bound < float(released.norm()) <= bound
+
+
+def test_backward_inside_autocast_is_that_outside() -> None:
+    """Where every product of the backward pass is the engine's own, bit for bit."""
+    found = []
+    for inside in (True, False):
+        model = nn.Linear(16, 5)
+        nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
+        nn.init.zeros_(model.bias)
+        x = X.flatten(1)
+        _, wrapped, _, _ = made_private(model, x, max_grad_norm=BOUND)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = squared_loss(lambda _, m=wrapped, x=x: m(x).float(), (x,))
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+_NEWER_SWITCHES = """
+import operator, torch
+from tests.engine.support import made_private, squared_loss
+from tests.engine.test_precision import (
+    BOUND, X, assert_close_to_truth, float64_truth, gradients, network
+)
+for name, value, tolerance in (
+    ("fp32_precision", "tf32", 2.0**-9),
+    ("fp32_precision", "bf16", 2.0**-6),
+    ("cuda.matmul.fp32_precision", "tf32", 1e-4),
+    ("cudnn.fp32_precision", "ieee", 1e-4),
+):
+    *owner, switch = name.split(".")
+    backend = operator.attrgetter(".".join(owner))(torch.backends) if owner else torch.backends
+    before = getattr(backend, switch)
+    setattr(backend, switch, value)
+    model = network()
+    _, wrapped, optimizer, _ = made_private(model, X, max_grad_norm=BOUND)
+    squared_loss(wrapped, (X,)).backward()
+    assert_close_to_truth(gradients(model), float64_truth(), tolerance)
+    optimizer.step()
+    setattr(backend, switch, before)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="fp32_precision is of PyTorch 2.9 and later"
+)
+def test_steps_under_the_newer_switches_of_precision() -> None:
+    """In a process of its own: PyTorch forbids mixing them with the older ones."""
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", _NEWER_SWITCHES], cwd=root, check=True)

@@ -12,6 +12,7 @@ import torch
 from dpkernels.ops import native
 from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
 from dpkernels.ops.native import why_not_cuda as unavailable
+from dpkernels.ops.precision import float32_products
 
 __all__ = ["conv_grad_sample", "unavailable", "why_not_conv_grad_sample"]
 
@@ -40,8 +41,8 @@ def why_not_conv_grad_sample(
         return f"it takes operands of one dtype below float64, not {input.dtype} and " + str(
             grad_output.dtype
         )
-    if input.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
-        return "its float32 products are TF32, which torch.backends.cudnn.allow_tf32 forbids"
+    if input.dtype == torch.float32 and float32_products("cuda", "conv") == "ieee":
+        return "its float32 products are TF32, which torch.backends.cudnn does not allow"
     if groups != 1 or channels > MOST_CHANNELS:
         return f"it takes up to {MOST_CHANNELS} channels in one group, not {channels} in {groups}"
     if taps == 1 or max(weight_shape[2:]) > 3 or max(stride) > 2 or max(dilation) > 1:

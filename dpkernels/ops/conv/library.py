@@ -97,7 +97,7 @@ def why_not_conv_norm_sq(
     groups: int,
 ) -> str | None:
     """Why these operands' norms would not be those of what is summed."""
-    return why_not_exact(torch.backends.cudnn.allow_tf32, input, grad_output)
+    return why_not_exact(("matmul", "conv"), input, grad_output)
 
 
 def why_not_conv_clipped_grad(
@@ -111,7 +111,7 @@ def why_not_conv_clipped_grad(
     groups: int,
 ) -> str | None:
     """Why this sum would not be that of the gradients whose norms were taken."""
-    return why_not_exact(torch.backends.cudnn.allow_tf32, input, grad_output)
+    return why_not_exact(("matmul", "conv"), input, grad_output)
 
 
 def grad_sample_by(

@@ -15,6 +15,7 @@ import triton.language as tl
 from dpkernels.ops import triton_support as support
 from dpkernels.ops.conv import triton_gram
 from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.precision import float32_products
 from dpkernels.ops.triton_support import Tile, unavailable
 
 __all__ = [
@@ -317,7 +318,7 @@ def _volumes(
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "ieee" if float32_products("cuda", "conv") == "ieee" else "tf32"
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:

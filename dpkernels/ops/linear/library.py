@@ -27,14 +27,14 @@ def widened(activations: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch
 
 def why_not_linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> str | None:
     """Why this norm would not be that of what is summed."""
-    return why_not_exact(torch.backends.cuda.matmul.allow_tf32, activations, grad_output)
+    return why_not_exact(("matmul",), activations, grad_output)
 
 
 def why_not_linear_clipped_grad(
     activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
 ) -> str | None:
     """Why this sum would not be that of the gradients whose norms were taken."""
-    return why_not_exact(torch.backends.cuda.matmul.allow_tf32, activations, grad_output)
+    return why_not_exact(("matmul",), activations, grad_output)
 
 
 def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from dpkernels.ops import triton_support as support
+from dpkernels.ops.precision import float32_products
 from dpkernels.ops.triton_support import Tile, unavailable
 
 __all__ = [
@@ -386,7 +387,7 @@ def _short_rows(
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "ieee" if float32_products("cuda", "matmul") == "ieee" else "tf32"
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
