@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +20,7 @@ from bench import (
     accounting_bench,
     cases,
     digest,
+    explain,
     kernels,
     memory,
     noise_bench,
@@ -31,6 +34,7 @@ from bench import (
     scaling,
     steps,
     table,
+    trace,
     work,
 )
 
@@ -39,12 +43,23 @@ _ROOT = Path(__file__).resolve().parents[1]
 _WHOLE = 1740.0
 #: and how many times its usual seconds a part may take, on a slow or busy machine
 _PATIENCE = 2.0
+#: seconds in which a part that is asked to stop may do so
+_GRACE = 10.0
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = work.console
 
 _Budget = Annotated[
     float | None, typer.Option(help="Seconds after which nothing more is begun; repeat to go on.")
 ]
+_Limit = Annotated[
+    float | None,
+    typer.Option(
+        help=f"Seconds after which a rival or case under way ends the process with {work.HUNG}; "
+        f"default: {work.PIECE_SECONDS_ON_GPU:.0f} on a GPU."
+    ),
+]
+_Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+_Only = Annotated[list[str] | None, typer.Option(help="Only this case (repeatable).")]
 _Fresh = Annotated[bool, typer.Option(help="Do not go on with an interrupted run.")]
 
 
@@ -73,12 +88,17 @@ _PARTS = (
 def default(
     context: typer.Context,
     quick: Annotated[bool, typer.Option(help="Small cases, under three minutes.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: _Device = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU.")] = 1,
-    case: Annotated[list[str] | None, typer.Option(help="Only this case (repeatable).")] = None,
+    case: _Only = None,
+    one_pass: Annotated[
+        str | None,
+        typer.Option("--pass", help="first: ours and the loop; second: the other rivals."),
+    ] = None,
     rival: Annotated[list[str] | None, typer.Option(help="Only this rival (repeatable).")] = None,
     seconds: Annotated[float | None, typer.Option(help="Timed seconds per case.")] = None,
     budget: _Budget = None,
+    item_seconds: _Limit = None,
     fresh: _Fresh = False,
     everyone: Annotated[
         bool,
@@ -99,15 +119,24 @@ def default(
         plan = replace(plan, seconds=seconds)
     if keep_memory and memory.keep_freed():
         plan = replace(plan, allocator="kept")
+    if one_pass and rival:
+        raise typer.BadParameter(f"--pass {one_pass}: expected without --rival")
     try:
         wanted = cases.find(case or [], suite)
-        chosen = rivals.find(rival or [])
+        chosen = steps.of_pass(one_pass) if one_pass else rivals.find(rival or [])
         target = results.usable(device)
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
     path = output or results.RESULTS / ("quick.csv" if quick else "steps.csv")
     outcome = steps.run(
-        wanted, chosen, target, plan, path, fresh=fresh or bool(case), budget=budget
+        wanted,
+        chosen,
+        target,
+        plan,
+        path,
+        fresh=fresh,
+        budget=budget,
+        piece_seconds=work.piece_seconds(item_seconds, target),
     )
     if output is None and not quick:
         _write_reports()
@@ -241,15 +270,56 @@ def make_report(
     _write_reports(source)
 
 
+@app.command("trace")
+def run_trace(
+    output: Annotated[Path, typer.Argument(help="CSV to update.")],
+    device: _Device = "cpu",
+    case: _Only = None,
+    budget: _Budget = None,
+    item_seconds: _Limit = None,
+    fresh: _Fresh = False,
+) -> None:
+    """A step kernel by kernel, ours and the ordinary one: three cases of a GPU, or small ones."""
+    target = _usable(device)
+    wanted = _found(case or (trace.CASES if target.type == "cuda" else ()), "quick")
+    limit = work.piece_seconds(item_seconds, target)
+    _exit(trace.run(wanted, target, output, fresh=fresh, budget=budget, piece_seconds=limit))
+
+
+@app.command("explain")
+def run_explain(
+    output: Annotated[Path, typer.Argument(help="CSV to update.")],
+    device: _Device = "cpu",
+    case: _Only = None,
+    budget: _Budget = None,
+    item_seconds: _Limit = None,
+    fresh: _Fresh = False,
+) -> None:
+    """What the planner decides in every case of a GPU, or in the small ones."""
+    target = _usable(device)
+    wanted = _found(case or (), "gpu" if target.type == "cuda" else "quick")
+    limit = work.piece_seconds(item_seconds, target)
+    _exit(explain.run(wanted, target, output, fresh=fresh, budget=budget, piece_seconds=limit))
+
+
 @app.command()
 def adopt(
     folder: Annotated[Path, typer.Argument(help="Where bench/gpu.sh wrote its CSV files.")],
 ) -> None:
     """Put the rows of another machine among ours, and make tables and pictures again."""
-    if not (folder / "steps.csv").exists():
-        raise typer.BadParameter(f"{folder}: expected a folder with steps.csv")
-    results.replace(steps.PATH, results.read(folder / "steps.csv"))
-    table.replace(results.RESULTS / "kernels.csv", table.read(folder / "kernels.csv"), kernels.KEY)
+    keys = {
+        "steps.csv": (results.KEY, ()),
+        "kernels.csv": (kernels.KEY, ()),
+        "trace.csv": (trace.KEY, trace.KEY[:-1]),
+        "explain.csv": (explain.KEY, explain.KEY[:-2]),
+    }
+    there = [name for name in keys if (folder / name).exists()]
+    if not there:
+        raise typer.BadParameter(f"{folder}: expected a folder with one of {', '.join(keys)}")
+    for name in there:
+        rows = table.read(folder / name)
+        table.replace(results.RESULTS / name, rows, *keys[name])
+        console.print(f"took {len(rows)} rows of {folder / name}", highlight=False)
     _write_reports()
 
 
@@ -280,13 +350,32 @@ def profile(
     console.print(table)
 
 
+def _usable(device: str) -> torch.device:
+    try:
+        return results.usable(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _found(names: Sequence[str], suite: str) -> list[cases.Case]:
+    try:
+        return cases.find(list(names), suite)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _finished(part: _Part, limit: float, fresh: bool) -> bool:
     """Whether the part, in a process of its own, came to its end within `limit` seconds."""
     command = [sys.executable, "-m", "bench", *part.command, *(["--fresh"] if fresh else [])]
-    try:
-        return subprocess.run(command, cwd=_ROOT, timeout=limit).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+    with subprocess.Popen(command, cwd=_ROOT) as process:
+        try:
+            return process.wait(limit) == 0
+        except subprocess.TimeoutExpired:
+            process.terminate()  # in order, or what is under way would not be tried again
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+            process.kill()
+            return False
 
 
 def _write_reports(source: Path = steps.PATH) -> None:

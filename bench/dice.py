@@ -114,9 +114,7 @@ def run(
     return work.off(todo, "time-to-dice", settings, fresh=fresh, budget=budget)
 
 
-def race(
-    task: Task, seed: int, report: work.Report = lambda what, share: None
-) -> dict[str, Runner]:
+def race(task: Task, seed: int, report: work.Report = work.SILENT) -> dict[str, Runner]:
     """Train ours and Opacus to the Dice, by turns."""
     images, labels = phantom(task)
     train, test = slice(task.patients), slice(task.patients, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -23,6 +23,8 @@ _SAMPLES_FOR_BOUND = 3
 #: what a rival may leave for rounding below the largest clip factor allowed (docs/math.md,
 #: section 1); it comes on top of what is allowed
 LARGEST_MARGIN = 1e-2
+#: by parameter name, means over samples: of clipped gradients, and of gradients as they are
+Sums = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,38 @@ class Truth:
 
 def ground_truth(workload: Workload, dtype: torch.dtype = torch.float64) -> Truth:
     """Clipped gradients by one sample at a time through plain autograd in `dtype`."""
-    norms = [_norm(g) for g in islice(_each_sample(workload), _SAMPLES_FOR_BOUND)]
-    bound = float(torch.tensor(norms).median())
-    exact = workload.in_precision(dtype)
-    clipped, plain = _sums(exact, bound)
-    precision = workload.case.precision
-    by_loop = Truth(clipped, bound, 0.0, precision).error(_sums(workload, bound)[0])
-    by_batch = Truth(plain, bound, 0.0, precision).error(_whole_batch(workload))
-    allowed = max(_FLOOR[precision], _ROUNDING * max(by_loop, by_batch))
-    return Truth(clipped, bound, allowed, precision)
+    bound = _bound(workload)
+    exact = _sums(workload.in_precision(dtype), bound)
+    return _truth(workload, bound, exact, _sums(workload, bound))
 
 
 def truths(workload: Workload) -> list[tuple[Workload, Truth]]:
-    """What a rival has to pass, in order: bfloat16 has to be right in float32 first."""
+    """What a rival has to pass, in order: bfloat16 has to be right in float32 first.
+
+    In bfloat16 the loop in float32 is the truth of both, and runs once.
+    """
     if workload.case.precision == "float32":
         return [(workload, ground_truth(workload))]
     exact = workload.in_precision(torch.float32)
-    return [(w, ground_truth(w, torch.float32)) for w in (exact, workload)]
+    bound = _bound(exact)
+    sums = _sums(exact, bound)
+    return [
+        (exact, _truth(exact, bound, sums, sums)),
+        (workload, _truth(workload, bound, sums, _sums(workload, bound))),
+    ]
+
+
+def _bound(workload: Workload) -> float:
+    norms = [_norm(g) for g in islice(_each_sample(workload), _SAMPLES_FOR_BOUND)]
+    return float(torch.tensor(norms).median())
+
+
+def _truth(workload: Workload, bound: float, exact: Sums, by_loop: Sums) -> Truth:
+    """The `exact` sums, and what the workload's own rounding allows beside them."""
+    precision = workload.case.precision
+    clipped, plain = (Truth(sums, bound, 0.0, precision) for sums in exact)
+    error = max(clipped.error(by_loop[0]), plain.error(_whole_batch(workload)))
+    return replace(clipped, allowed=max(_FLOOR[precision], _ROUNDING * error))
 
 
 def released(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -95,9 +112,7 @@ def _each_sample(workload: Workload) -> Iterator[list[torch.Tensor]]:
         yield [p.grad for p in model.parameters()]
 
 
-def _sums(
-    workload: Workload, bound: float
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _sums(workload: Workload, bound: float) -> Sums:
     """Mean over samples of the clipped gradients, and of the gradients as they are."""
     names = [name for name, _ in workload.model.named_parameters()]
     clipped = [torch.zeros_like(p) for p in workload.model.parameters()]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
+import time
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from bench import gate, memory, timing
+from bench import gate, memory, profiling, timing
 from bench.cases import Case, Workload
 from bench.results import Environment, Row
-from bench.rivals import Privacy, Rival, Trainer
+from bench.rivals import RIVALS, Privacy, Rival, Trainer
 from bench.work import Report
 
 _NOISE_MULTIPLIER = 1.0
+_PROFILED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Plan:
 
     Attributes:
         seconds: per case, for the timed rounds.
+        case_seconds: after these no further rival of a case is begun, but for the ordinary step
+            and ours.
         least: rounds of every rival that is not far slower than the ordinary step.
         most: rounds.
         memory: whether peak memory is measured too.
@@ -31,6 +36,7 @@ class Plan:
     """
 
     seconds: float = 30.0
+    case_seconds: float | None = None
     least: int = 3
     most: int = 60
     memory: bool = True
@@ -44,11 +50,14 @@ def measure(
     """Rows of every rival on a case; a rival that fails or cannot run has its reason as status.
 
     Args:
-        report: called with what is being done and the share of the case that is done.
+        report: called with what is being done and the share of the case that is done; told of each
+            rival before anything of it runs. A rival that it names as ended is not run.
 
     Raises:
-        RuntimeError: the ordinary step cannot run, or an error has ended the use of the GPU.
+        RuntimeError: the ordinary step cannot run.
+        GpuLost: an error has ended the use of the GPU by this process.
     """
+    began = time.monotonic()
     left_out = () if plan.everyone else case.leave_out
     rivals = [rival for rival in rivals if rival.name not in left_out]
     environment = Environment.here(device, plan.allocator)
@@ -59,21 +68,35 @@ def measure(
     bound = truths[-1][1].max_grad_norm
     rows: dict[str, Row] = {}
     ready: dict[str, Trainer] = {}
+
+    def too_late(rival: Rival) -> bool:
+        """Whether the seconds of the case are over, for all but those that it is about."""
+        taken = time.monotonic() - began
+        return rival.name not in timing.KEPT and taken > (plan.case_seconds or math.inf)
+
     for index, rival in enumerate(rivals):
         report(f"gate: {rival.title}", 0.05 + 0.2 * index / len(rivals))
-        row, trainer = _admit(rival, truths)
+        row, trainer = _row(rival, workload), None
+        if rival.name in report.ended:
+            row = replace(row, status=report.ended[rival.name])
+        elif not too_late(rival):
+            report.begin(rival.name)
+            row, trainer = _admit(row, rival, truths)
+        if row.status == "ok" and too_late(rival):
+            status = f"not timed: the {plan.case_seconds:.0f} s for this case were over"
+            row, trainer = replace(row, status=status), None
         rows[rival.name] = replace(row, load=load, **asdict(environment))
         if trainer is not None:
             ready[rival.name] = trainer
         _collect(device)
     if "ordinary" not in ready:
         raise RuntimeError(f"the ordinary step {rows['ordinary'].status}")
-    rows |= _timed(rows, ready, timing.clock_for(device), plan, report)
+    rows |= _timed(rows, ready, device, plan, report)
     if plan.memory:
         private = Privacy(bound, _NOISE_MULTIPLIER)
-        admitted = [rival for rival in rivals if rival.name in ready]
+        admitted = [rival for rival in rivals if rows[rival.name].status == "ok"]
         if device.type == "cuda":
-            grown = {r.name: memory.on_gpu(ready[r.name], device) for r in admitted}
+            grown = _grown_on_gpu(admitted, ready, device, report)
         else:
             ready.clear()
             _collect(device)
@@ -82,10 +105,31 @@ def measure(
     return [rows[rival.name] for rival in rivals]
 
 
-def _admit(rival: Rival, truths: list[tuple[Workload, gate.Truth]]) -> tuple[Row, Trainer | None]:
-    """The row without figures, and the trainer to be timed if the gate lets it through."""
-    workload = truths[-1][0]
-    row = Row(
+def unmeasured(case: Case, rivals: list[Rival], environment: Environment, status: str) -> list[Row]:
+    """Rows of a case of which nothing could be run."""
+    meta = torch.device("meta")
+    with meta:
+        workload = case.build(meta)
+    return [replace(_row(r, workload), status=status, **asdict(environment)) for r in rivals]
+
+
+def profiled(rows: list[Row], case: Case, device: torch.device, report: Report) -> list[Row]:
+    """The rows of ours and of the ordinary step with the share of their time the GPU is busy."""
+    found, workload = [], case.build(device)
+    for row in rows:
+        if row.rival in timing.KEPT and row.ms:
+            report(f"profile: {row.rival}", 0.5)
+            report.begin(row.rival)
+            rival = next(r for r in RIVALS if r.name == row.rival)
+            step = rival.prepare(workload, Privacy(1.0, _NOISE_MULTIPLIER))
+            seen = profiling.record(step, _PROFILED_STEPS, device)
+            found.append(replace(row, busy=1e3 * seen.busy / row.ms if seen.events else None))
+    return found
+
+
+def _row(rival: Rival, workload: Workload) -> Row:
+    """A row without figures."""
+    return Row(
         case=workload.case.name,
         rival=rival.name,
         status="ok",
@@ -95,17 +139,24 @@ def _admit(rival: Rival, truths: list[tuple[Workload, gate.Truth]]) -> tuple[Row
         config=rival.config,
         version=rival.version(),
     )
+
+
+def _admit(
+    row: Row, rival: Rival, truths: list[tuple[Workload, gate.Truth]]
+) -> tuple[Row, Trainer | None]:
+    """The row with its gate, and the trainer to be timed if the gate lets it through."""
     errors = []
     for work, truth in truths:
         privacy = Privacy(truth.max_grad_norm, 0.0)
         try:
             trainer = rival.prepare(work, privacy)
             gradients = gate.released(trainer)
+            if rival.private:
+                errors.append(truth.error(gradients))
         except Exception as error:
             timing.require_working(work.inputs.device, f"{row.case}, {rival.name}: {error}")
             return replace(row, status=f"cannot run: {one_line(error)}"), None
         if rival.private:
-            errors.append(truth.error(gradients))
             row = replace(row, gate_error=errors[0])
             allowed = truth.allowed + min(trainer.margin(), gate.LARGEST_MARGIN)
             if not errors[-1] <= allowed:
@@ -118,18 +169,20 @@ def _admit(rival: Rival, truths: list[tuple[Workload, gate.Truth]]) -> tuple[Row
 def _timed(
     rows: dict[str, Row],
     ready: dict[str, Trainer],
-    clock: timing.Clock,
+    device: torch.device,
     plan: Plan,
     report: Report,
 ) -> dict[str, Row]:
-    """The rows of the admitted rivals with their times."""
+    """The rows of the admitted rivals with their times, or with the error of a step."""
     report("warm-up", 0.25)
     rounds = timing.interleave(
         ready,
-        clock,
+        timing.clock_for(device),
         seconds=plan.seconds,
         least=plan.least,
         most=plan.most,
+        device=device,
+        begin=report.begin,
     )
     samples = next(rounds)
     for count, _ in enumerate(rounds, start=1):
@@ -137,6 +190,9 @@ def _timed(
     base = samples["ordinary"]
     timed = {}
     for name, own in samples.items():
+        if own.error is not None:
+            timed[name] = replace(rows[name], status=f"cannot run: {one_line(own.error)}")
+            continue
         wall = timing.Spread.of([1e3 * t for t in own.wall.values()])
         ratio = timing.ratios(own.wall, base.wall)
         row = replace(
@@ -158,8 +214,20 @@ def _timed(
                 processor_p20=ratio.p20,
                 processor_p80=ratio.p80,
             )
+        if own.host:
+            row = replace(row, host_ms=1e3 * timing.Spread.of(list(own.host.values())).median)
         timed[name] = row
     return timed
+
+
+def _grown_on_gpu(
+    admitted: list[Rival], ready: dict[str, Trainer], device: torch.device, report: Report
+) -> dict[str, float | None]:
+    grown: dict[str, float | None] = {}
+    for rival in admitted:
+        report.begin(rival.name)
+        grown[rival.name] = memory.on_gpu(ready[rival.name], device)
+    return grown
 
 
 def _grown_on_cpu(
@@ -168,6 +236,7 @@ def _grown_on_cpu(
     grown = {}
     for index, rival in enumerate(admitted):
         report(f"memory: {rival.title}", 0.8 + 0.2 * index / len(admitted))
+        report.begin(rival.name)
         grown[rival.name] = memory.on_cpu(case, rival, privacy, torch.get_num_threads())
     return grown
 

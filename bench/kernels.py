@@ -1,6 +1,6 @@
 """Every backend of every op on one device, against what the device can do.
 
-    python -m bench.kernels OUT.csv [--device cuda] [--budget SECONDS]
+    python -m bench.kernels OUT.csv [--device cuda] [--budget SECONDS] [--item-seconds SECONDS]
     python -m bench.kernels OUT.csv --show
 
 One row per op, shape, precision and backend that can run it: ``status`` is ``ok`` or why there are
@@ -9,6 +9,9 @@ no figures, ``ms`` is the median time,
 floating-point operations allow at the peaks measured in the same run, ``share`` the one over the
 other. Precisions: ``bfloat16``; ``tf32`` and ``float32``, float32 tensors with TF32 allowed or not.
 On the CPU the sizes shrink: that shows that all of it runs, nothing else.
+
+The same command goes on with an interrupted run; a backend that has ended the process is left out,
+with that as its status.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -87,6 +90,8 @@ class Place:
 
 
 Make = Callable[[Place], Call]
+#: op, shape, precision
+Item = tuple[str, str, str]
 
 
 def cases() -> dict[tuple[str, str], Make]:
@@ -179,7 +184,7 @@ def median_seconds(call: Callable[[], object], clock: timing.Clock) -> float:
     times: list[float] = []
     end = time.monotonic() + SECONDS
     while time.monotonic() < end or len(times) < CALLS:
-        times.append(clock(lambda: (call(), None)[1])[0])
+        times.append(clock(call).wall)
     return statistics.median(times)
 
 
@@ -214,25 +219,23 @@ def show(path: Path) -> None:
 
 
 def main() -> None:
-    """Measure and write; ends with 1 if a shape could not be measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--budget", type=float, default=None, help="seconds")
-    parser.add_argument("--show", action="store_true", help="only print a table of the CSV")
-    parser.add_argument("--only", default="", help="ops whose name contains this text")
-    options = parser.parse_args()
+    """Measure and write; ends with 1 if something could not be measured (or as `work.off` says)."""
+    options = _options()
     if options.show:
         show(options.output)
         return
-    try:
-        device = results.usable(options.device)
-    except ValueError as error:
-        parser.error(str(error))
-    clock = timing.clock_for(device)
+    device = options.device
+    clock = timing.CallClock(device) if device.type == "cuda" else timing.HostClock()
     best = cache(partial(peaks, clock=clock))
+    here = asdict(results.Environment.here(device, "system"))
 
-    def measure(op: str, shape: str, make: Make, precision: str, report: work.Report) -> None:
+    def write(item: Item, backend: str, figures: Mapping[str, object]) -> None:
+        op, shape, precision = item
+        row = {"op": op, "shape": shape, "precision": precision, "backend": backend, **here}
+        table.replace(options.output, [{**row, **figures}], KEY)
+
+    def measure(item: Item, make: Make, report: work.Report) -> None:
+        op, _, precision = item
         tf32 = PRECISIONS[precision][1]
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         at = Place(device, precision)
@@ -241,16 +244,18 @@ def main() -> None:
         call = make(at)
         least = max(call.bytes / bandwidth, call.flops / rate)
         bound = "memory" if call.bytes / bandwidth >= call.flops / rate else "arithmetic"
-        here = asdict(results.Environment.here(device, "system"))
         for backend in call.op.candidates(*call.arguments):
             report(backend, 0.5)
-            row = {"op": op, "shape": shape, "precision": precision, "backend": backend, **here}
+            if backend in report.ended:
+                write(item, backend, {"status": report.ended[backend]})
+                continue
+            report.begin(backend)
             try:
                 with ops.use_backend(backend):
                     taken = median_seconds(lambda: call.op(*call.arguments), clock)
             except Exception as error:
                 timing.require_working(device, f"{op}, {backend}: {error}")
-                table.replace(options.output, [{**row, "status": harness.one_line(error)}], KEY)
+                write(item, backend, {"status": harness.one_line(error)})
                 continue
             figures = {
                 "status": "ok",
@@ -263,17 +268,51 @@ def main() -> None:
                 "peak_tflops": 1e-12 * rate,
                 "peak_gbytes_per_s": 1e-9 * bandwidth,
             }
-            table.replace(options.output, [{**row, **figures}], KEY)
+            write(item, backend, figures)
 
-    todo = {
-        f"{op} {shape} {precision}": partial(measure, op, shape, make, precision)
+    items = {
+        (op, shape, precision): make
         for precision in PRECISIONS
         for (op, shape), make in cases().items()
         if options.only in op
     }
-    settings = {"items": list(todo), "output": str(options.output)}
-    outcome = work.off(todo, "kernels", settings, fresh=True, budget=options.budget)
-    raise SystemExit(1 if outcome.failed else 0)
+    names = {" ".join(item): item for item in items}
+    outcome = work.off(
+        {name: partial(measure, item, items[item]) for name, item in names.items()},
+        f"kernels-{device.type}",
+        {"items": list(names), "output": str(options.output)},
+        fresh=options.fresh,
+        budget=options.budget,
+        piece_seconds=options.item_seconds,
+        lost=lambda name, status: write(names[name], "", {"status": status}),
+    )
+    raise SystemExit(0 if not (outcome.failed or outcome.ended) else 1)
+
+
+def _options() -> argparse.Namespace:
+    """The arguments of the command line; the device as torch's."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--budget", type=float, default=None, help="seconds")
+    parser.add_argument(
+        "--item-seconds",
+        type=float,
+        default=None,
+        help=f"a backend that takes longer ends the process with {work.HUNG} "
+        f"(default: {work.PIECE_SECONDS_ON_GPU:.0f} on a GPU)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="do not go on with an earlier run")
+    parser.add_argument("--show", action="store_true", help="only print a table of the CSV")
+    parser.add_argument("--only", default="", help="ops whose name contains this text")
+    options = parser.parse_args()
+    if not options.show:
+        try:
+            options.device = results.usable(options.device)
+        except ValueError as error:
+            parser.error(str(error))
+        options.item_seconds = work.piece_seconds(options.item_seconds, options.device)
+    return options
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def throughput() -> list[Finding]:
     return [Finding(name, _CHUNK, rate) for name, rate in rates.items()]
 
 
-def distribution(draws: int, report: work.Report = lambda what, share: None) -> list[Finding]:
+def distribution(draws: int, report: work.Report = work.SILENT) -> list[Finding]:
     """Moments, Kolmogorov-Smirnov distance and tail counts of `draws` normals."""
     powers = torch.zeros(4, dtype=torch.float64)
     bins = torch.zeros(_BINS + 2, dtype=torch.int64)
@@ -120,7 +120,7 @@ def distribution(draws: int, report: work.Report = lambda what, share: None) -> 
     return found
 
 
-def far_tails(report: work.Report = lambda what, share: None) -> list[Finding]:
+def far_tails(report: work.Report = work.SILENT) -> list[Finding]:
     """P(|z| > t) where no plain sample reaches, by radii that begin with zero bits."""
     found = []
     for index, tail in enumerate(_FAR_TAILS):

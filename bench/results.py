@@ -63,6 +63,10 @@ class Row:
         ratio: median over rounds of this step's time over the ordinary step's in the same round.
         processor_ratio: the same in processor time, which other work on the machine distorts
             less; empty on a GPU. Likewise ``processor_ms``, ``processor_p20``, ``processor_p80``.
+        host_ms: median time until Python has returned from a step, on a GPU: as much as ``ms``
+            where launches, or waits for the GPU, bound the step.
+        busy: share of ``ms`` in which the GPU is at work: the time that the profiler sees it busy
+            in a step of another row, over ``ms``; empty where it was not profiled.
         memory_mb: peak growth during the step, MB (1e6 bytes).
         memory_ratio: over the ordinary step's.
         allocator: ``system``, or ``kept`` where freed memory stays with the process.
@@ -88,6 +92,8 @@ class Row:
     processor_ratio: float | None = None
     processor_p20: float | None = None
     processor_p80: float | None = None
+    host_ms: float | None = None
+    busy: float | None = None
     rounds: int = 0
     memory_mb: float | None = None
     memory_ratio: float | None = None
@@ -174,7 +180,13 @@ def usable(name: str) -> torch.device:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with ``+`` where what is measured differs from it."""
+    """Short hash of the checkout, with ``+`` where what is measured differs from it.
+
+    The environment variable ``DPKERNELS_COMMIT`` says it where the checkout travels without
+    ``.git``; without either it is ``unknown``.
+    """
+    if named := os.environ.get("DPKERNELS_COMMIT"):
+        return named
     measured = ["dpkernels", "csrc", "bench/*.py"]
     try:
         head = _git("rev-parse", "--short", "HEAD")

@@ -156,7 +156,12 @@ def _with_engine(
 
 
 def _ours(workload: Workload, privacy: Privacy) -> Trainer:
-    engine, model = dpkernels.PrivacyEngine(), workload.fresh_model()
+    return with_ours(dpkernels.PrivacyEngine(), workload, privacy)
+
+
+def with_ours(engine: dpkernels.PrivacyEngine, workload: Workload, privacy: Privacy) -> Trainer:
+    """Ours, by this engine."""
+    model = workload.fresh_model()
     return _with_engine(engine, model, dict(model.named_parameters()), workload, privacy)
 
 

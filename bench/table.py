@@ -24,14 +24,22 @@ def read(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def replace(path: Path, rows: Iterable[Mapping[str, object]], key: Sequence[str]) -> None:
+def replace(
+    path: Path,
+    rows: Iterable[Mapping[str, object]],
+    key: Sequence[str],
+    within: Sequence[str] = (),
+) -> None:
     """Write `rows` in the place of those with the same values in the columns `key`.
 
+    Where columns `within` are named, former rows that agree with a new one there go too.
     The file is replaced as a whole, so that an interrupted run leaves the former one. Columns that
     no new row has are kept only for the rows that stay.
     """
     texts = [{column: _text(value) for column, value in row.items()} for row in rows]
-    merged = {_values(row, key): row for row in read(path)}
+    renewed = {_values(row, within) for row in texts} if within else set()
+    former = (row for row in read(path) if _values(row, within) not in renewed)
+    merged = {_values(row, key): row for row in former}
     merged.update({_values(row, key): row for row in texts})
     columns = list(dict.fromkeys(c for row in (*texts, *merged.values()) for c in row))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import cases, gate, harness, models, pictures, report, results, rivals, table, timing
+from bench import (
+    cases,
+    gate,
+    harness,
+    models,
+    pictures,
+    report,
+    results,
+    rivals,
+    table,
+    timing,
+    work,
+)
 from bench.__main__ import app
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -33,7 +45,7 @@ def _row(case: str = "unet3d-48-b2", rival: str = "ours", **values: object) -> r
 
 def _measure(*chosen: rivals.Rival, precision: str = "float32") -> dict[str, results.Row]:
     case = replace(_TINY, precision=precision)
-    found = harness.measure(case, list(chosen), _CPU, _PLAN, lambda what, share: None)
+    found = harness.measure(case, list(chosen), _CPU, _PLAN, work.SILENT)
     return {row.rival: row for row in found}
 
 
@@ -126,15 +138,30 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
     assert CliRunner().invoke(app, ["--case", "x"]).exit_code == 2
 
 
-def test_rounds_are_interleaved_and_slow_ones_stop_early() -> None:
+def _rounds(
+    times: dict[str, float | Exception], most: int
+) -> tuple[dict[str, timing.Samples], list[str]]:
+    """What `interleave` makes of rivals whose steps take these times, and whose turn it was."""
     order: list[str] = []
+
+    def clock(step) -> timing.Times:
+        return timing.Times(step())
+
+    def step(name: str) -> float:
+        order.append(name)
+        taken = times[name]
+        if isinstance(taken, Exception):
+            raise taken
+        return taken
+
+    steps = {name: partial(step, name) for name in times}
+    rounds = timing.interleave(steps, clock, seconds=9.0, least=3, most=most)
+    return list(rounds)[-1], order
+
+
+def test_rounds_are_interleaved_and_slow_ones_stop_early() -> None:
     times = {"ordinary": 1.0, "close": 1.5, "slow": 9.0}
-
-    def clock(step) -> tuple[float, None]:
-        return times[step()], None
-
-    steps = {name: partial(lambda n: order.append(n) or n, name) for name in times}
-    samples = list(timing.interleave(steps, clock, seconds=9.0, least=3, most=5))[-1]
+    samples, order = _rounds(times, 5)
     assert {name: len(s.wall) for name, s in samples.items()} == {
         "ordinary": 5,
         "close": 5,
@@ -144,6 +171,77 @@ def test_rounds_are_interleaved_and_slow_ones_stop_early() -> None:
     assert timed[:3] != timed[3:6]
     assert sorted(timed[:3]) == sorted(timed[3:6]) == sorted(times)
     assert timing.ratios(samples["slow"].wall, samples["ordinary"].wall).median == 9.0
+
+
+def test_ours_is_never_dropped_however_slow() -> None:
+    samples, _ = _rounds({"ordinary": 1.0, "ours": 9.0, "loop": 9.0}, 5)
+    assert {name: len(s.wall) for name, s in samples.items()} == {
+        "ordinary": 5,
+        "ours": 5,
+        "loop": 2,
+    }
+
+
+def test_a_rival_whose_step_fails_drops_out_and_the_base_does_not() -> None:
+    samples, order = _rounds({"ordinary": 1.0, "hooks": RuntimeError("no memory")}, 4)
+    assert len(samples["ordinary"].wall) == 4
+    assert samples["hooks"].wall == {}
+    assert str(samples["hooks"].error) == "no memory"
+    assert order.count("hooks") == 1
+    with pytest.raises(RuntimeError, match="nothing to compare with"):
+        _rounds({"ordinary": RuntimeError("nothing to compare with"), "ours": 1.0}, 4)
+
+
+def test_a_step_that_fails_while_timed_is_the_status_of_its_row() -> None:
+    def prepare(workload: cases.Workload, privacy: rivals.Privacy) -> rivals.Trainer:
+        honest = next(r for r in rivals.RIVALS if r.name == "loop").prepare(workload, privacy)
+
+        def step() -> None:
+            if privacy.noise_multiplier:
+                raise RuntimeError("no memory for the noise")
+            honest.step()
+
+        return rivals.Trainer(step, honest.clear, honest.parameters)
+
+    failing = rivals.Rival("failing", "failing", "", "torch", prepare)
+    rows = _measure(*rivals.find(["ours"]), failing)
+    assert rows["failing"].status == "cannot run: no memory for the noise"
+    assert rows["failing"].ms is None
+    assert rows["ours"].ratio is not None
+
+
+def test_the_seconds_of_a_case_end_what_follows_but_not_ours() -> None:
+    plan = replace(_PLAN, case_seconds=0.0001)
+    chosen = rivals.find(["ours", "loop", "ghost"])
+    found = harness.measure(_TINY, chosen, _CPU, plan, work.SILENT)
+    rows = {row.rival: row for row in found}
+    late = "not timed: the 0 s for this case were over"
+    assert [rows[r].status for r in ("ordinary", "ours", "loop", "ghost")] == [
+        "ok",
+        "ok",
+        late,
+        late,
+    ]
+    assert rows["ours"].ratio is not None
+    assert rows["loop"].gate_error is None
+
+
+def test_the_loop_in_float32_is_the_truth_of_both_precisions_and_runs_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    precisions: list[str] = []
+    honest = gate._sums
+
+    def counted(workload: cases.Workload, bound: float) -> gate.Sums:
+        precisions.append(workload.case.precision)
+        return honest(workload, bound)
+
+    monkeypatch.setattr(gate, "_sums", counted)
+    workload = replace(_TINY, precision="bfloat16").build(_CPU)
+    (_, in_float), (_, in_bfloat) = gate.truths(workload)
+    assert precisions == ["float32", "bfloat16"]
+    assert in_float.gradients is in_bfloat.gradients
+    assert in_float.allowed < 1e-3 < in_bfloat.allowed
 
 
 def test_a_rerun_replaces_its_own_rows_only(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench import __main__ as main
-from bench import cases, harness, kernels, results, rivals, steps, table, timing, work
+from bench import cases, harness, kernels, results, rivals, steps, table, timing, trace, work
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_a_lost_gpu_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> Non
 
     timing.require_working(torch.device("cpu"), "a call")
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(RuntimeError, match="a call left the GPU unusable"):
+    with pytest.raises(timing.GpuLost, match="a call left the GPU unusable"):
         timing.require_working(torch.device("cuda"), "a call")
 
 
@@ -81,7 +81,7 @@ def test_without_the_ordinary_step_there_is_nothing_to_compare() -> None:
     case = cases.find(["recommender-b256"], "")[0]
     plan = harness.Plan(memory=False)
     with pytest.raises(RuntimeError, match="the ordinary step cannot run: out of memory"):
-        harness.measure(case, [ordinary], torch.device("cpu"), plan, lambda what, share: None)
+        harness.measure(case, [ordinary], torch.device("cpu"), plan, work.SILENT)
 
 
 def test_a_rival_that_is_named_is_measured_though_it_is_slow(
@@ -114,6 +114,38 @@ def test_rows_of_another_machine_come_beside_ours(
     monkeypatch.setattr(results, "RESULTS", ours)
     monkeypatch.setattr(steps, "PATH", ours / "steps.csv")
     monkeypatch.setattr(main, "_write_reports", lambda: None)
-    assert CliRunner().invoke(main.app, ["adopt", str(theirs)]).exit_code == 0
+    found = CliRunner().invoke(main.app, ["adopt", str(theirs)])
+    assert found.exit_code == 0
     assert [r.ratio for r in results.read(ours / "steps.csv")] == [1.1, 1.02]
+    assert not (ours / "trace.csv").exists()
     assert CliRunner().invoke(main.app, ["adopt", str(tmp_path)]).exit_code == 2
+
+
+def test_a_new_trace_takes_the_place_of_the_former_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rows(case: str, *names: str) -> list[dict[str, object]]:
+        return [
+            {"device": "GPU", "case": case, "rival": "ours", "kind": "kernel", "name": name}
+            for name in names
+        ]
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    table.replace(ours / "trace.csv", [*rows("a", "one", "two"), *rows("b", "one")], trace.KEY)
+    table.replace(theirs / "trace.csv", rows("a", "two", "three"), trace.KEY)
+    monkeypatch.setattr(results, "RESULTS", ours)
+    monkeypatch.setattr(main, "_write_reports", lambda: None)
+    assert CliRunner().invoke(main.app, ["adopt", str(theirs)]).exit_code == 0
+    found = [(row["case"], row["name"]) for row in table.read(ours / "trace.csv")]
+    assert sorted(found) == [("a", "three"), ("a", "two"), ("b", "one")]
+
+
+def test_the_caller_names_the_commit_where_there_is_no_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(results, "_ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("DPKERNELS_COMMIT", raising=False)
+    assert results.commit() == "unknown"
+    monkeypatch.setenv("DPKERNELS_COMMIT", "abc1234")
+    assert results.commit() == "abc1234"

@@ -223,7 +223,7 @@ def test_points_of_a_curve_are_measured_and_drawn(tmp_path: Path) -> None:
     plan = harness.Plan(seconds=0.0, least=1, most=1, memory=False)
     todo = scaling.items(("parameters",), True, path, plan)
     assert list(todo) == ["parameters=128", "parameters=512", "parameters=2048"]
-    todo["parameters=128"](lambda what, share: None)
+    todo["parameters=128"](work.SILENT)
     rows = results.read(path)
     assert {row.rival for row in rows} == {"ordinary", "ours", "ew", "ghost"}
     assert {row.status for row in rows} == {"ok"}
@@ -248,7 +248,7 @@ def test_an_lstm_is_dplstm_for_opacus_and_all_release_the_same() -> None:
     small = replace(case, make_batch=partial(cases._labelled_tokens, 2000, 5, 3))
     plan = harness.Plan(seconds=0.0, least=1, most=1, memory=False)
     chosen = rivals.find(["ours", "hooks", "ghost", "ew"])
-    rows = harness.measure(small, chosen, torch.device("cpu"), plan, lambda what, share: None)
+    rows = harness.measure(small, chosen, torch.device("cpu"), plan, work.SILENT)
     assert {row.rival: row.status for row in rows} == {rival.name: "ok" for rival in chosen}
 
 

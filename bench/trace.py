@@ -1,0 +1,174 @@
+"""What the device does in a step, kernel by kernel, ours beside the ordinary one.
+
+One row per case, rival and kernel (``kind`` = ``kernel``; on a CPU the operators that no other one
+calls): ``calls`` and ``us`` per step, ``share`` of the time of all of them; the longest by name,
+the others together. And, all per step, rows of ``kind`` = ``time``:
+
+* ``wall``: microseconds without the profiler; ``host``: until Python returns (GPU only);
+
+and of ``kind`` = ``step``:
+
+* ``busy``: microseconds in which the device is at work; ``share`` of ``wall``;
+* ``kernels``, ``copies and fills``: how many, their microseconds and share;
+* ``gaps``: pauses between two of them of more than 5 microseconds, under the profiler, which slows
+  launches: how many, and their sum;
+* ``waits``: how often the host waits for the device, and how long.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from bench import cases, profiling, results, rivals, table, timing, work
+from bench.table import number
+
+KEY = ("device", "case", "rival", "kind", "name")
+RIVALS = ("ordinary", "ours")
+#: of a GPU: one of each kind of network
+CASES = ("encoder-t512-d1024-b16", "unet3d-96-b2", "resnet18-224-b32")
+Row = dict[str, object]
+#: (a rival's step, the device, the step's wall time in microseconds if known) -> its rows
+Rows = Callable[[rivals.Trainer, torch.device, float | None], list[Row]]
+_WARM_UP = 3
+_CLOCKED = 5
+_STEPS = 3
+_NAMED = 60
+_GAP = 5e-6
+_COPIES = ("Memcpy", "Memset")
+
+
+def run(
+    wanted: Sequence[cases.Case],
+    device: torch.device,
+    path: Path,
+    *,
+    fresh: bool = False,
+    budget: float | None = None,
+    piece_seconds: float | None = None,
+) -> work.Outcome:
+    """Trace the cases; the rows are written rival by rival.
+
+    All are timed before the first is profiled, since the profiler may leave launches slower.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    warnings.simplefilter("ignore")
+    kinds: dict[str, Rows] = {"time": _clocked, "trace": _traced}
+    todo = {
+        f"{case.name}, {kind}": partial(_measure, rows, case, device, path)
+        for kind, rows in kinds.items()
+        for case in wanted
+    }
+    settings = {"items": list(todo), "output": str(path)}
+    outcome = work.off(
+        todo,
+        f"trace-{device.type}",
+        settings,
+        fresh=fresh,
+        budget=budget,
+        piece_seconds=piece_seconds,
+    )
+    show(path, results.Environment.here(device, "system").device)
+    return outcome
+
+
+def _measure(
+    rows: Rows, case: cases.Case, device: torch.device, path: Path, report: work.Report
+) -> None:
+    """Write the `rows` of the ordinary step and of ours."""
+    here = asdict(results.Environment.here(device, "system"))
+    workload = case.build(device)
+    failed = []
+    for rival in rivals.find(["ours"]):
+        if rival.name in report.ended:
+            continue
+        report(rival.name, 0.5)
+        report.begin(rival.name)
+        place = {"case": case.name, "rival": rival.name}
+        try:
+            step = rival.prepare(workload, rivals.Privacy(1.0, 1.0))
+            found = rows(step, device, _wall(path, {**place, **here}))
+        except Exception as error:
+            timing.require_working(device, f"{case.name}, {rival.name}: {error}")
+            failed.append(f"{rival.name}: {error}")
+            continue
+        table.replace(path, [{**place, **row, **here} for row in found], KEY, within=KEY[:-1])
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def _clocked(step: rivals.Trainer, device: torch.device, wall: float | None) -> list[Row]:
+    """Times of a step without the profiler."""
+    clock = timing.clock_for(device)
+    for _ in range(_WARM_UP):
+        step()
+    times = [clock(step) for _ in range(_CLOCKED)]
+    rows = [_row("time", "wall", 1.0, 1e6 * statistics.median(t.wall for t in times))]
+    host = [t.host for t in times if t.host is not None]
+    if host:
+        rows.append(_row("time", "host", 1.0, 1e6 * statistics.median(host)))
+    return rows
+
+
+def _traced(step: rivals.Trainer, device: torch.device, wall: float | None) -> list[Row]:
+    """What the device does in a step whose time is `wall` microseconds, if that is known."""
+    seen = profiling.record(step, _STEPS, device)
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in seen.events:
+        kernels[profiling.short(event.name)].append(event.end - event.begin)
+    order = sorted(kernels, key=lambda name: -sum(kernels[name]))
+    named = {name: kernels[name] for name in order[:_NAMED]}
+    if rest := order[_NAMED:]:
+        named[f"{len(rest)} others"] = [t for name in rest for t in kernels[name]]
+    whole = sum(map(sum, kernels.values()))
+    copies = [e for e in seen.events if e.name.startswith(_COPIES)]
+    others = [e for e in seen.events if not e.name.startswith(_COPIES)]
+    lengths = [[e.end - e.begin for e in events] for events in (others, copies)]
+    gaps, waits = seen.gaps(_GAP), [t for times in seen.waits.values() for t in times]
+
+    def per_step(kind: str, name: str, times: list[float], of: float | None = None) -> Row:
+        taken = sum(times)
+        share = taken / of if of else None
+        return _row(kind, name, len(times) / seen.steps, 1e6 * taken / seen.steps, share)
+
+    busy = 1e6 * seen.busy
+    return [
+        _row("step", "busy", 1.0, busy, busy / wall if wall else None),
+        per_step("step", "kernels", lengths[0], whole),
+        per_step("step", "copies and fills", lengths[1], whole),
+        per_step("step", "gaps", gaps),
+        per_step("step", "waits", waits),
+        *(per_step("kernel", name, times, whole) for name, times in named.items()),
+    ]
+
+
+def _row(kind: str, name: str, calls: float, us: float, share: float | None = None) -> Row:
+    return {"kind": kind, "name": name, "calls": calls, "us": us, "share": share}
+
+
+def _wall(path: Path, place: Mapping[str, object]) -> float | None:
+    """Microseconds of this rival's step as an earlier item has written them."""
+    wanted = {**place, "kind": "time", "name": "wall"}
+    for row in table.read(path):
+        if all(row[column] == str(wanted[column]) for column in (*KEY, "commit")):
+            return number(row["us"])
+    return None
+
+
+def show(path: Path, device: str) -> None:
+    """Print what the rows of `kind` time and step say, case by case."""
+    shown = Table("case", "rival", "what", "calls", "us", "share", title="a step on the device")
+    for row in table.read(path):
+        if row["device"] == device and row["kind"] != "kernel":
+            share = number(row["share"])
+            text = "" if share is None else f"{share:.0%}"
+            shown.add_row(*(row[c] for c in ("case", "rival", "name", "calls", "us")), text)
+    work.console.print(shown)
