@@ -19,9 +19,9 @@ def squared_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Ten
     """A loss whose gradient depends on the output, mean over rows of axis 0."""
     output = model(batch[0])
     output = output[0] if isinstance(output, tuple) else output
-    weight = torch.linspace(0.5, 1.5, output[0].numel(), dtype=output.dtype).reshape(
-        output[0].shape
-    )
+    weight = torch.linspace(
+        0.5, 1.5, output[0].numel(), dtype=output.dtype, device=output.device
+    ).reshape(output[0].shape)
     return (weight * (output - 0.3).square()).flatten(1).sum(1).mean()
 
 

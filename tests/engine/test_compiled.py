@@ -59,14 +59,15 @@ def every_kind() -> nn.Module:
 
 
 class Graphs:
-    """A backend that keeps the graphs it is given and runs them as they are."""
+    """A backend that keeps the graphs it is given and runs them as they are, or compiled."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiler: str = "aot_eager") -> None:
+        self.compiler = compiler
         self.found: list[torch.fx.GraphModule] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         self.found.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return torch._dynamo.lookup_backend(self.compiler)(graph, inputs)
 
 
 @pytest.mark.parametrize("when", ["before", "after", "in place"])

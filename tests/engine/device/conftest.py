@@ -1,0 +1,39 @@
+"""The device that a test runs on, and the number format of its products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dpkernels.ops.registry import Op
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def full_float32() -> Iterator[None]:
+    """Products of float32 without TF32, which PyTorch's convolutions on a GPU take by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """By op that ran: the backends it ran on."""
+    found: dict[str, set[str]] = {}
+    original = Op.implementation
+
+    def implementation(self: Op, *args: Any, **kwargs: Any) -> Any:
+        found.setdefault(self.name, set()).add(self.backend(*args, **kwargs))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Op, "implementation", implementation)
+    return found
