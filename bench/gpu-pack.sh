@@ -82,7 +82,7 @@ PYTHONOPTIMIZE=1 "$python" -m pytest -m gpu -p bench.rehearsal.plugin --assert=p
 step "archive"
 tar -C "$TRITON_CACHE_DIR" -czf "$pack/triton-cache.tar.gz" .
 "$python" -m bench.rehearsal.versions --key >"$pack/triton-key.json"
-git describe --always --dirty >"$pack/commit"
+"$python" -c 'from bench import results; print(results.commit())' >"$pack/commit"
 sources >"$pack/sources"
 size=$(du -sk "$pack" | cut -f 1)
 step "$pack: $size KiB, $(find "$TRITON_CACHE_DIR" -name '*.cubin' | wc -l) kernels"

@@ -51,6 +51,7 @@ scratch=$(mktemp -d)
 logs=$scratch/logs
 mkdir "$logs"
 : >"$scratch/table"
+once=() # what the command of a stage gets at its first try only
 last=- # the exit code of the last stage
 running= # the stage that runs, and
 group= # the process group of its command
@@ -95,6 +96,7 @@ save() {
     { cat "$scratch/table" && echo && failures; } >"$scratch/summary.txt"
     tar -C "$scratch" -czf "$scratch/logs.tar.gz" logs
     cp "$scratch/summary.txt" "$scratch/logs.tar.gz" "$out"
+    rm -f "$out"/*.partial
 }
 
 # record NAME STATUS SECONDS MEANING: a line of the table
@@ -166,11 +168,12 @@ stage() {
         [ "$tried" -eq 1 ] || echo "[$name again, exit $status before]" >>"$logs/$name.log"
         running=$name
         timeout --kill-after="$grace" "$left" "${@//@LEFT@/$((left > 10 ? left - 5 : left / 2))}" \
-            >>"$logs/$name.log" 2>&1 &
+            "${once[@]}" >>"$logs/$name.log" 2>&1 &
         group=$!
         wait "$group"
         status=$?
         running=
+        once=()
         # What the command has left behind would go on using the GPU.
         kill -KILL -- "-$group" 2>/dev/null
         case $status in
@@ -190,6 +193,17 @@ stage() {
     kernels=$(($(compiled) - kernels))
     [ "$kernels" -le 0 ] || note="$note; $kernels kernels compiled"
     record "$name" "$status" "$((SECONDS - begun))" "$note"
+}
+
+# measure NAME LIMIT ITEM_LIMIT MODULE ARGUMENT...: runs a part of the bench, anew, item by item
+measure() {
+    local name=$1 limit=$2 item
+    item=$(scaled "$3")
+    shift 3
+    once=(--fresh)
+    stage "$name" "$limit" 4 "$python" -m "$@" --device "$device" --budget @LEFT@ \
+        --item-seconds "$item"
+    once=()
 }
 
 # tests NAME LIMIT PATH [OPTION...]: runs tests in parallel processes
@@ -227,8 +241,8 @@ unpack() {
 }
 
 unpack
-if [ -z "${DPKERNELS_COMMIT:-}" ]; then
-    DPKERNELS_COMMIT=$(git describe --always --dirty 2>/dev/null || cat "$pack/commit" 2>/dev/null)
+if [ -z "${DPKERNELS_COMMIT:-}" ] && [ ! -e .git ] && [ -e "$pack/commit" ]; then
+    DPKERNELS_COMMIT=$(cat "$pack/commit")
     export DPKERNELS_COMMIT
 fi
 environ=(OMP_NUM_THREADS=2)
@@ -260,7 +274,7 @@ stage versions 25 1 "$python" -m bench.rehearsal.versions "$pack"
 if [ "$run" = first ]; then
     tests tiles 60 tests/ops/test_production_tiles.py
     tests engine 50 tests/engine/device
-    stage trace 30 4 "$python" -m bench trace "$out/trace.csv" --device "$device"
+    measure trace 30 20 bench trace "$out/trace.csv"
     tests ops 60 tests/ops --ignore=tests/ops/test_production_tiles.py
     number=0
     while read -r offender; do
@@ -274,12 +288,9 @@ if [ "$run" = first ]; then
             "$python" -m pytest -m gpu -x --tb=line -p no:cacheprovider "$offender"
     done < <(sort -u "$DPKERNELS_LOST_GPU")
 else
-    stage kernels 110 4 "$python" -m bench.kernels "$out/kernels.csv" --device "$device" \
-        --budget @LEFT@
-    stage steps 170 4 "$python" -m bench --device "$device" "${small[@]}" --pass first \
-        --output "$out/steps.csv" --budget @LEFT@
-    stage explain 40 4 "$python" -m bench explain "$out/explain.csv" --device "$device"
-    stage rivals 170 4 "$python" -m bench --device "$device" "${small[@]}" --pass second \
-        --output "$out/steps.csv" --budget @LEFT@
+    measure kernels 110 30 bench.kernels "$out/kernels.csv"
+    measure steps 170 45 bench "${small[@]}" --pass first --output "$out/steps.csv"
+    measure explain 40 20 bench explain "$out/explain.csv"
+    measure rivals 170 45 bench "${small[@]}" --pass second --output "$out/steps.csv"
 fi
 exit $failed

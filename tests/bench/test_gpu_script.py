@@ -30,7 +30,7 @@ _ANSWERS = {
     "* trace *.csv *": 'echo trace >"$4"',
     "* explain *.csv *": 'echo explain >"$4"',
     "*bench.kernels *.csv *": 'echo kernels >"$3"',
-    "* --pass *.csv *": 'echo steps >"${8}"',
+    "* --pass *.csv *": 'echo steps >"$6"',
 }
 """What the stand-in does, by a pattern of all its arguments; the first that fits."""
 
@@ -206,20 +206,21 @@ def test_a_stage_that_lost_the_gpu_begins_again_and_its_budget_is_what_is_left(
     seen = machine.write("seen")
     machine.answer(
         "*--pass first *",
-        f'echo "$@" >>{seen}; [ "$(wc -l <{seen})" -gt 2 ] || exit 86; echo steps >"$8"',
+        f'echo "$@" >>{seen}; [ "$(wc -l <{seen})" -gt 2 ] || exit 86; echo steps >"$6"',
     )
     status, printed = machine.run("second")
     assert status == 0, printed
     assert machine.table()["steps"] == ("0", "ok; begun 3 times")
     assert (machine.out / "steps.csv").is_file()
-    budgets = [int(line.split()[-1]) for line in seen.read_text().splitlines()]
-    assert len(budgets) == 3
+    calls = [line.split() for line in seen.read_text().splitlines()]
+    assert ["--fresh" in call for call in calls] == [True, False, False]
+    budgets = [int(call[call.index("--budget") + 1]) for call in calls]
     assert all(0 < budget < 170 for budget in budgets)
 
 
 def test_time_that_is_used_up_is_said(machine: Machine) -> None:
     machine.answer("*bench.kernels *.csv *", 'echo kernels >"$3"; sleep 60')
-    machine.answer("*--pass first *", 'echo steps >"$8"; sleep 60')
+    machine.answer("*--pass first *", 'echo steps >"$6"; sleep 60')
     status, _ = machine.run("second", patience=0.01)
     table = machine.table()
     assert status == 1
