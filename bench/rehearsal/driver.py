@@ -30,7 +30,16 @@ _libraries: list[Any] = []
 
 
 class _Utils:
-    """What Triton asks its helper module: an H100's limits, and a handle for every kernel."""
+    """Answers in the place of Triton's helper module: an H100's limits, a handle for every kernel.
+
+    Built and asked all the same: it is kept in the cache, and newer versions launch through it.
+    """
+
+    def __init__(self, helper: Any) -> None:
+        self._helper = helper
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._helper, name)
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
         return (1, 1, 0, 0, 1024)  # module, function, registers, spills, threads of a block
@@ -64,9 +73,7 @@ def install() -> None:
 
     class Driver(nvidia.CudaDriver):
         def __init__(self) -> None:
-            # Builds Triton's helper module, and keeps it in the cache like the launchers.
-            nvidia.CudaUtils()
-            self.utils = _Utils()
+            self.utils = _Utils(nvidia.CudaUtils())
             self.launcher_cls = nvidia.CudaLauncher
             self.get_current_device = lambda: 0
             self.set_current_device = lambda device: None

@@ -5,6 +5,10 @@
 typedef int Result;
 
 Result cuInit(unsigned flags) { return 0; }
+Result cuDriverGetVersion(int *version) {
+    *version = 13000;
+    return 0;
+}
 Result cuGetErrorString(Result error, const char **text) {
     *text = "stub";
     return 0;
@@ -14,6 +18,14 @@ Result cuCtxGetCurrent(void **context) {
     return 0;
 }
 Result cuCtxSetCurrent(void *context) { return 0; }
+Result cuCtxGetDevice(int *device) {
+    *device = 0;
+    return 0;
+}
+Result cuStreamIsCapturing(void *stream, int *status) {
+    *status = 0;
+    return 0;
+}
 Result cuDeviceGet(int *device, int ordinal) {
     *device = ordinal;
     return 0;
