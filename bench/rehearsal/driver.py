@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 ARCHITECTURE = 90
 _STUB = Path(__file__).with_name("stub_libcuda.c")
-_EMPTY = {
-    torch.empty: torch.zeros,
-    torch.empty_like: torch.zeros_like,
-    torch.Tensor.new_empty: torch.Tensor.new_zeros,
-}
 _libraries: list[Any] = []
 
 
@@ -137,8 +133,22 @@ def _open_registry() -> None:
     triton_support.why_not_device = lambda tensor: None
 
 
+def empty_is_zero() -> None:
+    """Let new memory hold zeros, which kernels that write nothing leave there."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        setattr(owner, name, _filled(getattr(owner, name)))
+
+
+def _filled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def zeros(*arguments: Any, **options: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return make(*arguments, **options).zero_()
+
+    return zeros
+
+
 class Redirect(TorchFunctionMode):
-    """Makes on `device` what is asked for on a GPU; memory that is not filled becomes zeros."""
+    """Makes on `device` what is asked for on a GPU."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -149,8 +159,6 @@ class Redirect(TorchFunctionMode):
     ) -> Any:
         if function is torch.Tensor.cuda:
             function, args = torch.Tensor.to, (args[0], self._device)
-        if self._device.type != "meta":
-            function = _EMPTY.get(function, function)
         named = {name: self._placed(value) for name, value in (kwargs or {}).items()}
         return function(*map(self._placed, args), **named)
 
