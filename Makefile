@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo study study-docs test test-install bench bench-quick bench-gpu gpu-pack gpu-rehearsal opacus-suite lint fmt docs build clean
+.PHONY: demo study study-docs test test-install test-stack bench bench-quick bench-gpu gpu-pack \
+	gpu-rehearsal opacus-suite lint fmt docs build clean
 
 demo: .venv/.has-segmentation .venv/.native
 	$(BIN)/python -m dpkernels segment train
@@ -23,6 +24,26 @@ test: .venv/.has-segmentation .venv/.has-test .venv/.native
 # Installs as a stranger does: pip's build isolation (it downloads the build tools), new environments.
 test-install: .venv/.has-segmentation .venv/.has-test
 	$(BIN)/python -m pytest --durations=10 -m install
+
+# The suite beside other versions, in an environment of its own: make test-stack STACK=torch-2.14.
+# A file in stacks names the versions, and the tests (none: all of `make test`).
+STACK ?= $(error STACK: expected one of $(basename $(notdir $(wildcard stacks/*.txt))))
+STACK_TESTS = $(shell sed -n 's/^\# tests://p' stacks/$(STACK).txt)
+
+test-stack:
+	@$(MAKE) --no-print-directory .venv-$(STACK)/.ready
+	.venv-$(STACK)/bin/python setup.py --quiet build_ext --inplace
+	.venv-$(STACK)/bin/python -m pytest --durations=10 -m "not slow and not install" $(STACK_TESTS)
+
+.venv-%/.ready: stacks/%.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	grep -vE "^($$(sed -nE 's/^([A-Za-z0-9_-]+)==.*/\1/p' $< | paste -sd '|'))==" constraints.txt \
+		| cat - $< > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint .venv-$*/constraints.txt pip setuptools pybind11 cmake ninja
+	DPKERNELS_BUILD=off .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint .venv-$*/constraints.txt --no-build-isolation --editable '.[segmentation,test]'
+	touch $@
 
 bench: .venv/.has-segmentation .venv/.has-test .venv/.rivals .venv/.native
 	$(BIN)/python -m bench all
@@ -86,7 +107,7 @@ docs: .venv/.has-segmentation .venv/.has-docs
 build: .venv/.native
 
 clean:
-	rm -rf build dist .venv .venv-opacus *.egg-info dpkernels/_c*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist .venv .venv-* *.egg-info dpkernels/_c*.so .pytest_cache .mypy_cache .ruff_cache
 
 # The native build needs its tools in the venv, so that unchanged files are not compiled again.
 .venv/.tools: constraints.txt

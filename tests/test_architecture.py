@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import math
 import re
 import subprocess
 import sys
@@ -162,13 +164,20 @@ ACCOUNTS = ("--epsilon 8", "--epsilon 8 --accountant prv", "--noise-multiplier 1
         ({"torch", "opacus", "triton", "monai"}, "from dpkernels.info import show; show()"),
         ({"triton", "monai"}, "import dpkernels.ops"),
         *(({"torch"}, COMMAND.format(f"account {RUN} {asked}")) for asked in ACCOUNTS),
-        ({"torch"}, COMMAND.format(f"risk {RUN} --noise-multiplier 1 --dataset-size 1000")),
     ],
 )
 def test_what_must_not_be_needed(absent: set[str], statement: str) -> None:
     """Accounting (Opacus' own too), bounds and `info` work without torch; ops without triton."""
     script = WITHOUT.format(absent=absent, statement=statement)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_the_risk_report_states_opacus_epsilon_without_torch() -> None:
+    """It would say why there is none, and end well all the same, if that needed torch."""
+    command = COMMAND.format(f"risk {RUN} --noise-multiplier 1 --dataset-size 1000 --json")
+    rows = json.loads(printed(WITHOUT.format(absent={"torch"}, statement=command)))["rows"]
+    (rdp,) = [row for row in rows if "RDP" in row["quantity"]]
+    assert 0.0 < rdp["value"] < math.inf, rdp["reading"]
 
 
 def test_the_engine_imports_little_beside_opacus() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpkernels import ops
-from dpkernels.engine import ridge
+from dpkernels.engine import planner, ridge
 from dpkernels.engine.module import FusedGradSampleModule
 from dpkernels.engine.plan import Plan
 from dpkernels.engine.planner import Planner
@@ -258,3 +258,67 @@ def test_the_ridge_point_can_be_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPKERNELS_RIDGE", "quick")
     with pytest.raises(ValueError, match="DPKERNELS_RIDGE='quick'"):
         ridge.ridge_point(CPU)
+
+
+def test_each_kind_of_product_has_a_ridge_point_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, fresh_ridge: Path
+) -> None:
+    measured = {"float32": 9.0, "float64": 4.5}
+    monkeypatch.setattr(ridge, "measure", lambda device, kind: measured[kind])
+    assert {kind: ridge.ridge_point(CPU, kind) for kind in measured} == measured
+    assert sorted(json.loads(fresh_ridge.read_text()).values()) == [4.5, 9.0]
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_what_a_gpu_multiplies_depends_on_dtype_and_switches() -> None:
+    """The defaults of PyTorch: TF32 in convolutions, not in matrix products."""
+    kinds = [
+        (torch.bfloat16, False, "bfloat16"),
+        (torch.float16, True, "float16"),
+        (torch.float64, True, "float64"),
+        (torch.float32, False, "float32"),
+        (torch.float32, True, "tf32"),
+    ]
+    for dtype, convolution, kind in kinds:
+        assert ridge.kind_of_products(GPU, dtype, convolution) == kind
+        assert ridge.ridge_point(GPU, kind) == ridge._TABLE["cuda"][kind]
+    assert ridge.kind_of_products(CPU, torch.bfloat16) == "float32"
+    assert ridge.kind_of_products(CPU, torch.float64) == "float64"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert ridge.kind_of_products(GPU, torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_counts_as_half_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no switch is moved while somebody trains."""
+    monkeypatch.setitem(ridge._PROBES, "cpu", (64, 1 << 16, 2))
+    monkeypatch.setitem(ridge._TABLE["cpu"], "bfloat16", 130.0)
+    monkeypatch.setattr(ridge, "_seconds", lambda run, device, repeats: 1e-6)
+    whole = ridge.measure(CPU, "bfloat16")
+    assert 130.0 / ridge._CREDIBLE <= whole <= 130.0 * ridge._CREDIBLE
+    assert ridge.measure(CPU, "tf32") == whole / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_planner_asks_for_the_kind_that_the_operands_are(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(planner, "ridge_point", lambda device, kind: asked.append(kind) or 10.0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(18, 2)).to(dtype)
+    x = torch.randn(4, 2, 8, dtype=dtype)
+    _, wrapped, _, _ = made_private(model, x)
+    squared_loss(wrapped, (x,)).backward()
+    assert set(asked) == {str(dtype).removeprefix("torch.")}
+
+
+def test_memory_that_the_allocator_holds_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first step of another network most of a GPU is the allocator's, and unused."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 24 << 30)
+    assert planner.default_memory_budget(GPU) == 10 << 30
