@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported, and other packages' tests may import it first.
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest_plugins = ["tests.lost_gpu"]
+
 _POISONED_ROOMS = ("ops", "layers", "engine")
 _TESTS = Path(__file__).resolve().parent
 
@@ -59,9 +61,16 @@ def threads() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are left out where there is no CUDA device."""
+    """Tests marked ``gpu`` are left out where there is no CUDA device.
+
+    Where the ``-m`` expression asks for them by name they are collected, and skipped.
+    """
     if torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if "gpu" in config.option.markexpr:
+        for item in left_out:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        return
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]

@@ -10,6 +10,7 @@ from dpkernels.ops import native, registry
 from dpkernels.ops.clip import clip_factor, finish_grad_
 from dpkernels.ops.noise import gaussian_noise_
 from dpkernels.ops.registry import BackendUnavailable, all_ops, use_backend
+from tests.ops.compare import tf32
 
 NORM_SQ = torch.tensor([4.0])
 built = pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
@@ -107,11 +108,11 @@ def test_the_library_keeps_norms_and_sums_of_tf32_products_together() -> None:
         single = torch.empty(2, 3, 8, 8, device="cuda"), torch.empty(2, 4, 6, 6, device="cuda")
     double = tuple(operand.double() for operand in single)
     geometry = ([4, 3, 3, 3], [1, 1], [0, 0], [1, 1], 1)
-    with torch.backends.cudnn.flags(allow_tf32=True):
+    with tf32(True):
         assert ops.conv_grad_sample.why_not("library", *single, *geometry) is None
         assert "TF32" in ops.conv_norm_sq.why_not("library", *single, *geometry)
         assert ops.conv_norm_sq.why_not("library", *double, *geometry) is None
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with tf32(False):
         assert ops.conv_norm_sq.why_not("library", *single, *geometry) is None
 
 

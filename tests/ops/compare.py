@@ -6,6 +6,9 @@ dtype, plus a few roundings of the sum's absolute terms (the usual forward error
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -21,6 +24,23 @@ def skip_unless_runs(op: Op, backend: str, *args: object) -> None:
     reason = op.why_not(backend, *args)
     if reason:
         pytest.skip(f"{op.name} on {backend}: {reason}")
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let products of float32 matrices and convolutions be TF32, or forbid it, for a while.
+
+    Nothing else of cuDNN changes; ``torch.backends.cudnn.flags`` would switch it off.
+    """
+    settings = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
 
 
 def assert_as_exact_as_torch(

@@ -13,7 +13,7 @@ from dpkernels.ops import native
 from dpkernels.ops.conv import cpu, gram, library, tiles
 from dpkernels.ops.conv.geometry import Geometry
 from tests.ops import compare, shapes
-from tests.ops.compare import DTYPES, assert_as_exact_as_torch, skip_unless_runs
+from tests.ops.compare import DTYPES, assert_as_exact_as_torch, skip_unless_runs, tf32
 
 BACKENDS = (*compare.BACKENDS, "library")
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -108,7 +108,7 @@ def test_library_calls_on_the_device(name: str, dtype: torch.dtype) -> None:
     operands_here = operands(case, dtype)
     moved = tuple(operand.cuda() for operand in operands_here)
     truth = Truth(*operands_here, case)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with tf32(False):
         if dtype == torch.float64:
             assert ops.conv_grad_sample.backend(*moved, *case.geometry) == "library"
         with ops.use_backend("library"):

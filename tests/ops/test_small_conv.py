@@ -22,6 +22,7 @@ from dpkernels.ops import native
 from dpkernels.ops.conv import cuda, output_size
 from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
 from dpkernels.ops.registry import use_backend
+from tests.ops.compare import tf32
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = Path(__file__).with_name("small_conv_emulation.cpp")
@@ -195,7 +196,7 @@ def test_there_is_a_plan_for_all_that_the_backend_takes(
     """The largest kernels, strides and channels fit into shared memory."""
     case = Case(1, (32, 32), (6,) * axes, (3,) * axes, (stride,) * axes, (1,) * axes)
     input, grad_output = operands(case, dtype)
-    with torch.backends.cudnn.flags(allow_tf32=True):
+    with tf32(True):
         arguments = (list(case.geometry.weight_shape), [stride] * axes, [1] * axes, [1] * axes, 1)
         assert cuda.why_not_conv_grad_sample(input, grad_output, *arguments) is None
     assert emulated(input, grad_output, case) is not None
@@ -229,7 +230,7 @@ GOOD = {
     ],
 )
 def test_what_it_is_not_for(change: dict[str, object], reason: str | None) -> None:
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with tf32(False):
         found = cuda.why_not_conv_grad_sample(**(GOOD | change))
     assert (found is None) if reason is None else (reason in found)
 
@@ -252,7 +253,7 @@ def test_on_the_device(
     monkeypatch.setattr(cuda, "SLOT_POSITIONS", 64)
     monkeypatch.setattr(cuda, "SCRATCH_ELEMENTS", 1)
     arguments = [list(part) for part in vars(case.geometry).values() if isinstance(part, tuple)]
-    with torch.backends.cudnn.flags(allow_tf32=True), use_backend("cuda"):
+    with tf32(True), use_backend("cuda"):
         moved = input.cuda(), grad_output.cuda()
         grads = ops.conv_grad_sample(*moved, *arguments, 1)
         assert torch.equal(ops.conv_grad_sample(*moved, *arguments, 1), grads)
