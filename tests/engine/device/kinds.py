@@ -125,7 +125,6 @@ KINDS: dict[str, tuple[Build, torch.Tensor]] = {
 }
 
 
-
 def model_of(kind: str) -> tuple[nn.Module, torch.Tensor]:
     """The model in float32 and its batch, both on the CPU and the same in every call."""
     torch.manual_seed(0)

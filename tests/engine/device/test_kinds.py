@@ -14,7 +14,6 @@ from tests.engine.truth import assert_same, relative_error
 BFLOAT16 = 2.0**-6
 
 
-
 def assert_on_kernels(ran: dict[str, set[str]], device: torch.device) -> None:
     """Ops ran, and on a GPU on our kernels wherever there is one: else the test proves nothing."""
     assert ran

@@ -7,7 +7,7 @@ networks whose layers need none run without them too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,10 +32,9 @@ def fixed_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def ordinary_algorithms(poisoned_memory: None) -> Iterator[None]:
-    """PyTorch's choice, deterministic or not, as outside of tests."""
+def ordinary_algorithms(poisoned_memory: None) -> None:
+    """PyTorch's choice, deterministic or not, as outside of tests; the other fixture ends it."""
     torch.use_deterministic_algorithms(False)
-    yield
 
 
 def assert_same_bits(runs: list[Released]) -> None:

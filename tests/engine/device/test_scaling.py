@@ -55,6 +55,11 @@ def test_a_gradient_that_underflows_without_a_scaler(device: torch.device) -> No
     assert errors[1] < FLOAT16 < errors[0]
 
 
+def scaled_step(made: Private, x: torch.Tensor, scaler: torch.amp.GradScaler) -> None:
+    backward(made, x, torch.float16, scaler=scaler)
+    scaler.step(made.optimizer)
+
+
 def test_a_sample_that_overflows_counts_as_zero(device: torch.device) -> None:
     """With a scaler its neighbours' sum is released, and the step is taken."""
     model, x = network_of("rows", 6, device)
@@ -66,11 +71,14 @@ def test_a_sample_that_overflows_counts_as_zero(device: torch.device) -> None:
     x[2] *= 1e30
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**8)
     made = private(model.float(), x, device, bound, grad_scaler=scaler)
+    before = [p.detach().clone() for p in made.model.parameters()]
     with pytest.warns(UserWarning, match="1 of 6 samples"):
-        backward(made, x, torch.float16, scaler=scaler)
-        scaler.step(made.optimizer)
+        scaled_step(made, x, scaler)
+    found = made.released()
     assert made.optimizer.last_step.clip_factor[2] == 0
-    assert relative_error(made.released().norms[others], expected.norms) < FLOAT16
+    assert relative_error(found.norms[others], expected.norms) < FLOAT16
+    assert error_of(found, expected) < FLOAT16
+    assert not any(torch.equal(p, b) for p, b in zip(made.model.parameters(), before, strict=True))
 
 
 def step(made: Private, x: torch.Tensor, dtype: torch.dtype | None) -> None:

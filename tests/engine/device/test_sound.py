@@ -15,7 +15,7 @@ from tests.engine.device.models import NETWORKS, network_of
 from tests.engine.device.support import Private, autocast, private
 
 #: samples of each of the 32 combinations: 10,240 on a GPU
-SAMPLES = {"cpu": 24, "cuda": 320}
+SAMPLES = {"cpu": 12, "cuda": 320}
 BOUNDS = (1.0, 0.37, 1e-3)
 #: samples of a batch in which only one has a gradient; a power of two, so the mean rounds nothing
 OTHERS = 16

@@ -19,7 +19,7 @@ from tests.engine.device.test_sound import largest_share
 from tests.engine.truth import relative_error
 
 #: contributions of one sample whose norm is compared with C
-SAMPLES = {"cpu": 12, "cuda": 100}
+SAMPLES = {"cpu": 6, "cuda": 100}
 #: relative error that inputs rounded to 10 bits may leave, with some room; float32's own
 ROUNDED, EXACT = 2.0**-8, 1e-4
 
@@ -77,7 +77,7 @@ def matmul_precision() -> Iterator[None]:
 
 def product_error(device: torch.device) -> float:
     """Relative error of an ordinary product of matrices."""
-    a, b = (torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    a, b = (torch.randn(512, 512, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     return relative_error((a.to(device) @ b.to(device)).cpu(), a.double() @ b.double())
 
 
@@ -104,7 +104,7 @@ def test_switches(
     switch(name)
     if device.type == "cuda" and name in MATRICES_ROUNDED:
         assert product_error(device) > 1e-5, "the switch does nothing here"
-    exact = name in MATRICES_EXACT and network == "positions"
+    exact = name == "old-cudnn-off" or (name in MATRICES_EXACT and network == "positions")
     assert_private_step(network, device, EXACT if exact else ROUNDED)
 
 
