@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -218,9 +218,9 @@ def show(path: Path) -> None:
     work.console.print(shown)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write; ends with 1 if something could not be measured (or as `work.off` says)."""
-    options = _options()
+    options = _options(arguments)
     if options.show:
         show(options.output)
         return
@@ -289,8 +289,8 @@ def main() -> None:
     raise SystemExit(0 if not (outcome.failed or outcome.ended) else 1)
 
 
-def _options() -> argparse.Namespace:
-    """The arguments of the command line; the device as torch's."""
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the arguments, those of the command line by default, ask for; the device as torch's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--device", default="cuda")
@@ -305,7 +305,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="do not go on with an earlier run")
     parser.add_argument("--show", action="store_true", help="only print a table of the CSV")
     parser.add_argument("--only", default="", help="ops whose name contains this text")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not options.show:
         try:
             options.device = results.usable(options.device)

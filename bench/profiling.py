@@ -87,11 +87,12 @@ def record(step: Step, steps: int, device: torch.device) -> Recorded:
             torch.cuda.synchronize(device)
     events = profiler.events() or []
     (span,) = (e for e in events if e.name == _STEPS and e.device_type == DeviceType.CPU)
+    labels = {e.name for e in events if e.is_user_annotation}  # of ranges, on both sides
     own, waits = [], defaultdict(list)
     for event in events:
         begin, end = event.time_range.start * 1e-6, event.time_range.end * 1e-6
         if event.device_type != DeviceType.CPU:
-            if not event.is_user_annotation and not event.name.startswith(_NO_WORK):
+            if event.name not in labels and not event.name.startswith(_NO_WORK):
                 own.append(Event(event.name, begin, end))
         elif event.name in _WAITS and event.time_range.end <= span.time_range.end:
             waits[event.name].append(end - begin)

@@ -17,6 +17,8 @@ _MORE = (
     "Kernels against the roofline, accountants, the noise's law, and where each strategy takes "
     "over: [bench/NOTES.md](bench/NOTES.md)."
 )
+#: milliseconds
+_TENTHS_BELOW = 10.0
 _NO_GPU = "GPU: not yet measured."
 
 
@@ -224,7 +226,9 @@ def _cell(row: Row | None) -> str:
 
 
 def _milliseconds(row: Row | None) -> str:
-    return "–" if row is None or row.best_ms is None else f"{row.best_ms:.0f} ms"
+    if row is None or row.best_ms is None:
+        return "–"
+    return f"{row.best_ms:.0f} ms" if row.best_ms >= _TENTHS_BELOW else f"{row.best_ms:.1f} ms"
 
 
 def _ratio(value: float | None) -> str:

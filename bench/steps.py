@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -109,11 +108,14 @@ def run(
 
 
 def _until(plan: Plan, end: float | None) -> Plan:
-    """The plan of a case that begins now, when the run is to end at `end` (monotonic seconds)."""
-    if end is None:
+    """The plan of a case that begins now, when the run is to end at `end` (monotonic seconds).
+
+    Only a plan that bounds the seconds of a case has a case cut short by the end of the run; in
+    the others a case that has begun is measured to its end, and the next run begins with another.
+    """
+    if end is None or plan.case_seconds is None:
         return plan
-    left = max(end - time.monotonic(), 0.0)
-    return replace(plan, case_seconds=min(left, plan.case_seconds or math.inf))
+    return replace(plan, case_seconds=min(max(end - time.monotonic(), 0.0), plan.case_seconds))
 
 
 def show(rows: list[results.Row], before: dict[tuple[str, ...], results.Row]) -> None:

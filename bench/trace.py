@@ -13,6 +13,8 @@ and of ``kind`` = ``step``:
 * ``gaps``: pauses between two of them of more than 5 microseconds, under the profiler, which slows
   launches: how many, and their sum;
 * ``waits``: how often the host waits for the device, and how long.
+
+Where a step cannot run, the only name of its ``time`` or ``step`` is the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from bench import cases, profiling, results, rivals, table, timing, work
+from bench import cases, harness, profiling, results, rivals, table, timing, work
 from bench.table import number
 
 KEY = ("device", "case", "rival", "kind", "name")
@@ -61,9 +63,9 @@ def run(
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     warnings.simplefilter("ignore")
-    kinds: dict[str, Rows] = {"time": _clocked, "trace": _traced}
+    kinds: dict[str, Rows] = {"time": _clocked, "step": _traced}
     todo = {
-        f"{case.name}, {kind}": partial(_measure, rows, case, device, path)
+        f"{case.name}, {kind}": partial(_measure, kind, rows, case, device, path)
         for kind, rows in kinds.items()
         for case in wanted
     }
@@ -81,28 +83,25 @@ def run(
 
 
 def _measure(
-    rows: Rows, case: cases.Case, device: torch.device, path: Path, report: work.Report
+    kind: str, rows: Rows, case: cases.Case, device: torch.device, path: Path, report: work.Report
 ) -> None:
-    """Write the `rows` of the ordinary step and of ours."""
+    """Write the `rows` of the ordinary step and of ours, or why there are none, as a name."""
     here = asdict(results.Environment.here(device, "system"))
     workload = case.build(device)
-    failed = []
-    for rival in rivals.find(["ours"]):
-        if rival.name in report.ended:
-            continue
-        report(rival.name, 0.5)
-        report.begin(rival.name)
+    for rival in rivals.find(list(RIVALS)):
         place = {"case": case.name, "rival": rival.name}
-        try:
-            step = rival.prepare(workload, rivals.Privacy(1.0, 1.0))
-            found = rows(step, device, _wall(path, {**place, **here}))
-        except Exception as error:
-            timing.require_working(device, f"{case.name}, {rival.name}: {error}")
-            failed.append(f"{rival.name}: {error}")
-            continue
+        if rival.name in report.ended:
+            found = [_row(kind, report.ended[rival.name])]
+        else:
+            report(rival.name, 0.5)
+            report.begin(rival.name)
+            try:
+                step = rival.prepare(workload, rivals.Privacy(1.0, 1.0))
+                found = rows(step, device, _wall(path, {**place, **here}))
+            except Exception as error:
+                timing.require_working(device, f"{case.name}, {rival.name}: {error}")
+                found = [_row(kind, f"cannot run: {harness.one_line(error)}")]
         table.replace(path, [{**place, **row, **here} for row in found], KEY, within=KEY[:-1])
-    if failed:
-        raise RuntimeError("; ".join(failed))
 
 
 def _clocked(step: rivals.Trainer, device: torch.device, wall: float | None) -> list[Row]:
@@ -150,7 +149,13 @@ def _traced(step: rivals.Trainer, device: torch.device, wall: float | None) -> l
     ]
 
 
-def _row(kind: str, name: str, calls: float, us: float, share: float | None = None) -> Row:
+def _row(
+    kind: str,
+    name: str,
+    calls: float | None = None,
+    us: float | None = None,
+    share: float | None = None,
+) -> Row:
     return {"kind": kind, "name": name, "calls": calls, "us": us, "share": share}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,10 +50,8 @@ def test_a_backend_that_fails_has_its_reason_and_the_others_their_times(
     monkeypatch.setattr(kernels, "SECONDS", 0.0)
     monkeypatch.setattr(kernels, "PRECISIONS", {"float32": (torch.float32, False)})
     monkeypatch.setattr(kernels, "SHRINK_ON_CPU", 64)
-    arguments = ["kernels", str(path), "--device", "cpu", "--only", "linear_norm_sq"]
-    monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
-        kernels.main()
+        kernels.main([str(path), "--device", "cpu", "--only", "linear_norm_sq"])
     assert ended.value.code == 0
     statuses = [row["status"] for row in table.read(path)]
     assert statuses[0] == "no such instruction"

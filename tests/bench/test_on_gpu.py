@@ -160,7 +160,8 @@ def test_what_is_left_of_the_budget_bounds_a_case(monkeypatch: pytest.MonkeyPatc
     assert steps._until(plan, None) == plan
     assert steps._until(plan, 120.0).case_seconds == 20.0
     assert steps._until(plan, 900.0).case_seconds == 45.0
-    assert steps._until(replace(plan, case_seconds=None), 900.0).case_seconds == 800.0
+    unbounded = replace(plan, case_seconds=None)
+    assert steps._until(unbounded, 120.0) == unbounded
 
 
 def test_a_device_is_busy_while_at_least_one_kernel_runs() -> None:
@@ -209,6 +210,29 @@ def test_kernels_beyond_the_longest_are_counted_together(
     assert len(own) == 3
     assert own[-1]["name"].endswith(" others")
     assert sum(float(row["share"]) for row in own) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_a_step_that_cannot_be_traced_has_its_reason_and_the_other_its_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def failing(workload: cases.Workload, privacy: rivals.Privacy) -> rivals.Trainer:
+        raise ValueError("no such layer")
+
+    path = tmp_path / "trace.csv"
+    ordinary, ours = rivals.find(["ours"])
+    chosen = [ordinary, replace(ours, prepare=failing)]
+    monkeypatch.setattr(rivals, "find", lambda names: chosen)
+    assert trace.run([_TINY], _CPU, path).complete
+    found = {name: [r for r in table.read(path) if r["rival"] == name] for name in trace.RIVALS}
+    assert [(row["kind"], row["name"]) for row in found["ours"]] == [
+        ("time", "cannot run: no such layer"),
+        ("step", "cannot run: no such layer"),
+    ]
+    assert len(found["ordinary"]) > len(found["ours"])
+    monkeypatch.undo()
+    monkeypatch.setattr(work, "STATE", tmp_path / "state")
+    trace.run([_TINY], _CPU, path)
+    assert "cannot run" not in path.read_text()
 
 
 def test_a_plan_is_written_case_by_case_and_a_failing_case_has_its_reason(tmp_path: Path) -> None:
