@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from dpkernels import info
+
 
 def key() -> dict[str, str]:
     """What Triton's cache depends on besides kernels, options and capability: name and value.
@@ -74,7 +76,10 @@ def main() -> int:
     print(f"python {platform.python_version()}, CUDA {torch.version.cuda}, {os.cpu_count()} cores")
     packages = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "opacus")
     print(", ".join(f"{name} {_version(name)}" for name in (*packages, "monai", "nibabel")))
-    _say(sys.executable, "-m", "dpkernels", "info")
+    try:
+        info.show()
+    except Exception as error:
+        print(f"dpkernels info: {type(error).__name__}: {error}")
     carried = Path(sys.argv[1]) / "triton-key.json"
     agree = True
     if carried.is_file():

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -268,3 +269,79 @@ def test_stopped_from_outside_it_keeps_what_is_finished_and_leaves_nothing_runni
     assert "stopped from outside" in printed.splitlines()[-1]
     status = Path(f"/proc/{started.read_text().strip()}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+_BROKEN_TILES = """
+import os
+import time
+
+import pytest
+import torch
+
+from dpkernels.ops import triton_support as support
+
+pytestmark = pytest.mark.gpu
+
+
+def test_launches():
+    support.combine(torch.ones(2, 3, 40, device="cuda"), square=True)
+
+
+def test_raises():
+    raise RuntimeError("no such instruction")
+
+
+def test_loses_the_gpu(request):
+    with open(os.environ["DPKERNELS_LOST_GPU"], "a") as file:
+        file.write(request.node.nodeid + chr(10))
+    os._exit(86)
+
+
+def test_hangs():
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_rehearsal_with_the_real_interpreter(half: str, tmp_path: Path) -> None:
+    """Kernels are compiled and launched into nothing; of four tests of tiles three go wrong."""
+    for name in ("triton", "xdist", "pytest_timeout"):
+        pytest.importorskip(name)
+    root, out = tmp_path / "checkout", tmp_path / "out"
+    for name in ("dpkernels", "bench"):
+        shutil.copytree(_BENCH.parent / name, root / name)
+    for name in ("pyproject.toml", "setup.py", "tests/conftest.py", "tests/lost_gpu.py"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy2(_BENCH.parent / name, root / name)
+    for folder in ("tests", "tests/ops", "tests/engine", "tests/engine/device"):
+        (root / folder).mkdir(exist_ok=True)
+        (root / folder / "__init__.py").touch()
+    (root / "tests/ops/test_production_tiles.py").write_text(_BROKEN_TILES)
+    launches = _BROKEN_TILES.partition("def test_raises")[0]
+    (root / "tests/engine/device/test_launches.py").write_text(launches)
+    environ = {
+        **{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        "PYTHON": sys.executable,
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "DPKERNELS_COMMIT": "0123abc",
+        "DPKERNELS_GPU_REHEARSAL": "1",
+        "DPKERNELS_GPU_PATIENCE": "2",
+    }
+    script = [root / "bench" / "gpu.sh", half, out]
+    subprocess.run(script, env=environ, check=False, timeout=1200)
+    text = (out / "summary.txt").read_text()
+    table = {line.split()[0]: line.split()[1] for line in text.partition("\n\n")[0].splitlines()}
+    assert table["versions"] == "0", text
+    if half == "second":
+        assert {"kernels", "steps", "explain", "rivals"} <= table.keys()
+        assert {path.name for path in out.glob("*.csv")} == {
+            "kernels.csv", "steps.csv", "explain.csv"
+        }  # fmt: skip
+        return
+    assert table["tiles"] == "1", text
+    assert "3 failed, 1 passed" in text
+    assert "GPU lost in 1" in text
+    assert table["engine"] == "0", text
+    assert (out / "trace.csv").is_file()
+    assert any((tmp_path / "cache").rglob("_combine_kernel.cubin"))
