@@ -111,6 +111,7 @@ finish() {
     trap - EXIT TERM INT HUP
     if [ -n "$running" ]; then
         kill -KILL -- "-$group" 2>/dev/null
+        wait "$group" 2>/dev/null
         record "$running" 143 "$((SECONDS - started))" "stopped from outside" >/dev/null
     fi
     save
@@ -246,7 +247,7 @@ if [ -z "${DPKERNELS_COMMIT:-}" ] && [ ! -e .git ] && [ -e "$pack/commit" ]; the
     export DPKERNELS_COMMIT
 fi
 environ=(OMP_NUM_THREADS=2)
-pytest=(-m pytest -m gpu -v --tb=short -p no:cacheprovider --continue-on-collection-errors)
+pytest=(-m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider --continue-on-collection-errors)
 plugins=$("$python" -c '
 import importlib.util
 names = ("pytest", "xdist", "pytest_timeout")
