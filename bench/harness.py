@@ -106,7 +106,7 @@ def measure(
 
 
 def unmeasured(case: Case, rivals: list[Rival], environment: Environment, status: str) -> list[Row]:
-    """Rows of a case of which nothing could be run."""
+    """Rows of a case of which nothing could be run, with the reason as their status."""
     meta = torch.device("meta")
     with meta:
         workload = case.build(meta)
@@ -226,7 +226,11 @@ def _grown_on_gpu(
     grown: dict[str, float | None] = {}
     for rival in admitted:
         report.begin(rival.name)
-        grown[rival.name] = memory.on_gpu(ready[rival.name], device)
+        try:
+            grown[rival.name] = memory.on_gpu(ready[rival.name], device)
+        except RuntimeError as error:
+            timing.require_working(device, f"memory, {rival.name}: {error}")
+            grown[rival.name] = None
     return grown
 
 

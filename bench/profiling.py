@@ -6,7 +6,7 @@ import cProfile
 import pstats
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -85,7 +85,11 @@ def record(step: Step, steps: int, device: torch.device) -> Recorded:
                 step()
         if on_gpu:
             torch.cuda.synchronize(device)
-    events = profiler.events() or []
+    return _recorded(profiler.events() or [], steps, on_gpu)
+
+
+def _recorded(events: Sequence[FunctionEvent], steps: int, on_gpu: bool) -> Recorded:
+    """What of the profiler's events the device did, and where the host waited within the steps."""
     (span,) = (e for e in events if e.name == _STEPS and e.device_type == DeviceType.CPU)
     labels = {e.name for e in events if e.is_user_annotation}  # of ranges, on both sides
     own, waits = [], defaultdict(list)

@@ -73,7 +73,8 @@ def run(
 
     def profile(case: cases.Case, report: work.Report) -> None:
         rows = [r for r in results.read(path) if r.case == case.name and r.measured_on(here)]
-        results.replace(path, harness.profiled(rows, case, device, report))
+        if rows:
+            results.replace(path, harness.profiled(rows, case, device, report))
 
     settings = {
         "cases": [case.name for case in wanted],

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 from bench import __main__ as main
@@ -172,6 +173,37 @@ def test_a_device_is_busy_while_at_least_one_kernel_runs() -> None:
     assert seen.gaps(1.0) == pytest.approx([4.0])
 
 
+def test_of_the_events_of_a_gpu_its_work_counts_and_the_waits_within_the_steps() -> None:
+    def event(name: str, begin: float, end: float, on_gpu: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name,
+            time_range=SimpleNamespace(start=1e6 * begin, end=1e6 * end),
+            device_type=DeviceType.CUDA if on_gpu else DeviceType.CPU,
+            is_user_annotation=name in (profiling._STEPS, "Optimizer.step"),
+            cpu_parent=None,
+        )
+
+    events = [
+        event(profiling._STEPS, 0.0, 10.0),
+        event(profiling._STEPS, 0.5, 11.0, on_gpu=True),
+        event("Optimizer.step", 3.0, 4.0),
+        event("Optimizer.step", 3.5, 9.0, on_gpu=True),
+        event("aten::mm", 1.0, 2.0),
+        event("gemm", 1.5, 2.5, on_gpu=True),
+        event("Memcpy DtoH (Device -> Pageable)", 3.0, 3.5, on_gpu=True),
+        event("Stream Sync", 0.0, 11.0, on_gpu=True),
+        event("cudaLaunchKernel", 1.1, 1.2),
+        event("cudaStreamSynchronize", 3.0, 3.6),
+        event("cudaDeviceSynchronize", 10.1, 11.0),
+    ]
+    seen = profiling._recorded(events, 2, on_gpu=True)
+    assert [e.name for e in seen.events] == ["gemm", "Memcpy DtoH (Device -> Pageable)"]
+    assert seen.busy == pytest.approx(1.5 / 2)
+    assert {name: pytest.approx(times) for name, times in seen.waits.items()} == {
+        "cudaStreamSynchronize": [0.6]
+    }
+
+
 def test_kernels_keep_what_tells_them_apart_of_their_names() -> None:
     full = (
         "void at::native::vectorized_elementwise_kernel<4, at::native::(anonymous namespace)::"
@@ -272,3 +304,15 @@ def test_the_share_of_busy_time_is_of_the_step_as_timed_without_the_profiler(
     rows = [replace(row, ms=8.0), replace(row, rival="loop", ms=9.0)]
     (found,) = harness.profiled(rows, _TINY, _CPU, work.SILENT)
     assert (found.rival, found.busy) == ("ours", pytest.approx(2.0 / 8.0))
+
+
+def test_a_case_that_ended_a_process_has_a_row_for_every_rival(tmp_path: Path) -> None:
+    path, status = tmp_path / "rows.csv", "ended the process (exit status unknown): not tried again"
+    chosen, plan = rivals.find(["ours", "loop"]), harness.Plan(0.0, None, 1, 1, memory=False)
+    here = results.Environment.here(_CPU, "system")
+    results.replace(path, harness.unmeasured(_TINY, chosen, here, status))
+    rows = results.read(path)
+    assert [(row.rival, row.status) for row in rows] == [(r.name, status) for r in chosen]
+    assert {row.parameters for row in rows} == {_TINY.build(_CPU).parameters()}
+    steps.run([_TINY], chosen, _CPU, plan, path)
+    assert {row.status for row in results.read(path)} == {"ok"}
