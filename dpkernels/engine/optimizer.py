@@ -249,7 +249,11 @@ class FusedDPOptimizer(ReleasingOptimizer):
         """Clear gradients; sums of physical batches survive until their logical batch ends.
 
         A parameter that was frozen meanwhile has none, not zeros that momentum would follow.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, whose stream can wait for no gradient.
         """
+        refuse_graph_capture("optimizer.zero_grad()")
         self.streams.wait()
         for p in self.held_parameters():
             p.grad_sample = None  # type: ignore[attr-defined]

@@ -225,7 +225,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch):
     return start
 
 
-@pytest.mark.parametrize("what", ["forward", "backward", "step", "noise only"])
+@pytest.mark.parametrize("what", ["forward", "backward", "step", "noise only", "zero"])
 def test_a_cuda_graph_of_a_private_step_is_refused(capturing, what: str) -> None:
     x = values(4, 6).float()
     _, model, optimizer, _ = made_private(nn.Linear(6, 2), x, noise=1.0)
@@ -237,6 +237,7 @@ def test_a_cuda_graph_of_a_private_step_is_refused(capturing, what: str) -> None
         "backward": loss.backward,
         "step": optimizer.step,
         "noise only": optimizer.make_private_noise_only,
+        "zero": optimizer.zero_grad,
     }
     capturing()
     with pytest.raises(RuntimeError, match="a CUDA graph is being captured.*same noise"):

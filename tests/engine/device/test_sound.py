@@ -1,7 +1,7 @@
 """What one sample contributes has a norm of at most C, in spite of rounding: ten thousand of them.
 
 Noise is off, so that a sample's contribution is what is released where it is alone, or where the
-loss gives all others no gradient. The second way takes the strategies of larger batches.
+loss gives all others no gradient. The second way takes the strategies that store nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from tests.engine.device.models import NETWORKS, network_of
 from tests.engine.device.support import Private, autocast, private
@@ -72,7 +73,30 @@ def test_no_contribution_exceeds_the_bound(
     dtype, inside = PRECISIONS[precision]
     samples = SAMPLES[device.type]
     model, x = network_of(name, samples if count == 1 else 4 * count, device)
-    made = private(model, x[:count], device, 1.0)
+    made = private(model, x[:count], device, 1.0, memory_budget=0)
     share, clipped = largest_share(made, list(x.split(count)), samples, dtype, inside)
     assert clipped > 0.5, "the bound must bind"
     assert 0.97 < share <= 1.0, f"{share - 1:.3g} above C"
+
+
+class Cancelling(nn.Module):
+    """One row at several positions whose gradients nearly add up to zero."""
+
+    def __init__(self, positions: int = 6, features: int = 96) -> None:
+        super().__init__()
+        self.layer = nn.Linear(40, features, bias=False)
+        sign = torch.ones(positions, 1).index_fill(0, torch.arange(0, positions, 2), -1.0)
+        self.register_buffer("sign", sign * (1 + 1e-4 * torch.randn(positions, features)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.layer(x.unsqueeze(1).expand(-1, len(self.sign), -1)) * self.sign).sum(1)
+
+
+def test_gradients_that_cancel(device: torch.device, full_float32: None) -> None:
+    """Their norm by Gram products is little more than rounding, and so is what is summed."""
+    torch.manual_seed(0)
+    model, x = Cancelling(), NETWORKS["rows"][1](64, torch.Generator(device).manual_seed(1))
+    made = private(model, x[:OTHERS], device, 1.0, memory_budget=0)
+    share, _ = largest_share(made, list(x.split(OTHERS)), SAMPLES[device.type])
+    assert made.strategies() == {"gram"}
+    assert 0.0 < share <= 1.0, f"{share - 1:.3g} above C"
