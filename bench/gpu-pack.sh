@@ -43,9 +43,10 @@ if [ ! -e "$venv/.ready" ]; then
     step "environment $venv"
     install=("$python" -m pip --disable-pip-version-check install --quiet --constraint)
     "${PYTHON312:-python3.12}" -m venv "$venv"
-    "${install[@]}" /dev/null torch==2.11.0 triton==3.6.0
-    # The tests' own packages at this checkout's versions; what depends on torch without its wishes.
-    grep -vE '^(torch|triton)==' constraints.txt >"$venv/constraints.txt"
+    # Everything else at this checkout's versions; what depends on torch without its wishes.
+    grep -vE '^(torch|triton|numpy|setuptools)==' constraints.txt |
+        cat - stacks/torch-2.11.txt >"$venv/constraints.txt"
+    "${install[@]}" "$venv/constraints.txt" torch triton numpy
     "${install[@]}" "$venv/constraints.txt" setuptools pybind11 cmake ninja scipy typer rich \
         opt_einsum pytest pytest-xdist pytest-timeout hypothesis pyyaml einops matplotlib
     "${install[@]}" "$venv/constraints.txt" --no-deps opacus monai nibabel

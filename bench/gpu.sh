@@ -152,7 +152,8 @@ meaning() {
 
 # stage NAME LIMIT TRIES COMMAND...: runs a command, its output in NAME.log. One that lost the GPU,
 # hung or died begins again while tries and time are left: it leaves out by itself what did that.
-# In the command @LEFT@ stands for the seconds that it has.
+# In the command @LEFT@ stands for the seconds that it may begin something in: importing comes before
+# them, and ending what is begun after.
 stage() {
     local name=$1 limit tries=$3 status=- left tried=0 before note begun=$SECONDS kernels offenders
     limit=$(scaled "$2")
@@ -168,7 +169,7 @@ stage() {
         tried=$((tried + 1))
         [ "$tried" -eq 1 ] || echo "[$name again, exit $status before]" >>"$logs/$name.log"
         running=$name
-        timeout --kill-after="$grace" "$left" "${@//@LEFT@/$((left > 10 ? left - 5 : left / 2))}" \
+        timeout --kill-after="$grace" "$left" "${@//@LEFT@/$((left > 30 ? left - 12 : left / 2))}" \
             "${once[@]}" >>"$logs/$name.log" 2>&1 &
         group=$!
         wait "$group"
