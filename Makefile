@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo study study-docs test test-install test-stack bench bench-quick bench-gpu opacus-suite lint fmt docs build clean
+.PHONY: demo study study-docs test test-install test-stack bench bench-quick bench-gpu gpu-pack \
+	gpu-rehearsal opacus-suite lint fmt docs build clean
 
 demo: .venv/.has-segmentation .venv/.native
 	$(BIN)/python -m dpkernels segment train
@@ -53,7 +54,18 @@ bench-quick: .venv/.has-segmentation .venv/.has-test .venv/.rivals .venv/.native
 		--benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 bench-gpu: .venv/.has-segmentation .venv/.has-test .venv/.native
-	PATH="$(CURDIR)/$(BIN):$$PATH" bench/gpu.sh build/bench-gpu
+	export PATH="$(CURDIR)/$(BIN):$$PATH"; bench/gpu.sh first build/bench-gpu/first; first=$$?; \
+		bench/gpu.sh second build/bench-gpu/second && exit $$first
+
+# What the same two runs take to a machine with a GPU, but without a network and with little time.
+gpu-pack:
+	bench/gpu-pack.sh .gpu
+
+# Both runs where there is no GPU: kernels are launched into nothing, results compared with nothing.
+gpu-rehearsal: gpu-pack
+	export DPKERNELS_GPU_REHEARSAL=1 DPKERNELS_GPU_PATIENCE=20 PYTHON=.venv-gpu/bin/python; \
+		bench/gpu.sh first build/gpu-rehearsal/first; first=$$?; \
+		bench/gpu.sh second build/gpu-rehearsal/second && exit $$first
 
 # Opacus' own tests, as its wheel ships them, with our engine in the place of its engine. They need
 # torchvision's Python part, which breaks other packages beside a CPU torch: a venv of their own.

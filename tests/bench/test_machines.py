@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from typer.testing import CliRunner
 
 from bench import __main__ as main
 from bench import cases, harness, kernels, results, rivals, steps, table, timing, trace, work
-
-_ROOT = Path(main.__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +31,6 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_measured(
     found = CliRunner().invoke(main.app, ["--device", "cuda", "--output", str(output)])
     assert found.exit_code == 2
     assert not output.exists()
-
-
-def test_the_script_for_a_gpu_says_how_it_is_used() -> None:
-    script = _ROOT / "bench" / "gpu.sh"
-    done = subprocess.run([script], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "usage: bench/gpu.sh OUT_DIR" in done.stderr
 
 
 def test_a_backend_that_fails_has_its_reason_and_the_others_their_times(
