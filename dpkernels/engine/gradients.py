@@ -10,7 +10,7 @@ from torch import nn
 from dpkernels.engine.capture import ModelCapture, NotPerSample
 from dpkernels.engine.planner import Planner
 from dpkernels.engine.strategies import Factored, held_by
-from dpkernels.engine.streams import Streams
+from dpkernels.engine.streams import Streams, refuse_graph_capture
 from dpkernels.layers import margins
 from dpkernels.layers.operands import Operand
 from dpkernels.ops.precision import full_precision
@@ -158,10 +158,13 @@ class PendingGradients:
 
     def _finish(self) -> None:
         try:
+            refuse_graph_capture("backward()")
             self._streams.gather()
-            with full_precision():
-                self._done(self)
-            self._streams.complete()
-            self.planner.settle()
+            try:
+                with full_precision():
+                    self._done(self)
+                self.planner.settle()
+            finally:
+                self._streams.complete()
         finally:
             self.reset()

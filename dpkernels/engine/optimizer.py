@@ -156,8 +156,8 @@ class FusedDPOptimizer(ReleasingOptimizer):
         """
         if not self.params:
             return
-        refuse_graph_capture("backward()")
         self._check_cleared()
+        self._note_devices()
         factors = self._clip(gradients)
         self._passes += 1
         self._release({} if gradients.empty else gradients.gradients, factors)
@@ -173,7 +173,15 @@ class FusedDPOptimizer(ReleasingOptimizer):
         self._check_cleared()
         self._passes += 1
         self.last_step = None
+        self._note_devices()
+        self.streams.gather()
         self._release({}, {})
+        self.streams.complete()
+
+    def _note_devices(self) -> None:
+        """Noise is added on every device, also where no contribution was formed."""
+        for device in {p.device for p in self.params}:
+            self.streams.note(device)
 
     def _check_cleared(self) -> None:
         cleared = all(p.grad is None for p in self.params)

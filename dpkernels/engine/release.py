@@ -119,7 +119,8 @@ class ReleasingOptimizer(ScaledLossOptimizer):
             total = getattr(parameter, "summed_grad", None)
         if gradient is not None and gradient.factored is not None:
             clipped = gradient.factored.clipped_grad(factor).reshape(parameter.shape)
-            gradient.let_go()
+            if not self.streams.several:
+                gradient.let_go()
             total = clipped if total is None else total.add_(clipped)
         if gradient is not None and gradient.stored is not None:
             stored = gradient.stored

@@ -66,9 +66,16 @@ def ridge_point(device: torch.device, kind: str = "float32") -> float:
                 f"DPKERNELS_RIDGE={stated!r}: expected 'measure', 'table' or a finite number > 0"
             )
         return value
-    if stated == "table" or device.type not in _PROBES:
+    measurable = device.type in _PROBES and not _rounded(device, kind)
+    if stated == "table" or not measurable:
         return _TABLE.get(device.type, _TABLE["cpu"])[kind]
     return _cached(device, kind, _key(device, kind))
+
+
+def _rounded(device: torch.device, kind: str) -> bool:
+    """Whether a product of float32 matrices, by which `kind` is measured, would be TF32 now."""
+    on_gpu = device.type == "cuda" and kind == "float32"
+    return on_gpu and float32_products("cuda", "matmul") != "ieee"
 
 
 @functools.cache

@@ -48,6 +48,19 @@ class Streams:
                     stream.wait_event(event)
         self._worked.clear()
 
+    @property
+    def several(self) -> bool:
+        """Whether contributions were formed on another stream than the current one.
+
+        Their memory must then be kept until :meth:`complete`: freed before, it would be taken
+        again on its own stream while the current one still reads.
+        """
+        return any(
+            stream != torch.cuda.current_stream(device)
+            for device, streams in self._worked.items()
+            for stream in streams
+        )
+
     def forget(self) -> None:
         """A backward pass failed half-way."""
         self._worked.clear()

@@ -31,8 +31,11 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def product_unit(tensor: torch.Tensor, convolution: bool = False) -> float:
-    """Largest relative error to which inputs of float32 products are rounded; 0 if they are not."""
-    if result_dtype(tensor) == torch.float64 or tensor.dtype.itemsize < 4:
+    """Largest relative error to which inputs of float32 products are rounded; 0 if they are not.
+
+    Half-precision operands are float32 in a product on a CPU: widened, and scaled by clip factors.
+    """
+    if result_dtype(tensor) == torch.float64 or (tensor.is_cuda and tensor.dtype.itemsize < 4):
         return 0.0
     kinds = ("matmul", "conv") if convolution else ("matmul",)
     return _ROUNDED_TO[float32_products(tensor.device.type, *kinds)]

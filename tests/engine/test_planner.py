@@ -285,10 +285,14 @@ def test_what_a_gpu_multiplies_depends_on_dtype_and_switches() -> None:
         assert ridge.kind_of_products(GPU, dtype, convolution) == kind
         assert ridge.ridge_point(GPU, kind) == ridge._TABLE["cuda"][kind]
     assert ridge.kind_of_products(CPU, torch.bfloat16) == "float32"
+    # what is not measured as it is multiplied is taken from the table
+    assert not ridge._rounded(GPU, "float32")
     assert ridge.kind_of_products(CPU, torch.float64) == "float64"
     torch.set_float32_matmul_precision("high")
     try:
         assert ridge.kind_of_products(GPU, torch.float32) == "tf32"
+        assert ridge._rounded(GPU, "float32")
+        assert not ridge._rounded(GPU, "bfloat16")
     finally:
         torch.set_float32_matmul_precision("highest")
 

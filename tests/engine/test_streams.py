@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dpkernels.engine.capture import ModelCapture
+from dpkernels.engine.gradients import ParameterGradient
 from dpkernels.engine.streams import Streams
 from tests.engine.support import made_private, squared_loss, step, values
 
@@ -165,9 +166,50 @@ def test_a_backward_pass_that_failed_leaves_no_stream_behind(on, monkeypatch) ->
     _, model, optimizer, _ = made_private(nn.Linear(6, 2), x)
     with pytest.raises(ValueError, match="not finite"):
         squared_loss(model, (x * torch.inf,)).backward()
+    assert ("main", "records", "event of main") in LOG, "what was read may be overwritten now"
     LOG.clear()
-    optimizer.streams.gather()
+    optimizer.streams.complete()
     assert LOG == []
+
+
+def test_noise_alone_is_waited_for_too(on, monkeypatch) -> None:
+    """It may add to sums of another stream, and a step on a third one may follow."""
+    monkeypatch.setattr("dpkernels.engine.release.Streams", OnCpu)
+    x = values(4, 6).float()
+    _, model, optimizer, _ = made_private(nn.Linear(6, 2), x, 1.0, poisson_sampling=False)
+    on(SIDE)
+    squared_loss(model, (x,)).backward()
+    LOG.clear()
+    on(MAIN)
+    optimizer.make_private_noise_only()
+    assert LOG == [("main", "waits for", "event of side"), ("main", "records", "event of main")]
+    LOG.clear()
+    on(OTHER)
+    optimizer.step()
+    assert ("other", "waits for", "event of main") in LOG
+
+
+@pytest.mark.parametrize("stream", [MAIN, SIDE])
+def test_factors_outlive_their_sum_where_another_stream_made_them(
+    on, monkeypatch: pytest.MonkeyPatch, stream: FakeStream
+) -> None:
+    """Memory is taken again on the stream it is of, whoever still reads it."""
+    monkeypatch.setattr("dpkernels.engine.release.Streams", OnCpu)
+    let_go: list[int] = []
+    monkeypatch.setattr(ParameterGradient, "let_go", lambda self: let_go.append(1))
+    x = values(4, 6).float()
+    _, model, _, _ = made_private(nn.Linear(6, 2, bias=False), x, memory_budget=0)
+    loss = squared_loss(model, (x,))
+    add = optimizer_sink(model).add
+
+    def on_stream(*args: object) -> None:
+        on(stream)
+        add(*args)
+        on(MAIN)
+
+    monkeypatch.setattr(optimizer_sink(model), "add", on_stream)
+    loss.backward()
+    assert bool(let_go) == (stream == MAIN)
 
 
 def test_a_private_optimizer_still_copies_and_pickles(on, monkeypatch) -> None:

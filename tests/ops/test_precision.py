@@ -110,8 +110,8 @@ def test_margins_follow_the_switch() -> None:
     assert margins.product_unit(single) == 0.0
     torch.set_float32_matmul_precision("high")
     try:
-        assert margins.product_unit(single) == 2.0**-11
-        assert margins.product_unit(half) == margins.product_unit(single.double()) == 0.0
+        assert margins.product_unit(single) == margins.product_unit(half) == 2.0**-11
+        assert margins.product_unit(single.double()) == 0.0
     finally:
         torch.set_float32_matmul_precision("highest")
 
