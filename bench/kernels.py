@@ -246,8 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bound = "memory" if call.bytes / bandwidth >= call.flops / rate else "arithmetic"
         for backend in call.op.candidates(*call.arguments):
             report(backend, 0.5)
-            if backend in report.ended:
-                write(item, backend, {"status": report.ended[backend]})
+            if status := _ended(report, item, backend):
+                write(item, backend, {"status": status})
                 continue
             report.begin(backend)
             try:
@@ -287,6 +287,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lost=lambda name, status: write(names[name], "", {"status": status}),
     )
     raise SystemExit(0 if not (outcome.failed or outcome.ended) else 1)
+
+
+def _ended(report: work.Report, item: Item, backend: str) -> str | None:
+    """Why a backend is not tried: it has ended a process, with this op on this shape or another.
+
+    A kernel that never ends would else take its limit on every shape, and the others' time.
+    """
+    if backend in report.ended:
+        return report.ended[backend]
+    for name, ended in report.elsewhere.items():
+        if backend in ended and name.startswith(f"{item[0]} "):
+            return f"not tried: it has ended the process on {name.removeprefix(item[0]).strip()}"
+    return None
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -41,10 +41,16 @@ class Report:
     Attributes:
         ended: by piece of the item (a rival, a backend), the status of one that has ended an
             earlier process: the item must not begin it again.
+        elsewhere: the same of every item, by its name.
     """
 
-    def __init__(self, ended: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        ended: Mapping[str, str] | None = None,
+        elsewhere: Mapping[str, Mapping[str, str]] | None = None,
+    ):
         self.ended = ended or {}
+        self.elsewhere = elsewhere or {}
 
     def __call__(self, what: str, share: float) -> None:
         """What is being done, and the share of the item that is done."""
@@ -146,7 +152,7 @@ class _Watched(Report):
         show: Callable[[str, float], None],
         limit: float | None,
     ):
-        super().__init__(memory.ended.get(item))
+        super().__init__(memory.ended.get(item), memory.ended)
         self._item, self._memory, self._show, self._limit = item, memory, show, limit
         self._timer: threading.Timer | None = None
 
