@@ -31,7 +31,7 @@ def run(
     piece_seconds: float | None = None,
 ) -> work.Outcome:
     """Take one private step of each case and write its plan; case by case."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    timing.allow_tf32(False)
     warnings.simplefilter("ignore")
     here = asdict(results.Environment.here(device, "system"))
 

@@ -274,10 +274,10 @@ fi
 stage versions 25 1 "$python" -m bench.rehearsal.versions "$pack"
 [ "$last" != 3 ] || exit 1
 if [ "$run" = first ]; then
-    tests tiles 60 tests/ops/test_production_tiles.py
+    tests tiles 60 tests/ops/production_tiles
     tests engine 50 tests/engine/device
     measure trace 30 20 bench trace "$out/trace.csv"
-    tests ops 60 tests/ops --ignore=tests/ops/test_production_tiles.py
+    tests ops 60 tests/ops --ignore=tests/ops/production_tiles
     number=0
     while read -r offender; do
         number=$((number + 1))

@@ -236,8 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def measure(item: Item, make: Make, report: work.Report) -> None:
         op, _, precision = item
-        tf32 = PRECISIONS[precision][1]
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        timing.allow_tf32(PRECISIONS[precision][1])
         at = Place(device, precision)
         torch.manual_seed(0)
         bandwidth, rate = best(at)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from bench import cases, harness, report, results, rivals, work
+from bench import cases, harness, report, results, rivals, timing, work
 from bench.harness import Plan
 
 PATH = results.RESULTS / "steps.csv"
@@ -56,7 +56,7 @@ def run(
     On a GPU, ours and the ordinary step are profiled for the column `busy` when all is timed: the
     profiler may leave launches slower than it found them.
     """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    timing.allow_tf32(False)
     warnings.simplefilter("ignore")
     before = {row.key: row for row in results.read(path)}
     names = [rival.name for rival in chosen]

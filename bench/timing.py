@@ -168,6 +168,11 @@ def require_working(device: torch.device, after: str) -> None:
             raise GpuLost(f"{after} left the GPU unusable for this process") from lost
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Let products of float32 matrices and convolutions be TF32 from now on, or forbid it."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def clock_for(device: torch.device) -> Clock:
     """The clock for steps on this device."""
     return RowClock(device) if device.type == "cuda" else HostClock()

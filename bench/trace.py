@@ -61,7 +61,7 @@ def run(
 
     All are timed before the first is profiled, since the profiler may leave launches slower.
     """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    timing.allow_tf32(False)
     warnings.simplefilter("ignore")
     kinds: dict[str, Rows] = {"time": _clocked, "step": _traced}
     todo = {

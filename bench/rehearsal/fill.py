@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench import cases, kernels, meta
+from bench import cases, kernels, meta, timing
 from bench.rehearsal import driver
 from dpkernels import ops
 
@@ -24,8 +24,7 @@ def kernel_calls() -> list[tuple[str, Callable[[], object]]]:
     """The calls of the Triton kernels in ``bench/kernels.py``, by name."""
 
     def call(precision: str, make: kernels.Make) -> None:
-        tf32 = kernels.PRECISIONS[precision][1]
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        timing.allow_tf32(kernels.PRECISIONS[precision][1])
         wanted = make(kernels.Place(torch.device("cuda"), precision))
         if "triton" in wanted.op.candidates(*wanted.arguments):
             with ops.use_backend("triton"):

@@ -10,12 +10,12 @@ effective setting of both.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 
 #: what inputs of float32 products may be rounded to, from the finest on
 PRECISIONS = ("ieee", "tf32", "bf16")
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def float32_products(device_type: str, *kinds: str) -> str:
@@ -54,15 +54,10 @@ def _on_cpu(kind: str) -> str:
     return {"highest": "ieee", "high": "tf32", "medium": "bf16"}[stated]
 
 
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> contextlib.AbstractContextManager[object]:
     """Arithmetic in the dtype of its operands, also inside ``torch.autocast``.
 
     Under autocast a product of float32 norms, factors or gradients is rounded to half precision,
     so the sum would not be that of the values whose norms were taken.
     """
-    if not torch._C._is_any_autocast_enabled():
-        yield
-        return
-    with torch._C._DisableAutocast():
-        yield
+    return torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else _AS_IT_IS

@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dpkernels.ops.precision import float32_products
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_LIMIT = 2**31
 COMBINE_BLOCK = 1024
@@ -148,6 +150,15 @@ def common_dtype(*tensors: torch.Tensor) -> tl.dtype:
         torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16,
         torch.float16: tl.float16,
     }[dtype]
+
+
+def input_precision(kind: str) -> str:
+    """How a kernel multiplies float32, as ``tl.dot`` takes it: as PyTorch's switches allow.
+
+    Args:
+        kind: of the products, ``"matmul"`` or ``"conv"``.
+    """
+    return "ieee" if float32_products("cuda", kind) == "ieee" else "tf32"
 
 
 def split_factor(positions: int, weights: int) -> tuple[int, int]:

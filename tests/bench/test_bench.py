@@ -24,17 +24,11 @@ from bench import (
     work,
 )
 from bench.__main__ import app
+from tests.bench.support import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 _CPU = torch.device("cpu")
 _PLAN = harness.Plan(seconds=0.0, least=2, most=2, memory=False)
-_TINY = cases.Case(
-    "tiny",
-    "tiny",
-    (),
-    partial(models.Recommender, 32, 2, 4, (8,)),
-    partial(cases.few_fields, 32, 2, 6),
-)
 
 
 def _row(case: str = "unet3d-48-b2", rival: str = "ours", **values: object) -> results.Row:
@@ -44,7 +38,7 @@ def _row(case: str = "unet3d-48-b2", rival: str = "ours", **values: object) -> r
 
 
 def _measure(*chosen: rivals.Rival, precision: str = "float32") -> dict[str, results.Row]:
-    case = replace(_TINY, precision=precision)
+    case = replace(TINY, precision=precision)
     found = harness.measure(case, list(chosen), _CPU, _PLAN, work.SILENT)
     return {row.rival: row for row in found}
 
@@ -86,7 +80,7 @@ def test_a_wrong_gradient_is_never_timed(precision: str) -> None:
 
 
 def test_the_noise_is_on_while_timing() -> None:
-    workload = _TINY.build(_CPU)
+    workload = TINY.build(_CPU)
     truth = gate.ground_truth(workload)
     for rival in rivals.find(["ours", "loop", "hooks", "ghost"])[1:]:
         privacy = rivals.Privacy(truth.max_grad_norm, 0.0)
@@ -97,7 +91,7 @@ def test_the_noise_is_on_while_timing() -> None:
 
 
 def test_the_margin_is_what_the_engine_leaves_below_the_bound() -> None:
-    workload = _TINY.build(_CPU)
+    workload = TINY.build(_CPU)
     bound = gate.ground_truth(workload).max_grad_norm
     ours, loop = (
         rivals.find([name])[1].prepare(workload, rivals.Privacy(bound, 0.0))
@@ -110,7 +104,7 @@ def test_the_margin_is_what_the_engine_leaves_below_the_bound() -> None:
 
 
 def test_some_samples_are_clipped_and_some_are_not() -> None:
-    workload = _TINY.build(_CPU)
+    workload = TINY.build(_CPU)
     bound = gate.ground_truth(workload).max_grad_norm
     loop = rivals.find(["loop"])[1]
     clipped, free = (
@@ -213,7 +207,7 @@ def test_a_step_that_fails_while_timed_is_the_status_of_its_row() -> None:
 def test_the_seconds_of_a_case_end_what_follows_but_not_ours() -> None:
     plan = replace(_PLAN, case_seconds=0.0001)
     chosen = rivals.find(["ours", "loop", "ghost"])
-    found = harness.measure(_TINY, chosen, _CPU, plan, work.SILENT)
+    found = harness.measure(TINY, chosen, _CPU, plan, work.SILENT)
     rows = {row.rival: row for row in found}
     late = "not timed: the 0 s for this case were over"
     assert [rows[r].status for r in ("ordinary", "ours", "loop", "ghost")] == [
@@ -237,7 +231,7 @@ def test_the_loop_in_float32_is_the_truth_of_both_precisions_and_runs_once(
         return honest(workload, bound)
 
     monkeypatch.setattr(gate, "_sums", counted)
-    workload = replace(_TINY, precision="bfloat16").build(_CPU)
+    workload = replace(TINY, precision="bfloat16").build(_CPU)
     (_, in_float), (_, in_bfloat) = gate.truths(workload)
     assert precisions == ["float32", "bfloat16"]
     assert in_float.gradients is in_bfloat.gradients

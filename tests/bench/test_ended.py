@@ -9,13 +9,13 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import cases, harness, kernels, models, results, rivals, steps, table, timing, work
+from bench import harness, kernels, results, rivals, steps, table, timing, work
+from tests.bench.support import TINY
 
 _KILLED = "ended the process (exit status unknown): not tried again"
 
@@ -90,19 +90,12 @@ def _end(how: str) -> None:
 
 def _steps(folder: Path, killing: str) -> None:
     """A case of which one rival ends the process."""
-    case = cases.Case(
-        "tiny",
-        "tiny",
-        (),
-        partial(models.Recommender, 32, 2, 4, (8,)),
-        partial(cases.few_fields, 32, 2, 6),
-    )
     chosen = [
         replace(r, prepare=lambda workload, privacy: _end("kill")) if r.name == killing else r
         for r in rivals.find(["ours", "loop"])
     ]
     plan = harness.Plan(0.0, None, 1, 1, memory=False)
-    steps.run([case], chosen, torch.device("cpu"), plan, folder / "rows.csv")
+    steps.run([TINY], chosen, torch.device("cpu"), plan, folder / "rows.csv")
 
 
 def _kernels(folder: Path, last: int) -> None:

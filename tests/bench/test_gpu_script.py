@@ -25,7 +25,7 @@ _STAGES = {
 _ANSWERS = {
     "*EXT_SUFFIX*": "echo .fake.so",
     "*find_spec*": "echo pytest xdist pytest_timeout",
-    "* tests/ops/test_production_tiles.py": 'echo "== 30 passed in 2.00s =="',
+    "* tests/ops/production_tiles": 'echo "== 30 passed in 2.00s =="',
     "*tests/engine/device": 'echo "== 12 passed in 3.00s =="',
     "*tests/ops --ignore*": 'echo "== 99 passed in 4.00s =="',
     "* trace *.csv *": 'echo trace >"$4"',
@@ -46,7 +46,7 @@ class Machine:
         for name in ("gpu.sh", "gpu-pack.sh"):
             (self._root / "bench").mkdir(parents=True, exist_ok=True)
             shutil.copy2(_BENCH / name, self._root / "bench")
-        for name in ("tests/ops/test_production_tiles.py", "tests/engine/device/test_it.py"):
+        for name in ("tests/ops/production_tiles/test_it.py", "tests/engine/device/test_it.py"):
             self.write(name)
         self.write("dpkernels/_cuda.fake.so")
         self.write(".gpu/commit", "0123abc")
@@ -61,8 +61,12 @@ class Machine:
         return path
 
     def remove(self, name: str) -> None:
-        """Remove a file of the checkout."""
-        (self._root / name).unlink()
+        """Remove a file or a folder of the checkout."""
+        path = self._root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
     def answer(self, pattern: str, command: str) -> None:
         """Let the stand-in run another command; patterns that are new come first."""
@@ -166,7 +170,7 @@ def test_every_stage_has_its_line_and_its_files(
 def test_a_broken_kernel_costs_its_own_stage(
     machine: Machine, command: str, code: str, meaning: str
 ) -> None:
-    machine.answer("* tests/ops/test_production_tiles.py", command)
+    machine.answer("* tests/ops/production_tiles", command)
     status, printed = machine.run("first", patience=0.03 if "sleep" in command else 1.0)
     table = machine.table()
     assert status == 1
@@ -181,14 +185,14 @@ def test_a_broken_kernel_costs_its_own_stage(
 
 
 def test_what_is_missing_costs_its_own_stage(machine: Machine) -> None:
-    machine.remove("tests/ops/test_production_tiles.py")
+    machine.remove("tests/ops/production_tiles")
     machine.remove("dpkernels/_cuda.fake.so")
     machine.remove(".gpu/commit")
     machine.answer("setup.py *", "echo no nvcc; exit 1")
     status, printed = machine.run("first")
     table = machine.table()
     assert status == 1
-    assert table["tiles"] == ("-", "missing: tests/ops/test_production_tiles.py")
+    assert table["tiles"] == ("-", "missing: tests/ops/production_tiles")
     assert table["build"] == ("1", "failed")
     assert "no nvcc" in printed
     assert {table[name][0] for name in ("versions", "engine", "trace", "ops")} == {"0"}
@@ -232,9 +236,9 @@ def test_time_that_is_used_up_is_said(machine: Machine) -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_an_offender_is_run_once_under_compute_sanitizer(machine: Machine, there: bool) -> None:
-    test = "tests/ops/test_production_tiles.py::test_a[1]"
+    test = "tests/ops/production_tiles/test_it.py::test_a[1]"
     machine.answer(
-        "* tests/ops/test_production_tiles.py",
+        "* tests/ops/production_tiles",
         f'for _ in 1 2; do echo "{test}" >>"$DPKERNELS_LOST_GPU"; done; exit 1',
     )
     if there:
@@ -314,10 +318,10 @@ def test_rehearsal_with_the_real_interpreter(half: str, tmp_path: Path) -> None:
     for name in ("pyproject.toml", "setup.py", "tests/conftest.py", "tests/lost_gpu.py"):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy2(_BENCH.parent / name, root / name)
-    for folder in ("tests", "tests/ops", "tests/engine", "tests/engine/device"):
-        (root / folder).mkdir(exist_ok=True)
-        (root / folder / "__init__.py").touch()
-    (root / "tests/ops/test_production_tiles.py").write_text(_BROKEN_TILES)
+    for folder in ("", "ops", "ops/production_tiles", "engine", "engine/device"):
+        (root / "tests" / folder).mkdir(exist_ok=True)
+        (root / "tests" / folder / "__init__.py").touch()
+    (root / "tests/ops/production_tiles/test_it.py").write_text(_BROKEN_TILES)
     launches = _BROKEN_TILES.partition("def test_raises")[0]
     (root / "tests/engine/device/test_launches.py").write_text(launches)
     environ = {

@@ -18,7 +18,6 @@ from bench import (
     cases,
     explain,
     harness,
-    models,
     profiling,
     results,
     rivals,
@@ -28,16 +27,10 @@ from bench import (
     trace,
     work,
 )
+from tests.bench.support import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 _CPU = torch.device("cpu")
-_TINY = cases.Case(
-    "tiny",
-    "tiny",
-    ("quick",),
-    partial(models.Recommender, 32, 2, 4, (8,)),
-    partial(cases.few_fields, 32, 2, 6),
-)
 
 
 class _Gpu:
@@ -123,7 +116,7 @@ def test_the_passes_share_the_ordinary_step_and_nothing_else() -> None:
 
 def test_the_second_pass_leaves_the_rows_of_the_first(tmp_path: Path) -> None:
     path, plan = tmp_path / "rows.csv", harness.Plan(0.0, None, 1, 1, memory=False)
-    run = partial(steps.run, [_TINY], device=_CPU, plan=plan, path=path)
+    run = partial(steps.run, [TINY], device=_CPU, plan=plan, path=path)
     assert run(rivals.find(["ours", "loop"])).complete
     before = {row.rival: row for row in results.read(path)}
     assert run(rivals.find(["ghost"])).complete
@@ -217,7 +210,7 @@ def test_kernels_keep_what_tells_them_apart_of_their_names() -> None:
 
 def test_a_trace_has_both_rivals_kernel_by_kernel(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
-    assert trace.run([_TINY], _CPU, path).complete
+    assert trace.run([TINY], _CPU, path).complete
     rows = table.read(path)
     assert {(row["case"], row["rival"]) for row in rows} == {("tiny", "ordinary"), ("tiny", "ours")}
     for rival in trace.RIVALS:
@@ -237,7 +230,7 @@ def test_kernels_beyond_the_longest_are_counted_together(
 ) -> None:
     path = tmp_path / "trace.csv"
     monkeypatch.setattr(trace, "_NAMED", 2)
-    trace.run([_TINY], _CPU, path)
+    trace.run([TINY], _CPU, path)
     own = [r for r in table.read(path) if r["rival"] == "ours" and r["kind"] == "kernel"]
     assert len(own) == 3
     assert own[-1]["name"].endswith(" others")
@@ -254,7 +247,7 @@ def test_a_step_that_cannot_be_traced_has_its_reason_and_the_other_its_kernels(
     ordinary, ours = rivals.find(["ours"])
     chosen = [ordinary, replace(ours, prepare=failing)]
     monkeypatch.setattr(rivals, "find", lambda names: chosen)
-    assert trace.run([_TINY], _CPU, path).complete
+    assert trace.run([TINY], _CPU, path).complete
     found = {name: [r for r in table.read(path) if r["rival"] == name] for name in trace.RIVALS}
     assert [(row["kind"], row["name"]) for row in found["ours"]] == [
         ("time", "cannot run: no such layer"),
@@ -263,7 +256,7 @@ def test_a_step_that_cannot_be_traced_has_its_reason_and_the_other_its_kernels(
     assert len(found["ordinary"]) > len(found["ours"])
     monkeypatch.undo()
     monkeypatch.setattr(work, "STATE", tmp_path / "state")
-    trace.run([_TINY], _CPU, path)
+    trace.run([TINY], _CPU, path)
     assert "cannot run" not in path.read_text()
 
 
@@ -272,14 +265,14 @@ def test_a_plan_is_written_case_by_case_and_a_failing_case_has_its_reason(tmp_pa
         raise ValueError("no such layer")
 
     path = tmp_path / "explain.csv"
-    broken = replace(_TINY, name="broken", make_model=failing)
-    assert explain.run([broken, _TINY], _CPU, path).complete
+    broken = replace(TINY, name="broken", make_model=failing)
+    assert explain.run([broken, TINY], _CPU, path).complete
     rows = table.read(path)
     assert [row["status"] for row in rows if row["case"] == "broken"] == [
         "cannot run: no such layer"
     ]
     planned = {row["parameter"]: row for row in rows if row["case"] == "tiny"}
-    assert set(planned) == {name for name, _ in _TINY.make_model().named_parameters()}
+    assert set(planned) == {name for name, _ in TINY.make_model().named_parameters()}
     assert all(row["status"] == "ok" and row["strategy"] for row in planned.values())
     assert "only convolutions" in planned["mlp.0.weight"]["why_not"]
 
@@ -299,10 +292,10 @@ def test_the_share_of_busy_time_is_of_the_step_as_timed_without_the_profiler(
 ) -> None:
     seen = profiling.Recorded(5, [profiling.Event("k", 0.0, 0.010)], {})
     monkeypatch.setattr(profiling, "record", lambda step, steps, device: seen)
-    workload = _TINY.build(_CPU)
+    workload = TINY.build(_CPU)
     row = harness._row(rivals.find(["ours"])[1], workload)
     rows = [replace(row, ms=8.0), replace(row, rival="loop", ms=9.0)]
-    (found,) = harness.profiled(rows, _TINY, _CPU, work.SILENT)
+    (found,) = harness.profiled(rows, TINY, _CPU, work.SILENT)
     assert (found.rival, found.busy) == ("ours", pytest.approx(2.0 / 8.0))
 
 
@@ -310,9 +303,9 @@ def test_a_case_that_ended_a_process_has_a_row_for_every_rival(tmp_path: Path) -
     path, status = tmp_path / "rows.csv", "ended the process (exit status unknown): not tried again"
     chosen, plan = rivals.find(["ours", "loop"]), harness.Plan(0.0, None, 1, 1, memory=False)
     here = results.Environment.here(_CPU, "system")
-    results.replace(path, harness.unmeasured(_TINY, chosen, here, status))
+    results.replace(path, harness.unmeasured(TINY, chosen, here, status))
     rows = results.read(path)
     assert [(row.rival, row.status) for row in rows] == [(r.name, status) for r in chosen]
-    assert {row.parameters for row in rows} == {_TINY.build(_CPU).parameters()}
-    steps.run([_TINY], chosen, _CPU, plan, path)
+    assert {row.parameters for row in rows} == {TINY.build(_CPU).parameters()}
+    steps.run([TINY], chosen, _CPU, plan, path)
     assert {row.status for row in results.read(path)} == {"ok"}

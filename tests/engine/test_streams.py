@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -33,7 +34,6 @@ class FakeStream:
     """Writes down who waits for whom."""
 
     name: str
-    count: list[int] = field(default_factory=list, compare=False)
 
     def wait_stream(self, other: FakeStream) -> None:
         LOG.append((self.name, "waits for", other.name))
@@ -118,6 +118,24 @@ class OnCpu(Streams):
         super().note(torch.device("cuda", 0))
 
 
+def form_contributions_on(
+    stream: FakeStream,
+    model: nn.Module,
+    on: Callable[[FakeStream], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The private model's layers ran on `stream`, so their backward does."""
+    sink = model.capture.sink
+    add = sink.add
+
+    def on_stream(*args: object) -> None:
+        on(stream)
+        add(*args)
+        on(MAIN)
+
+    monkeypatch.setattr(sink, "add", on_stream)
+
+
 def test_the_engine_gathers_before_it_reads_and_steps_after_it_wrote(
     on, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,14 +151,7 @@ def test_the_engine_gathers_before_it_reads_and_steps_after_it_wrote(
     monkeypatch.setattr(optimizer, "_clip", noted)
     optimizer.zero_grad()
     loss = squared_loss(model, (x,))
-    add = optimizer_sink(model).add
-
-    def on_side(*args: object) -> None:
-        on(SIDE)
-        add(*args)
-        on(MAIN)
-
-    monkeypatch.setattr(optimizer_sink(model), "add", on_side)
+    form_contributions_on(SIDE, model, on, monkeypatch)
     LOG.clear()
     loss.backward()
     assert LOG == [
@@ -154,10 +165,6 @@ def test_the_engine_gathers_before_it_reads_and_steps_after_it_wrote(
         on(OTHER)
         use()
         assert ("other", "waits for", "event of main") in LOG
-
-
-def optimizer_sink(model: nn.Module):
-    return model.capture.sink
 
 
 def test_a_backward_pass_that_failed_leaves_no_stream_behind(on, monkeypatch) -> None:
@@ -200,14 +207,7 @@ def test_factors_outlive_their_sum_where_another_stream_made_them(
     x = values(4, 6).float()
     _, model, _, _ = made_private(nn.Linear(6, 2, bias=False), x, memory_budget=0)
     loss = squared_loss(model, (x,))
-    add = optimizer_sink(model).add
-
-    def on_stream(*args: object) -> None:
-        on(stream)
-        add(*args)
-        on(MAIN)
-
-    monkeypatch.setattr(optimizer_sink(model), "add", on_stream)
+    form_contributions_on(stream, model, on, monkeypatch)
     loss.backward()
     assert bool(let_go) == (stream == MAIN)
 

@@ -15,7 +15,6 @@ import triton.language as tl
 from dpkernels.ops import triton_support as support
 from dpkernels.ops.conv import triton_gram
 from dpkernels.ops.conv.geometry import Geometry
-from dpkernels.ops.precision import float32_products
 from dpkernels.ops.triton_support import Tile, unavailable
 
 __all__ = [
@@ -202,7 +201,9 @@ def channel_gram_norm_sq(
     input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """Squared norms [B] from Grams over channels. No operand may be empty."""
-    return triton_gram.channel_gram_norm_sq(*_volumes(input, grad_output, geometry), _precision())
+    return triton_gram.channel_gram_norm_sq(
+        *_volumes(input, grad_output, geometry), support.input_precision("conv")
+    )
 
 
 def recompute_norm_sq(
@@ -290,7 +291,8 @@ def _gradient(
             CHANNELS_FASTEST=input.stride(1) == 1 and channels_in > 1,
             WEIGHTED=factor is not None, STORE=store, SQUARE=square,
             ROWS=rows, COLUMNS=width, DEPTH=tile.depth,
-            DTYPE=support.common_dtype(input, grad_output), PRECISION=_precision(),
+            DTYPE=support.common_dtype(input, grad_output),
+            PRECISION=support.input_precision("conv"),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, squares
@@ -315,10 +317,6 @@ def _volumes(
             geometry.groups,
         ),
     )
-
-
-def _precision() -> str:
-    return "ieee" if float32_products("cuda", "conv") == "ieee" else "tf32"
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:

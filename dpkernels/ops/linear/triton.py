@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from dpkernels.ops import triton_support as support
-from dpkernels.ops.precision import float32_products
 from dpkernels.ops.triton_support import Tile, unavailable
 
 __all__ = [
@@ -266,7 +265,7 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
             activations.detach(), grad_output.detach(), partials, positions, features_in,
             grad_output.shape[2], *activations.stride(), *grad_output.stride(), pairs, TILE=side,
             DEPTH=tile.depth, A_DTYPE=support.common_dtype(activations),
-            G_DTYPE=support.common_dtype(grad_output), PRECISION=_precision(),
+            G_DTYPE=support.common_dtype(grad_output), PRECISION=support.input_precision("matmul"),
             num_warps=tile.warps if side == tile.rows else 4, num_stages=tile.stages,
         )  # fmt: skip
     return support.sum_rows(partials)
@@ -357,7 +356,8 @@ def _gradient(
             *activations.stride(), *grad_output.stride(), WEIGHTED=factor is not None,
             STORE=store, SQUARE=square, ROWS=rows, COLUMNS=columns,
             DEPTH=support.power_of_two(chunk, tile.depth),
-            DTYPE=support.common_dtype(activations, grad_output), PRECISION=_precision(),
+            DTYPE=support.common_dtype(activations, grad_output),
+            PRECISION=support.input_precision("matmul"),
             num_warps=tile.warps if rows * columns > 64 * 64 else 4,
             num_stages=tile.stages,
         )  # fmt: skip
@@ -380,14 +380,10 @@ def _short_rows(
         linear_rows_kernel[(slots * tiles,)](
             activations.detach(), grad_output.detach(), factor, out, length, chunk, positions,
             features_in, features_out, *activations.stride(), *grad_output.stride(), ROWS=rows,
-            COLUMNS=columns, DEPTH=ROWS.depth, PRECISION=_precision(), num_warps=ROWS.warps,
-            num_stages=ROWS.stages,
+            COLUMNS=columns, DEPTH=ROWS.depth, PRECISION=support.input_precision("matmul"),
+            num_warps=ROWS.warps, num_stages=ROWS.stages,
         )  # fmt: skip
     return out
-
-
-def _precision() -> str:
-    return "ieee" if float32_products("cuda", "matmul") == "ieee" else "tf32"
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:

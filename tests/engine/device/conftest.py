@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dpkernels.ops.registry import Op
+from tests.ops.compare import tf32
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -19,10 +20,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def full_float32() -> Iterator[None]:
     """Products of float32 without TF32, which PyTorch's convolutions on a GPU take by default."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with tf32(False):
+        yield
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from dpkernels.engine.planner import Entry, Planner
 from dpkernels.ops.noise import NoiseSource
 from tests.engine.device.kinds import encoder, recurrent
 from tests.engine.device.models import network_of
-from tests.engine.device.support import backward, private
+from tests.engine.device.support import Private, backward, private
 from tests.engine.support import values
 from tests.engine.truth import Released
 
@@ -35,6 +35,15 @@ def fixed_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def ordinary_algorithms(poisoned_memory: None) -> None:
     """PyTorch's choice, deterministic or not, as outside of tests; the other fixture ends it."""
     torch.use_deterministic_algorithms(False)
+
+
+def noisy_step(
+    model: nn.Module, x: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
+) -> Private:
+    """A private copy of the model after one backward pass."""
+    made = private(model, x, device, 1.0, noise=0.5)
+    backward(made, x, dtype)
+    return made
 
 
 def assert_same_bits(runs: list[Released]) -> None:
@@ -74,13 +83,9 @@ def test_by_strategy(
 
     monkeypatch.setattr(Planner, "_enter", enter)
     model, x = network_of(name, 9, device)
-    runs = []
-    for _ in range(2):
-        made = private(model, x, device, 1.0, noise=0.5)
-        backward(made, x, dtype)
-        runs.append(made.released())
-        assert strategy in made.strategies()
-    assert_same_bits(runs)
+    steps = [noisy_step(model, x, device, dtype) for _ in range(2)]
+    assert all(strategy in made.strategies() for made in steps)
+    assert_same_bits([made.released() for made in steps])
 
 
 @pytest.mark.parametrize("build", [encoder, lambda: recurrent(nn.LSTM)], ids=["encoder", "lstm"])
@@ -90,12 +95,7 @@ def test_layers_in_parts(
     torch.manual_seed(0)
     model = build()
     x = values(5, 7, 20 if isinstance(model, nn.TransformerEncoderLayer) else 9).float().to(device)
-    runs = []
-    for _ in range(2):
-        made = private(model, x, device, 1.0, noise=0.5)
-        backward(made, x)
-        runs.append(made.released())
-    assert_same_bits(runs)
+    assert_same_bits([noisy_step(model, x, device).released() for _ in range(2)])
 
 
 @pytest.mark.parametrize("name", ["rows", "positions", "text"])
@@ -103,12 +103,7 @@ def test_without_deterministic_algorithms(
     name: str, device: torch.device, fixed_key: None, ordinary_algorithms: None
 ) -> None:
     model, x = network_of(name, 64, device)
-    runs = []
-    for _ in range(2):
-        made = private(model, x, device, 1.0, noise=0.5)
-        backward(made, x)
-        runs.append(made.released())
-    assert_same_bits(runs)
+    assert_same_bits([noisy_step(model, x, device).released() for _ in range(2)])
 
 
 def test_secure_mode(device: torch.device, fixed_key: None) -> None:
