@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 from dpkernels import ops
+from dpkernels.ops.conv.geometry import Geometry
 from tests.ops import shapes
+from tests.ops.compare import tf32
 from tests.ops.triton_device import MARKS, load, on_device
 
 support = load("dpkernels.ops.triton_support")
@@ -89,3 +92,47 @@ def test_cpu_tensors_without_the_interpreter_are_refused_with_the_remedy() -> No
     )
     assert "BackendUnavailable" in done.stderr
     assert "TRITON_INTERPRET=1" in done.stderr
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, module: ModuleType, kernel: str) -> list[dict]:
+    """What the module's kernel is launched with by name, from now on; nothing is computed."""
+    found: list[dict] = []
+
+    class Noted:
+        def __getitem__(self, grid: object):
+            return lambda *_, **options: found.append(options)
+
+    monkeypatch.setattr(module, kernel, Noted())
+    return found
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_kernels_multiply_float32_as_the_switches_of_tf32_allow(
+    monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    """The interpreter multiplies both alike, so what the kernels are told is looked at."""
+    linear, conv = load("dpkernels.ops.linear.triton"), load("dpkernels.ops.conv.triton")
+    gram = load("dpkernels.ops.conv.triton_gram")
+    noted = [
+        launches(monkeypatch, module, kernel)
+        for module, kernel in (
+            (linear, "linear_gram_kernel"),
+            (linear, "linear_gradient_kernel"),
+            (linear, "linear_rows_kernel"),
+            (conv, "conv_gradient_kernel"),
+            (gram, "conv_channel_gram_kernel"),
+            (gram, "conv_box_norm_kernel"),
+        )
+    ]
+    a, g = on_device(torch.ones(2, 40, 5), torch.ones(2, 40, 4))
+    x, y = on_device(torch.ones(2, 3, 6, 6), torch.ones(2, 4, 6, 6))
+    geometry = Geometry((4, 3, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    with tf32(allowed):
+        linear.gram_norm_sq(a, g)
+        linear.grad_sample_and_norm_sq(a, g)
+        linear.linear_clipped_grad(a[:, :1], g[:, :1], *on_device(torch.ones(2)))
+        conv.grad_sample_and_norm_sq(x, y, geometry)
+        conv.channel_gram_norm_sq(x, y, geometry)
+    for found in noted:
+        assert found
+        assert {options["PRECISION"] for options in found} == {"tf32" if allowed else "ieee"}
