@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
 from bench import cases, work
-from dpkernels.engine import planner, ridge
-from dpkernels.engine.capture import ModelCapture
-from dpkernels.engine.gradients import PendingGradients
+from dpkernels.engine.capture.session import Session
+from dpkernels.engine.plan import planner
+from dpkernels.engine.release.pending import PendingGradients
 from dpkernels.layers import norm
 from dpkernels.ops import native, registry, triton_support
 
@@ -232,10 +232,10 @@ def _engine_as_on_gpu(half: bool) -> Iterator[None]:
     """The engine plans as on a GPU, and reads no value."""
 
     def kind_of_products(_: torch.device, *about: Any) -> str:
-        return ridge.kind_of_products(_GPU, *about)
+        return ridge_point.kind_of_products(_GPU, *about)
 
     def ridge_point(_: torch.device, kind: str) -> float:
-        return ridge._TABLE["cuda"][kind]
+        return ridge_point._TABLE["cuda"][kind]
 
     def budget(_: torch.device) -> int:
         return int(_FREE * planner._BUDGET_SHARE)
@@ -245,7 +245,7 @@ def _engine_as_on_gpu(half: bool) -> Iterator[None]:
             (planner, "kind_of_products", kind_of_products),
             (planner, "ridge_point", ridge_point),
             (planner, "default_memory_budget", budget),
-            (ModelCapture, "due", lambda _: False),
+            (Session, "due", lambda _: False),
             (PendingGradients, "refuse_not_finite", lambda *_: None),
             (norm, "_autocast", lambda _: half),
         ):

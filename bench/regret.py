@@ -21,8 +21,8 @@ import torch
 
 from bench import results, table, work
 from dpkernels import ops
-from dpkernels.engine.planner import PLANS, Planner
-from dpkernels.engine.strategies import held_by
+from dpkernels.engine.plan.planner import PLANS, Planner
+from dpkernels.engine.plan.strategies import held_by
 from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost, nbytes, stored_bytes
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand

@@ -13,7 +13,7 @@ import dpkernels
 _COMMANDS = (
     ("account", "dpkernels.accounting.cli", "dpkernels"),
     ("risk", "dpkernels.reconstruction.cli", "dpkernels"),
-    ("audit", "dpkernels.engine.cli", "dpkernels"),
+    ("audit", "dpkernels.attacks.cli", "dpkernels"),
     ("segment", "dpkernels.segmentation.cli", "dpkernels[segmentation]"),
     ("classify", "dpkernels.classification.cli", "dpkernels[classification]"),
 )

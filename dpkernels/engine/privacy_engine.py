@@ -12,7 +12,6 @@ from opacus import PrivacyEngine as OpacusPrivacyEngine
 from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier as opacus_noise_multiplier
 from opacus.data_loader import switch_generator
-from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
@@ -21,15 +20,19 @@ from torch.utils.data import DataLoader
 
 from dpkernels.accounting import get_noise_multiplier
 from dpkernels.accounting.opacus_adapter import register
-from dpkernels.engine.checks import (
+from dpkernels.engine.arguments import (
     check_arguments,
-    check_mode,
+    check_opacus_mode,
     check_same_parameters,
     faults_of,
     warn_of_lone_channels,
 )
-from dpkernels.engine.distributed import Processes, processes_of
-from dpkernels.engine.loader import (
+from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule, make_module
+from dpkernels.engine.plan.table import Plan
+from dpkernels.engine.processes.collectives import Processes, processes_of
+from dpkernels.engine.release.optimizer_kinds import optimizer_class
+from dpkernels.engine.release.records import StepCounter
+from dpkernels.engine.sampling import (
     check_shared,
     expected_batch_size_of,
     poisson_loader,
@@ -37,11 +40,7 @@ from dpkernels.engine.loader import (
     sample_rate_of,
     warn_of_other_samplers,
 )
-from dpkernels.engine.module import FusedGradSampleHooks, FusedGradSampleModule
-from dpkernels.engine.optimizer_kinds import optimizer_class
-from dpkernels.engine.plan import Plan
-from dpkernels.engine.probe import check_criterion
-from dpkernels.engine.steps import StepCounter
+from dpkernels.engine.trial.mixing import check_criterion
 from dpkernels.reconstruction import risk_report
 
 register()
@@ -72,7 +71,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         self.accountant = create_accountant(mechanism=accountant)
         self.secure_mode = secure_mode
         self.secure_rng = None
-        self.dataset = None
+        self.dataset: Any = None
         self._module: FusedGradSampleModule | FusedGradSampleHooks | None = None
 
     def is_compatible(
@@ -185,45 +184,42 @@ class PrivacyEngine(OpacusPrivacyEngine):
             ValueError: an argument is out of range, or the optimizer has foreign parameters.
             UnsupportedModuleError: a module mixes samples.
         """
+        shared = {
+            "noise_multiplier": noise_multiplier,
+            "max_grad_norm": max_grad_norm,
+            "loss_reduction": loss_reduction,
+            "clipping": clipping,
+            **kwargs,
+        }
         if grad_sample_mode != _FUSED:
-            check_mode(grad_sample_mode)
-            ours = {
-                "views_per_sample": views_per_sample != 1,
-                "memory_budget": memory_budget,
-                "plan": plan != "auto",
-                "grad_scaler": grad_scaler is not None,
-            }
-            for name, given in ours.items():
-                if given:
-                    raise ValueError(f"{name}: only grad_sample_mode='fused' takes it")
-            if self.secure_mode:
-                self.secure_rng = OpacusPrivacyEngine(secure_mode=True).secure_rng
-            return super().make_private(
+            check_opacus_mode(
+                grad_sample_mode,
+                views_per_sample=views_per_sample != 1,
+                memory_budget=memory_budget is not None,
+                plan=plan != "auto",
+                grad_scaler=grad_scaler is not None,
+            )
+            return self._make_private_by_opacus(
                 module=module,
                 optimizer=optimizer,
-                criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
+                criterion=criterion,
                 data_loader=data_loader,
-                noise_multiplier=noise_multiplier,
-                max_grad_norm=max_grad_norm,
                 batch_first=batch_first,
-                loss_reduction=loss_reduction,
                 poisson_sampling=poisson_sampling,
-                clipping=clipping,
                 noise_generator=noise_generator,
                 grad_sample_mode=grad_sample_mode,
                 wrap_model=wrap_model,
                 rand_on_empty=rand_on_empty,
-                **kwargs,
+                **shared,
             )
         check_arguments(noise_multiplier, max_grad_norm, views_per_sample)
         check_same_parameters(module, optimizer)
         refuse_random_rows(data_loader, rand_on_empty)
-        processes = processes_of(
-            module._module if isinstance(module, AbstractGradSampleModule) else module
-        )
+        processes = processes_of(module)
         check_shared(data_loader, processes, poisson_sampling)
         processes.adopt(module)
-        private_module = self._prepare_fused(
+        self.validate(module=module)
+        private_module = make_module(
             module,
             batch_first=batch_first,
             loss_reduction=loss_reduction,
@@ -244,22 +240,27 @@ class PrivacyEngine(OpacusPrivacyEngine):
         )
         private_optimizer = optimizer_class(clipping, processes, self.secure_mode)(
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size_of(data_loader, processes.world_size),
-            loss_reduction=loss_reduction,
             generator=noise_generator,
-            clipping=clipping,
             views_per_sample=views_per_sample,
             materialize_grad_samples=materialize_grad_samples,
             processes=processes,
-            **kwargs,
+            **shared,
         )
         private_optimizer.attach_grad_scaler(grad_scaler)
         private_optimizer.attach_step_hook(StepCounter(self.accountant, sample_rate))
         private_module.connect(private_optimizer)
         self._module = private_module
         return private_module, private_optimizer, private_loader
+
+    def _make_private_by_opacus(
+        self, *, criterion: nn.Module | None, **arguments: Any
+    ) -> tuple[Any, ...]:
+        """``make_private`` in one of Opacus' own modes, as Opacus runs them."""
+        if self.secure_mode:
+            self.secure_rng = OpacusPrivacyEngine(secure_mode=True).secure_rng
+        criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        return super().make_private(criterion=criterion, **arguments)
 
     def make_private_with_epsilon(
         self,
@@ -287,8 +288,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         """
         mechanism = self.accountant.mechanism()
         if mechanism == "tight" or grad_sample_mode == _FUSED:
-            steps = int(epochs * len(data_loader))
-            rate = sample_rate_of(data_loader)
+            rate, steps = sample_rate_of(data_loader), int(epochs * len(data_loader))
         else:
             rate = 1 / len(data_loader)
             steps = int(epochs / rate)
@@ -335,10 +335,9 @@ class PrivacyEngine(OpacusPrivacyEngine):
         """
         if not self.accountant.history:
             raise ValueError("risk_report(): no step has been taken, so there is nothing to report")
-        if dataset_size is None:
-            if self.dataset is None:
-                raise ValueError("dataset_size=None: expected the number of training records")
-            dataset_size = len(self.dataset)
+        if dataset_size is None and self.dataset is None:
+            raise ValueError("dataset_size=None: expected the number of training records")
+        dataset_size = len(self.dataset) if dataset_size is None else dataset_size
         return risk_report(
             history=self.accountant.history, delta=delta, dataset_size=dataset_size, **kwargs
         )
@@ -377,7 +376,14 @@ class PrivacyEngine(OpacusPrivacyEngine):
         processes: Processes | None = None,
         **kwargs: Any,
     ) -> DataLoader:
-        self._note_dataset(data_loader.dataset)
+        if self.dataset is None:
+            self.dataset = data_loader.dataset
+        elif self.dataset != data_loader.dataset:
+            warnings.warn(
+                "PrivacyEngine detected new dataset object: epsilon is counted for one dataset, so "
+                "make a new PrivacyEngine unless this is the same data as before",
+                stacklevel=3,
+            )
         if not poisson_sampling:
             warn_of_other_samplers(data_loader)
             if self.secure_rng is None:
@@ -390,50 +396,4 @@ class PrivacyEngine(OpacusPrivacyEngine):
             generator=self.secure_rng,
             distributed=distributed,
             **kwargs,
-        )
-
-    def _note_dataset(self, dataset: Any) -> None:
-        if self.dataset is None:
-            self.dataset = dataset
-        elif self.dataset != dataset:
-            warnings.warn(
-                "PrivacyEngine detected new dataset object: epsilon is counted for one dataset, so "
-                "make a new PrivacyEngine unless this is the same data as before",
-                stacklevel=4,
-            )
-
-    def _prepare_fused(
-        self,
-        module: nn.Module,
-        *,
-        batch_first: bool,
-        loss_reduction: str,
-        wrap_model: bool,
-        views_per_sample: int,
-        memory_budget: int | None,
-        plan: str,
-    ) -> FusedGradSampleModule | FusedGradSampleHooks:
-        self.validate(module=module)
-        if isinstance(module, FusedGradSampleModule):
-            if module.batch_first != batch_first or module.loss_reduction != loss_reduction:
-                raise ValueError(
-                    "Pre-existing GradSampleModule doesn't match new arguments: it has "
-                    f"batch_first={module.batch_first}, loss_reduction={module.loss_reduction!r}, "
-                    f"requested batch_first={batch_first}, loss_reduction={loss_reduction!r}. "
-                    "Please pass vanilla nn.Module instead"
-                )
-            return module
-        if isinstance(module, AbstractGradSampleModule):
-            raise ValueError(
-                f"Pre-existing GradSampleModule of type {type(module).__name__} doesn't match "
-                "grad_sample_mode='fused'. Please pass vanilla nn.Module instead"
-            )
-        kind = FusedGradSampleModule if wrap_model else FusedGradSampleHooks
-        return kind(
-            module,
-            batch_first=batch_first,
-            loss_reduction=loss_reduction,
-            views_per_sample=views_per_sample,
-            memory_budget=memory_budget,
-            plan=plan,
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from dpkernels.layers.attention import AttentionRule
-from dpkernels.layers.bag import EmbeddingBagRule
 from dpkernels.layers.bilinear import BilinearRule
 from dpkernels.layers.composite import CompositeRule
 from dpkernels.layers.conv import ConvRule, ConvTransposeRule
-from dpkernels.layers.dense import EmbeddingRule, LinearRule, TransposedLinearRule
+from dpkernels.layers.embedding import EmbeddingRule
+from dpkernels.layers.embedding_bag import EmbeddingBagRule
+from dpkernels.layers.linear import LinearRule, TransposedLinearRule
 from dpkernels.layers.norm import GroupNormRule, LayerNormRule, PReLURule
 from dpkernels.layers.recurrent import DPRecurrentRule, RecurrentRule
 from dpkernels.layers.refusals import (

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpkernels.layers.composite import CompositeRule, Found, Part, Recorder, linear_operands
-from dpkernels.layers.recurrence import Cell, GRUCell, LSTMCell, RNNCell, Weights
+from dpkernels.layers.recurrent_cells import Cell, GRUCell, LSTMCell, RNNCell, Weights
 from dpkernels.ops.recurrence.steps import Steps
 
 _CELLS: dict[str, Cell] = {

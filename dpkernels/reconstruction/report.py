@@ -17,31 +17,11 @@ from dpkernels.accounting.events import History, Phase, log_absence
 from dpkernels.reconstruction import wording
 from dpkernels.reconstruction.bounds import chosen_history, rero_bound
 from dpkernels.reconstruction.from_scratch import mse_quantile, ncc_quantile, psnr_quantile
+from dpkernels.reconstruction.row import Row
 
 _CONFIDENCE = 0.95
 _ERROR = "mean squared error, unbiased reconstruction"
 _RATIO = "PSNR of an unbiased reconstruction, dB"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the report.
-
-    Attributes:
-        section: "run", "budget", "matching" or "from scratch".
-        scope: "run", "one update" or "whole run".
-        quantity: what is stated.
-        value: the number; None where nothing can be proven, and `reading` says why.
-        kind: "given", "upper bound" or "lower bound" (of what the value stands for).
-        reading: the same in plain words.
-    """
-
-    section: str
-    scope: str
-    quantity: str
-    value: float | None
-    kind: str
-    reading: str
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from dpkernels.accounting.events import History
-
-if TYPE_CHECKING:
-    from dpkernels.reconstruction.report import Row
+from dpkernels.reconstruction.row import Row
 
 SECTIONS = {
     "run": "The run",

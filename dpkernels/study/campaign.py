@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpkernels.reconstruction.attacks import (
+from dpkernels.attacks import (
     gradient_matching,
     imprint,
     linear_optimal,

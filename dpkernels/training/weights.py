@@ -1,6 +1,7 @@
 """Weights that are a function of a parameter, for ``torch.nn.utils.parametrize``.
 
-The engine gives a layer with such a weight its ordinary rule (see `dpkernels.engine.derived`).
+The engine gives a layer with such a weight its ordinary rule, as
+`dpkernels.engine.capture.computed_weight` tells.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch.utils.data import (
 )
 
 from dpkernels import PrivacyEngine
-from dpkernels.engine.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
 
 
 def squared_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpkernels.engine.composite import CompositeForward
+from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.module import FusedGradSampleModule
 from tests.engine.support import Call, made_private, squared_loss, values
 from tests.engine.truth import assert_private
@@ -127,8 +127,8 @@ def test_transformer_layers_run_by_rules() -> None:
     ])  # fmt: skip
     installed = FusedGradSampleModule(layers)._installed[:-1]
     kinds = {type(f).__name__ for f in installed}
-    assert kinds == {"CompositeForward", "LayerForward"}
-    assert sum(type(f) is CompositeForward for f in installed) == 3
+    assert kinds == {"PartsForward", "LayerForward"}
+    assert sum(type(f) is PartsForward for f in installed) == 3
 
 
 def test_decoder_layer() -> None:

@@ -13,12 +13,12 @@ import torch
 from typer.testing import CliRunner
 
 from dpkernels import PrivacyEngine
+from dpkernels.attacks.one_run_audit import AuditReport, one_run_audit
 from dpkernels.cli import app
-from dpkernels.engine import secure
-from dpkernels.engine.audit import AuditReport, one_run_audit
-from dpkernels.engine.clipping import Clipping
-from dpkernels.engine.optimizer import FusedDPOptimizer
-from dpkernels.engine.steps import StepCounter
+from dpkernels.engine.release import secure
+from dpkernels.engine.release.clipping import Clipping
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.records import StepCounter
 
 CONFIDENCE = 1 - 1e-6
 CANARIES = 1000

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dpkernels.layers
-from dpkernels.layers.dense import LinearRule
+from dpkernels.layers.linear import LinearRule
 from tests.engine.support import Call, ids, made_private, squared_loss, values
 from tests.engine.truth import assert_private, fused
 
@@ -123,7 +123,7 @@ def test_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bag_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpkernels.layers.bag._reduced", lambda v, *_: v.sum(1) * 1.01)
+    monkeypatch.setattr("dpkernels.layers.embedding_bag._reduced", lambda v, *_: v.sum(1) * 1.01)
     expected = build("sum").double()
     with pytest.raises(AssertionError):
         assert_private(expected, squared_loss, (ids(4, 5),))

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from dpkernels import PrivacyEngine
-from dpkernels.engine.derived import DerivedForward
+from dpkernels.engine.capture.computed_weight import ComputedWeightForward
 from tests.engine.support import squared_loss, values
 from tests.engine.truth import assert_private
 
@@ -120,7 +120,7 @@ def test_the_rule_serves_the_layer_and_the_budget_is_kept():
     """Without memory for stored gradients the norms are formed and forgotten."""
     layer = computed(nn.Linear(4, 3))
     engine, model, optimizer = private(nn.Sequential(layer), memory_budget=0)
-    assert isinstance(layer.__dict__["forward"], DerivedForward)
+    assert isinstance(layer.__dict__["forward"], ComputedWeightForward)
     model(torch.randn(4, 7, 4)).square().sum().backward()
     rows = {row["parameter"]: row["strategy"] for row in engine.explain().rows}
     assert rows["0.parametrizations.weight.original"] == "recompute"

@@ -21,7 +21,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 import dpkernels
-from dpkernels.engine.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = [

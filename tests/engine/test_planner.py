@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from dpkernels import ops
-from dpkernels.engine import planner, ridge
 from dpkernels.engine.module import FusedGradSampleModule
-from dpkernels.engine.plan import Plan
-from dpkernels.engine.planner import Planner
-from dpkernels.engine.strategies import held_by
+from dpkernels.engine.plan import planner, ridge_point
+from dpkernels.engine.plan.planner import Planner
+from dpkernels.engine.plan.strategies import held_by
+from dpkernels.engine.plan.table import Plan
 from dpkernels.layers.costs import STRATEGIES, Cost
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand
 from tests.engine.support import made_private, squared_loss, values
@@ -181,7 +181,7 @@ def test_measured_takes_what_was_fastest_and_names_the_backend(
     op = ops.linear_norm_sq
     monkeypatch.setattr(type(op), "candidates", lambda self, *args: ("cpu", "library"))
     monkeypatch.setattr(
-        "dpkernels.engine.planner._time",
+        "dpkernels.engine.plan.planner._time",
         lambda candidate, *_: cost[candidate[1]] * (1 + STRATEGIES.index(candidate[0])),
     )
     planner = planned({"a": operand}, 10**9, "measured")
@@ -218,27 +218,27 @@ def test_bad_arguments_are_named(name: str, value: object) -> None:
 def fresh_ridge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("DPKERNELS_RIDGE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ridge._cached.cache_clear()
+    ridge_point._cached.cache_clear()
     yield tmp_path / "dpkernels" / "ridge.json"
-    ridge._cached.cache_clear()
+    ridge_point._cached.cache_clear()
 
 
 def test_the_ridge_point_is_measured_once_and_kept(
     monkeypatch: pytest.MonkeyPatch, fresh_ridge: Path
 ) -> None:
-    measured = ridge.ridge_point(CPU)
+    measured = ridge_point.ridge_point(CPU)
     assert 0.1 < measured < 1000.0
     assert list(json.loads(fresh_ridge.read_text()).values()) == [measured]
-    ridge._cached.cache_clear()
-    monkeypatch.setattr(ridge, "measure", lambda *_: pytest.fail("measured again"))
-    assert ridge.ridge_point(CPU) == measured
+    ridge_point._cached.cache_clear()
+    monkeypatch.setattr(ridge_point, "measure", lambda *_: pytest.fail("measured again"))
+    assert ridge_point.ridge_point(CPU) == measured
 
 
 def test_a_cache_that_cannot_be_written_leaves_the_table(
     monkeypatch: pytest.MonkeyPatch, fresh_ridge: Path
 ) -> None:
     fresh_ridge.parent.write_text("a file where the folder should be")
-    assert ridge.ridge_point(CPU) == 10.0
+    assert ridge_point.ridge_point(CPU) == 10.0
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"x": "fast"}'])
@@ -247,25 +247,25 @@ def test_a_damaged_cache_is_replaced(
 ) -> None:
     fresh_ridge.parent.mkdir()
     fresh_ridge.write_text(content)
-    monkeypatch.setattr(ridge, "measure", lambda *_: 7.5)
-    assert ridge.ridge_point(CPU) == 7.5
+    monkeypatch.setattr(ridge_point, "measure", lambda *_: 7.5)
+    assert ridge_point.ridge_point(CPU) == 7.5
     assert list(json.loads(fresh_ridge.read_text()).values()) == [7.5]
 
 
 def test_the_ridge_point_can_be_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPKERNELS_RIDGE", "42")
-    assert ridge.ridge_point(CPU) == 42.0
+    assert ridge_point.ridge_point(CPU) == 42.0
     monkeypatch.setenv("DPKERNELS_RIDGE", "quick")
     with pytest.raises(ValueError, match="DPKERNELS_RIDGE='quick'"):
-        ridge.ridge_point(CPU)
+        ridge_point.ridge_point(CPU)
 
 
 def test_each_kind_of_product_has_a_ridge_point_of_its_own(
     monkeypatch: pytest.MonkeyPatch, fresh_ridge: Path
 ) -> None:
     measured = {"float32": 9.0, "float64": 4.5}
-    monkeypatch.setattr(ridge, "measure", lambda device, kind: measured[kind])
-    assert {kind: ridge.ridge_point(CPU, kind) for kind in measured} == measured
+    monkeypatch.setattr(ridge_point, "measure", lambda device, kind: measured[kind])
+    assert {kind: ridge_point.ridge_point(CPU, kind) for kind in measured} == measured
     assert sorted(json.loads(fresh_ridge.read_text()).values()) == [4.5, 9.0]
 
 
@@ -282,29 +282,29 @@ def test_what_a_gpu_multiplies_depends_on_dtype_and_switches() -> None:
         (torch.float32, True, "tf32"),
     ]
     for dtype, convolution, kind in kinds:
-        assert ridge.kind_of_products(GPU, dtype, convolution) == kind
-        assert ridge.ridge_point(GPU, kind) == ridge._TABLE["cuda"][kind]
-    assert ridge.kind_of_products(CPU, torch.bfloat16) == "float32"
+        assert ridge_point.kind_of_products(GPU, dtype, convolution) == kind
+        assert ridge_point.ridge_point(GPU, kind) == ridge_point._TABLE["cuda"][kind]
+    assert ridge_point.kind_of_products(CPU, torch.bfloat16) == "float32"
     # what is not measured as it is multiplied is taken from the table
-    assert not ridge._rounded(GPU, "float32")
-    assert ridge.kind_of_products(CPU, torch.float64) == "float64"
+    assert not ridge_point._rounded(GPU, "float32")
+    assert ridge_point.kind_of_products(CPU, torch.float64) == "float64"
     torch.set_float32_matmul_precision("high")
     try:
-        assert ridge.kind_of_products(GPU, torch.float32) == "tf32"
-        assert ridge._rounded(GPU, "float32")
-        assert not ridge._rounded(GPU, "bfloat16")
+        assert ridge_point.kind_of_products(GPU, torch.float32) == "tf32"
+        assert ridge_point._rounded(GPU, "float32")
+        assert not ridge_point._rounded(GPU, "bfloat16")
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
 def test_tf32_counts_as_half_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no switch is moved while somebody trains."""
-    monkeypatch.setitem(ridge._PROBES, "cpu", (64, 1 << 16, 2))
-    monkeypatch.setitem(ridge._TABLE["cpu"], "bfloat16", 130.0)
-    monkeypatch.setattr(ridge, "_seconds", lambda run, device, repeats: 1e-6)
-    whole = ridge.measure(CPU, "bfloat16")
-    assert 130.0 / ridge._CREDIBLE <= whole <= 130.0 * ridge._CREDIBLE
-    assert ridge.measure(CPU, "tf32") == whole / 2
+    monkeypatch.setitem(ridge_point._PROBES, "cpu", (64, 1 << 16, 2))
+    monkeypatch.setitem(ridge_point._TABLE["cpu"], "bfloat16", 130.0)
+    monkeypatch.setattr(ridge_point, "_seconds", lambda run, device, repeats: 1e-6)
+    whole = ridge_point.measure(CPU, "bfloat16")
+    assert 130.0 / ridge_point._CREDIBLE <= whole <= 130.0 * ridge_point._CREDIBLE
+    assert ridge_point.measure(CPU, "tf32") == whole / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

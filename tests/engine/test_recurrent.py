@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from dpkernels.engine.composite import CompositeForward
+from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.module import FusedGradSampleModule
 from dpkernels.layers.recurrent import RecurrentRule
 from tests.engine.support import Call, made_private, squared_loss, values
@@ -190,7 +190,7 @@ def test_opacus_own_layers(kind: type[nn.Module], options: dict[str, Any], packe
 def test_opacus_dropout_at_every_step_runs_as_it_is() -> None:
     layer = DPLSTM(5, 4, num_layers=2, dropout=0.5, batch_first=True)
     installed = FusedGradSampleModule(layer)._installed
-    assert not any(type(f) is CompositeForward for f in installed)
+    assert not any(type(f) is PartsForward for f in installed)
 
 
 def test_steps_taken_for_samples_are_found() -> None:
@@ -216,7 +216,7 @@ def test_every_kind_runs_by_its_rule() -> None:
 
     model = nn.ModuleList([*(build(kind) for kind in KINDS), Own(5, 4)])
     wrapped = FusedGradSampleModule(model)
-    kinds = {f.name: type(f) is CompositeForward for f in wrapped._installed}
+    kinds = {f.name: type(f) is PartsForward for f in wrapped._installed}
     assert [kinds[name] for name in "0123"] == [True, True, True, False]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels import PrivacyEngine, ops
-from dpkernels.engine import secure
+from dpkernels.engine.release import secure
 from dpkernels.ops.noise import NoiseSource, blocks_needed
 from tests.engine.support import squared_loss, values
 

@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels import PrivacyEngine
-from dpkernels.engine import secure
-from dpkernels.engine.clipping import Clipping
-from dpkernels.engine.distributed import Processes
-from dpkernels.engine.loader import SystemPoissonSampler
-from dpkernels.engine.secure import Grid, SecureDPOptimizer, rounded_sum
+from dpkernels.engine.processes.collectives import Processes
+from dpkernels.engine.release import secure
+from dpkernels.engine.release.clipping import Clipping
+from dpkernels.engine.release.secure import Grid, SecureDPOptimizer, rounded_sum
+from dpkernels.engine.sampling import SystemPoissonSampler
 from dpkernels.ops.noise.table import VARIANCE
 from tests.engine.support import squared_loss, values
 from tests.engine.truth import microbatching, relative_error

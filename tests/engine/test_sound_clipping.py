@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dpkernels import ops
-from dpkernels.engine.strategies import held_by
+from dpkernels.engine.plan.strategies import held_by
 from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from dpkernels.engine.capture import ModelCapture
-from dpkernels.engine.gradients import ParameterGradient
-from dpkernels.engine.streams import Streams
+from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.streams import Streams
+from dpkernels.engine.release.pending import ParameterGradient
 from tests.engine.support import made_private, squared_loss, step, values
 
 GPU = torch.device("cuda", 0)
@@ -139,7 +139,7 @@ def form_contributions_on(
 def test_the_engine_gathers_before_it_reads_and_steps_after_it_wrote(
     on, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpkernels.engine.release.Streams", OnCpu)
+    monkeypatch.setattr("dpkernels.engine.release.noisy_sum.Streams", OnCpu)
     x = values(4, 6).float()
     _, model, optimizer, _ = made_private(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2)), x)
     clip = optimizer._clip
@@ -168,7 +168,7 @@ def test_the_engine_gathers_before_it_reads_and_steps_after_it_wrote(
 
 
 def test_a_backward_pass_that_failed_leaves_no_stream_behind(on, monkeypatch) -> None:
-    monkeypatch.setattr("dpkernels.engine.release.Streams", OnCpu)
+    monkeypatch.setattr("dpkernels.engine.release.noisy_sum.Streams", OnCpu)
     x = values(4, 6).float()
     _, model, optimizer, _ = made_private(nn.Linear(6, 2), x)
     with pytest.raises(ValueError, match="not finite"):
@@ -181,7 +181,7 @@ def test_a_backward_pass_that_failed_leaves_no_stream_behind(on, monkeypatch) ->
 
 def test_noise_alone_is_waited_for_too(on, monkeypatch) -> None:
     """It may add to sums of another stream, and a step on a third one may follow."""
-    monkeypatch.setattr("dpkernels.engine.release.Streams", OnCpu)
+    monkeypatch.setattr("dpkernels.engine.release.noisy_sum.Streams", OnCpu)
     x = values(4, 6).float()
     _, model, optimizer, _ = made_private(nn.Linear(6, 2), x, 1.0, poisson_sampling=False)
     on(SIDE)
@@ -201,7 +201,7 @@ def test_factors_outlive_their_sum_where_another_stream_made_them(
     on, monkeypatch: pytest.MonkeyPatch, stream: FakeStream
 ) -> None:
     """Memory is taken again on the stream it is of, whoever still reads it."""
-    monkeypatch.setattr("dpkernels.engine.release.Streams", OnCpu)
+    monkeypatch.setattr("dpkernels.engine.release.noisy_sum.Streams", OnCpu)
     let_go: list[int] = []
     monkeypatch.setattr(ParameterGradient, "let_go", lambda self: let_go.append(1))
     x = values(4, 6).float()
@@ -244,12 +244,12 @@ def test_autograd_reaches_the_leaf_behind_the_anchor() -> None:
 
 def test_the_anchor_follows_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     placed: list[torch.device] = []
-    monkeypatch.setattr(ModelCapture, "place_anchor", lambda self, device: placed.append(device))
+    monkeypatch.setattr(Session, "place_anchor", lambda self, device: placed.append(device))
 
     class OnGpu(nn.Parameter):
         device, is_cuda = GPU, True
 
-    capture = ModelCapture(nn.Linear(2, 2))
+    capture = Session(nn.Linear(2, 2))
     capture.anchor = torch.zeros(())
     capture.refresh()
     assert placed == [torch.device("cpu")]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpkernels.engine.module import FusedGradSampleModule
-from dpkernels.engine.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
 
 LossFunction = Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]
 

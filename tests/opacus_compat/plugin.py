@@ -26,7 +26,7 @@ from torch import nn
 
 import dpkernels
 from dpkernels.engine.module import FusedGradSampleModule
-from dpkernels.engine.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
 from tests.opacus_compat.noise_level import judge_by_chance
 
 _SEEDED = "asserts that torch.manual_seed repeats the noise, which is keyed by the system here"

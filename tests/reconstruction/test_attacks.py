@@ -12,14 +12,14 @@ import torch
 from scipy import stats
 from torch import nn
 
-from dpkernels.reconstruction import ncc_bound
-from dpkernels.reconstruction.attacks import (
+from dpkernels.attacks import (
     gradient_matching,
     imprint,
     linear_optimal,
     trap_weights,
 )
-from dpkernels.reconstruction.attacks.release import Server
+from dpkernels.attacks.gradient import Server
+from dpkernels.reconstruction import ncc_bound
 from dpkernels.reconstruction.metrics import chance_ncc, match
 
 SIGMA = 0.7

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels import PrivacyEngine
-from dpkernels.engine.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
 from tests.engine.support import squared_loss
 from tests.engine.truth import Released, microbatching
 

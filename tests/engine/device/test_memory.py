@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpkernels.engine.planner import Entry, Planner
+from dpkernels.engine.plan.planner import Entry, Planner
 from tests.engine.device.support import backward, private
 from tests.engine.support import squared_loss
 

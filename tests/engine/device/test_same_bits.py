@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpkernels.engine.planner import Entry, Planner
+from dpkernels.engine.plan.planner import Entry, Planner
 from dpkernels.ops.noise import NoiseSource
 from tests.engine.device.kinds import encoder, recurrent
 from tests.engine.device.models import network_of

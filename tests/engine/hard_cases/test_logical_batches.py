@@ -10,7 +10,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dpkernels.engine.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
 from tests.engine.support import made_private, private, squared_loss, values
 from tests.engine.truth import microbatching, relative_error
 

@@ -1,0 +1,32 @@
+"""Attacks that reconstruct records from the very gradient that the engine releases.
+
+Each takes the records, poses as the server (or listens to it), runs real private steps through
+`dpkernels.PrivacyEngine`, and returns candidates read out of ``p.grad``. Nothing is simulated: what
+is attacked is what would have been sent (docs/math.md, section 6). They need torch, unlike the
+bounds; names resolve on first use, as the command line looks in here without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpkernels.attacks.inversion import gradient_matching
+    from dpkernels.attacks.malicious import imprint, trap_weights
+    from dpkernels.attacks.optimal import linear_optimal
+
+__all__ = ["gradient_matching", "imprint", "linear_optimal", "trap_weights"]
+
+_MODULES = {
+    "gradient_matching": "inversion",
+    "imprint": "malicious",
+    "linear_optimal": "optimal",
+    "trap_weights": "malicious",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

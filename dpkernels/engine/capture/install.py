@@ -1,0 +1,139 @@
+"""Which captured forward each module gets, and putting them on a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from dpkernels.engine.capture.computed_weight import ComputedWeightForward
+from dpkernels.engine.capture.layer import CapturedForward, LayerForward
+from dpkernels.engine.capture.layer_in_parts import PartsForward
+from dpkernels.engine.capture.own_parameters import OwnParametersForward
+from dpkernels.engine.capture.sample_by_sample import UnitForward
+from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.whole_model import WholeModelForward
+from dpkernels.layers import find_composite_rule, find_rule
+from dpkernels.layers.sequence import stated_axis
+
+
+def install(root: nn.Module, capture: Session) -> list[CapturedForward]:
+    """Put captured forwards on every layer that owns parameters, and on the model itself.
+
+    Returns:
+        The captured forwards in the order of installation (remove them in reverse).
+
+    Raises:
+        ValueError: the model is private already.
+    """
+    _refuse_captured(root)
+    keep_compiler_out()
+    installed: list[CapturedForward] = []
+    for forward in _captured(root, "", capture, capture.axis, set()):
+        forward.install()
+        installed.append(forward)
+    installed.append(WholeModelForward(root, "", capture))
+    installed[-1].install()
+    return installed
+
+
+@functools.cache
+def keep_compiler_out() -> None:
+    """Leave captured forwards out of compiled graphs; torch.compile takes what lies between them.
+
+    Done once in a process, for its first private model, be it made or restored from a pickle. Not
+    where the classes are defined, as it loads torch's compiler: half a second that an import need
+    not wait for and that every optimizer spends anyway.
+    """
+    for captured in (LayerForward, PartsForward, UnitForward, OwnParametersForward):
+        captured.__call__ = torch.compiler.disable(captured.__call__)  # type: ignore[method-assign]
+    WholeModelForward.__call__ = torch.compiler.disable(  # type: ignore[method-assign]
+        WholeModelForward.__call__, recursive=False
+    )
+
+
+def _refuse_captured(root: nn.Module) -> None:
+    """Raise where another capture trains the model; take off what a copied model still carries."""
+    for module in root.modules():
+        forward = module.__dict__.get("forward")
+        while isinstance(forward, CapturedForward):
+            if forward.capture.held is not None:
+                raise ValueError(
+                    f"module: its {type(module).__name__} was made private before, and would be "
+                    "clipped and noised twice; pass the wrapped module, or call its "
+                    "to_standard_module() (cleanup() with wrap_model=False) first"
+                )
+            forward.remove()
+            forward = module.__dict__.get("forward")
+
+
+def _captured(
+    module: nn.Module, name: str, capture: Session, axis: int, seen: set[int]
+) -> Iterator[CapturedForward]:
+    """Captured forwards for a module and what is below it, whose sample axis is `axis`."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    stated = stated_axis(module)
+    axis = axis if stated is None else stated
+    rule, composite = find_rule(module), find_composite_rule(module)
+    owns = _has_forward(module) and _owns_parameters(module)
+    if (composite is not None or (owns and rule is None)) and _gathers_below(module):
+        raise ValueError(
+            f"module {name or '(root)'!r} ({type(module).__name__}) owns parameters and has "
+            "modules below it with a fully_shard of their own, so its samples cannot be run "
+            "apart; move the parameters into a module of their own, or apply fully_shard to the "
+            "root only"
+        )
+    if composite is not None:
+        yield PartsForward(module, name, capture, composite)
+        seen.update(id(below) for below in module.modules())
+        return
+    if owns:
+        if rule is not None and _computed(module):
+            yield ComputedWeightForward(module, name, capture, axis, rule)
+            seen.update(id(below) for below in module.modules())
+            return
+        if rule is not None:
+            yield LayerForward(module, name, capture, axis, rule)
+        elif any(_has_forward(child) for child in _below(module)) and not _computed(module):
+            yield OwnParametersForward(module, name, capture, axis)
+        else:
+            yield UnitForward(module, name, capture, axis)
+            seen.update(id(below) for below in module.modules())
+            return
+    for key, child in module.named_children():
+        yield from _captured(child, f"{name}.{key}" if name else key, capture, axis, seen)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Containers (lists and dicts of modules or parameters) have none."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _below(module: nn.Module) -> Iterator[nn.Module]:
+    """What is below a module that is not an attention or a recurrent layer of PyTorch's."""
+    if stated_axis(module) is None:
+        yield from (below for below in module.modules() if below is not module)
+
+
+def _gathers_below(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers parameters at the forward of a module below."""
+    return any(isinstance(m, FSDPModule) for m in module.modules() if m is not module)
+
+
+def _computed(module: nn.Module) -> bool:
+    """Whether parametrizations compute the module's parameters."""
+    return "parametrizations" in module._modules
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    """Whether the module's own forward uses parameters: its own, or those of a container in it."""
+    if any(p is not None for p in module._parameters.values()):
+        return True
+    if _computed(module):
+        return True
+    return any(_owns_parameters(c) for c in module.children() if not _has_forward(c))

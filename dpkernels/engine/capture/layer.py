@@ -1,0 +1,270 @@
+"""How a layer's activations and backprops reach the engine while the model runs as usual.
+
+Each layer that owns trainable parameters gets an instance ``forward`` that runs the layer's own
+forward with those parameters taken out of autograd, and marks the output with a node whose backward
+hands (activations, backprops) to the layer's rule. So autograd computes input gradients only, there
+is one backward pass, and no ordinary weight gradient is ever formed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
+
+from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.layers.fold import sum_rows
+from dpkernels.layers.operands import Operand, StoredOperand
+from dpkernels.layers.rule import Rule
+from dpkernels.ops.precision import full_precision
+
+
+class LayerCall:
+    """One call of one layer: everything its backward needs besides the saved tensors.
+
+    Attributes:
+        owner: the layer's capture.
+        samples: number of samples.
+        wanted: names of the trained tensors whose gradients the layer's rule makes.
+    """
+
+    def __init__(self, owner: LayerForward, samples: int, wanted: frozenset[str]):
+        self.owner = owner
+        self.samples = samples
+        self.wanted = wanted
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[None]:
+        """The layer with its trained tensors out of autograd."""
+        module = self.owner.module
+        with swapped((module, n, own_parameter(module, n).detach()) for n in self.wanted):
+            yield
+
+    def for_each(self, name: str, rows: int) -> torch.Tensor:
+        """[rows, *shape]: one of the layer's tensors, once for every row of its input.
+
+        Where it is trained, what autograd finds for it goes to the sink.
+        """
+        value = getattr(self.owner.module, name).detach()
+        if name not in self.wanted:
+            return value.expand(rows, *value.shape)
+        self.wanted -= {name}
+        anchor = self.owner.capture.anchor
+        return PerSample.apply(anchor, value, functools.partial(self._receive, name), rows)
+
+    def _receive(self, name: str, grad_rows: torch.Tensor) -> None:
+        """What autograd found for one of the layer's tensors, [rows, *shape]."""
+        owner, sink = self.owner, self.owner.capture.sink
+        if sink is None or not owner.capture.wants_this_backward():
+            return
+        sink.begin(self.samples)
+        found = StoredOperand(sum_rows(grad_rows, self.samples))
+        for parameter, gradient in self.trace(name, found):
+            sink.add(parameter, gradient, self.samples, owner.name)
+
+    def backward(self, backprops: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> None:
+        owner, sink = self.owner, self.owner.capture.sink
+        if sink is None:
+            return
+        sink.begin(self.samples)
+        if owner.axis:
+            backprops = backprops.transpose(0, 1)
+            saved = tuple(t.transpose(0, 1) for t in saved)
+        sink.saw(owner.name, "backprops", backprops, self.samples)
+        if not self.wanted:
+            return
+        found = owner.rule.operands(owner.module, saved, backprops, self.samples, self.wanted)
+        for name, operand in found:
+            for parameter, gradient in self.trace(name, operand):
+                sink.add(parameter, gradient, self.samples, owner.name)
+
+    def trace(self, name: str, operand: Operand) -> Iterable[tuple[nn.Parameter, Operand]]:
+        """The parameters behind one of the layer's tensors, and what each receives."""
+        yield own_parameter(self.owner.module, name), operand
+
+
+class _Mark(torch.autograd.Function):
+    """Identity on a layer's output, in place, whose backward hands the backprops over."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, anchor: torch.Tensor, call: LayerCall, *saved: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.call = call
+        ctx.save_for_backward(*saved)
+        ctx.mark_dirty(output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, backprops: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        capture = ctx.call.owner.capture
+        if backprops is not None and capture.wants_this_backward():
+            with full_precision():
+                ctx.call.backward(backprops.detach(), ctx.saved_tensors)
+        return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
+
+
+class PerSample(torch.autograd.Function):
+    """[*shape] -> [B, *shape]: a parameter, once for every sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,
+        value: torch.Tensor,
+        receive: Callable[[torch.Tensor], None],
+        samples: int,
+    ) -> torch.Tensor:
+        ctx.receive = receive
+        ctx.set_materialize_grads(False)
+        return value.expand(samples, *value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sample: torch.Tensor | None) -> tuple[None, ...]:
+        if grad_sample is not None:
+            with full_precision():
+                ctx.receive(grad_sample.detach())
+        return (None, None, None, None)
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """What the module holds under this name, not below it."""
+    parameter = module._parameters[name]
+    if parameter is None:
+        raise ValueError(f"{type(module).__name__}: {name!r} is None, expected a parameter")
+    return parameter
+
+
+@contextlib.contextmanager
+def swapped(tensors: Iterable[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
+    """Put tensors in the place of parameters, module by module, and put the parameters back."""
+    originals: list[tuple[nn.Module, str, torch.Tensor]] = []
+    try:
+        for module, name, tensor in tensors:
+            originals.append((module, name, own_parameter(module, name)))
+            _put(module, name, tensor)
+        yield
+    finally:
+        for module, name, parameter in reversed(originals):
+            _put(module, name, parameter)
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    module._parameters[name] = tensor  # type: ignore[assignment]
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights[module._flat_weights_names.index(name)] = tensor
+
+
+class CapturedForward:
+    """An instance ``forward`` that stands before the module's own; copies and pickles with it."""
+
+    def __init__(self, module: nn.Module, name: str, capture: Session):
+        self.module = module
+        self.name = name
+        self.capture = capture
+        self.inner: Callable[..., Any] | None = module.__dict__.get("forward")
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that stood here before."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def install(self) -> None:
+        self.module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        if self.module.__dict__.get("forward") is not self:
+            return
+        if self.inner is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.inner
+
+
+class LayerForward(CapturedForward):
+    """Capture for a layer that has a rule."""
+
+    def __init__(self, module: nn.Module, name: str, capture: Session, axis: int, rule: Rule):
+        super().__init__(module, name, capture)
+        self.rule = rule
+        self.axis = axis if rule.sample_axis is None else rule.sample_axis
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.capture
+        sink = capture.open_sink
+        if sink is None:
+            return self.original(*args, **kwargs)
+        wanted = self.wanted()
+        if not wanted:
+            return self.original(*args, **kwargs)
+        if args:
+            x, samples = self._rows(args[0])
+            args = (x, *args[1:])
+        else:
+            key = next(k for k, v in kwargs.items() if isinstance(v, torch.Tensor))
+            x, samples = self._rows(kwargs[key])
+            kwargs = {**kwargs, key: x}
+        sink.saw(self.name, "activations", x.movedim(self.axis, 0), samples)
+        call = self.call(samples, wanted)
+        with call.detached():
+            output = self.rule.forward_each(self.module, x, call.for_each)
+            saved: tuple[torch.Tensor, ...] = ()
+            if output is None:
+                output, saved = self.rule.forward(
+                    self.module, x, lambda: self.original(*args, **kwargs)
+                )
+        if output._is_view():
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        capture.marked = True
+        return _Mark.apply(output, capture.anchor, call, *(t.detach() for t in saved))
+
+    def wanted(self) -> frozenset[str]:
+        """Names of the layer's tensors that are trained."""
+        return self.capture.wanted(self.module)
+
+    def call(self, samples: int, wanted: frozenset[str]) -> LayerCall:
+        """What one call of the layer must remember."""
+        return LayerCall(self, samples, wanted)
+
+    def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The input with a row for every sample, and the number of samples."""
+        capture = self.capture
+        if not self.rule.batched(self.module, x) or x.ndim <= self.axis:
+            raise NotPerSample(
+                f"layer {self.name!r} ({type(self.module).__name__}): its input of shape "
+                f"{tuple(x.shape)} has no sample axis; give it a batched input, or freeze the layer"
+            )
+        rows = x.shape[self.axis]
+        batch = rows if capture.samples is None else capture.samples * capture.views
+        if rows == 1 and batch > 1 and x.ndim > 1:
+            shape = list(x.shape)
+            shape[self.axis] = rows = batch
+            x = x.expand(shape)
+        return x, capture.samples_for(rows, self.name)
+
+
+def is_packed(value: Any) -> bool:
+    """Whether a nested value is a PackedSequence, whose tensors belong together."""
+    return isinstance(value, PackedSequence)
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """The leaves of nested arguments or outputs; a PackedSequence is one."""
+    return tree_leaves(tree, is_leaf=is_packed)
+
+
+def refuse_packed(module: nn.Module, name: str, values: Iterable[Any]) -> None:
+    """Raise where an argument is a PackedSequence: its rows are steps, not samples."""
+    if any(isinstance(value, PackedSequence) for value in values):
+        raise NotPerSample(
+            f"module {name!r} ({type(module).__name__}): a PackedSequence interleaves the steps of "
+            "all samples; pass the padded tensor"
+        )

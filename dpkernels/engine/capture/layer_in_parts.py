@@ -1,0 +1,85 @@
+"""Capture for layers that run in parts (`dpkernels.layers.composite`)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkernels.engine.capture.layer import CapturedForward
+from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.layers.composite import CompositeRule, Found
+from dpkernels.ops.precision import full_precision
+
+
+class PartsForward(CapturedForward):
+    """Runs the layer by its rule while its parameters, own and below, are trained."""
+
+    def __init__(self, module: nn.Module, name: str, capture: Session, rule: CompositeRule):
+        super().__init__(module, name, capture)
+        self.rule = rule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.capture
+        if capture.open_sink is None:
+            return self.original(*args, **kwargs)
+        wanted = {
+            id(module._parameters[name])
+            for module in self.module.modules()
+            for name in capture.wanted(module)
+        }
+        if not wanted:
+            return self.original(*args, **kwargs)
+        arguments = self._arguments(args, kwargs)
+        rows = self.rows(*args, **kwargs)
+        recorder = CallRecorder(self, capture.samples_for(rows, self.name), wanted)
+        capture.marked = True
+        return self.rule.run(self.module, arguments, recorder)
+
+    def rows(self, *args: Any, **kwargs: Any) -> int:
+        """Rows along the sample axis of a call, as the layer itself has it."""
+        try:
+            return self.rule.rows(self.module, self._arguments(args, kwargs))
+        except ValueError as error:
+            raise NotPerSample(
+                f"module {self.name!r} ({type(self.module).__name__}): {error}"
+            ) from None
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
+        return dict(list(bound.arguments.items())[1:])
+
+
+class CallRecorder:
+    """One call of a composite layer: what its rule asks, and where its operands go."""
+
+    def __init__(self, owner: PartsForward, samples: int, wanted: set[int]):
+        self.owner = owner
+        self.samples = samples
+        self.anchor = owner.capture.anchor
+        self._wanted = wanted
+
+    def wants(self, parameter: nn.Parameter | None) -> bool:
+        """Whether the parameter is trained."""
+        return id(parameter) in self._wanted
+
+    def saw(self, rows: torch.Tensor) -> None:
+        """Activations, sample axis first, as they pass by."""
+        sink = self.owner.capture.open_sink
+        if sink is not None:
+            sink.saw(self.owner.name, "activations", rows, self.samples)
+
+    def receive(self, backprops: torch.Tensor, found: Found) -> None:
+        """Called in backward: a part's backprops, sample axis first, and operands made of them."""
+        capture, name = self.owner.capture, self.owner.name
+        sink = capture.sink
+        if sink is None or not capture.wants_this_backward():
+            return
+        with full_precision():
+            sink.begin(self.samples)
+            sink.saw(name, "backprops", backprops, self.samples)
+            for parameter, operand in found:
+                sink.add(parameter, operand, self.samples, name)

@@ -1,0 +1,370 @@
+"""The generic fallback: a module that owns parameters no rule knows, with everything below it.
+
+The unit's forward runs once per sample under ``torch.func.vmap`` with each trained parameter
+expanded along the samples; ordinary autograd then returns per-sample gradients. What vmap cannot
+trace (data-dependent control flow, recurrent kernels) runs as a loop over samples, which is the
+definition itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from dpkernels.engine.capture.layer import (
+    CapturedForward,
+    PerSample,
+    own_parameter,
+    refuse_packed,
+    swapped,
+)
+from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.layers.operands import StoredOperand
+from dpkernels.layers.sequence import sample_axes
+
+#: a module, the name of one of its parameters, the parameter
+Slot = tuple[nn.Module, str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class UnitCall:
+    """One call of a unit, taken apart: its leaves, their sample axes, and how to repeat it."""
+
+    leaves: list[Any]
+    axes: list[int | None]
+    run: Callable[[list[Any]], Any]
+    samples: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of its batched tensors."""
+        return next(t.shape[a] for t, a in zip(self.leaves, self.axes) if a is not None)
+
+    def first(self, samples: int) -> UnitCall:
+        """The call with the first `samples` samples only."""
+        return self._part(0, samples)
+
+    def only(self, sample: int) -> UnitCall:
+        """The call with one sample only."""
+        return self._part(sample, 1)
+
+    def _part(self, start: int, samples: int) -> UnitCall:
+        leaves = []
+        for leaf, axis in zip(self.leaves, self.axes):
+            if axis is not None:
+                each = leaf.shape[axis] // self.samples
+                leaf = leaf.narrow(axis, start * each, samples * each)
+            leaves.append(leaf)
+        return UnitCall(leaves, self.axes, self.run, samples)
+
+    def inputs(self) -> list[torch.Tensor]:
+        """The batched leaves, [samples, ..., rows per sample at the sample axis, ...]."""
+        return [
+            leaf.unflatten(axis, (self.samples, -1)).movedim(axis, 0)
+            for leaf, axis in zip(self.leaves, self.axes)
+            if axis is not None
+        ]
+
+    def with_inputs(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """The leaves with others in the place of the batched ones."""
+        values = iter(tensors)
+        return [
+            leaf if axis is None else next(values) for leaf, axis in zip(self.leaves, self.axes)
+        ]
+
+
+class UnitForward(CapturedForward):
+    """Capture for a module without a rule, sample by sample, over its whole subtree."""
+
+    def __init__(self, module: nn.Module, name: str, capture: Session, axis: int):
+        super().__init__(module, name, capture)
+        self.axis = axis
+        self.loop_reason: str | None = None
+        #: by the sample axes of the arguments and the numbers of axes of the outputs of one sample:
+        #: the sample axis of each output
+        self._output_axes: dict[tuple[Any, ...], list[int | None]] = {}
+        #: places of arguments, among how many, whose first axis had another length than the batch:
+        #: a mask [T, T] stays everybody's in a batch of T samples
+        self._shared: set[tuple[int, int]] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.capture
+        sink = capture.open_sink
+        if sink is None:
+            return self.original(*args, **kwargs)
+        slots = self._slots()
+        if not slots:
+            return self.original(*args, **kwargs)
+        call = self._take_apart(args, kwargs)
+        for leaf, axis in zip(call.leaves, call.axes):
+            if axis is not None:
+                sink.saw(self.name, "activations", leaf.movedim(axis, 0), call.samples)
+        parameters = {id(p): self._per_sample(p, call.samples) for _, _, p in slots}
+        capture.marked = True
+        outputs, others, spec = self._outputs(call, slots, parameters)
+        vectorised = self.loop_reason is None
+        axes = self._axes_of(outputs, call, slots)
+        if vectorised and self.loop_reason is not None:
+            outputs, others, spec = self._outputs(call, slots, parameters)
+        merged = (_merge(t, axis) for t, axis in zip(outputs, axes))
+        return tree_unflatten([next(merged) if o is None else o[0] for o in others], spec)
+
+    def _outputs(
+        self,
+        call: UnitCall,
+        slots: list[Slot],
+        parameters: dict[int, torch.Tensor],
+    ) -> tuple[list[torch.Tensor], list[tuple[Any] | None], Any]:
+        """Tensors of all samples, [samples, ...]; what else is returned; the nesting of both."""
+        others: list[tuple[Any] | None] = []
+        spec: Any = None
+
+        def one_sample(
+            parameters: dict[int, torch.Tensor], tensors: list[torch.Tensor]
+        ) -> list[torch.Tensor]:
+            nonlocal others, spec
+            with swapped((m, n, parameters[id(p)]) for m, n, p in slots), self.capture.paused():
+                flat, spec = tree_flatten(call.run(call.with_inputs(tensors)))
+            others = [None if isinstance(t, torch.Tensor) else (t,) for t in flat]
+            return [t for t in flat if isinstance(t, torch.Tensor)]
+
+        return self._run(one_sample, parameters, call.inputs(), call.samples), others, spec
+
+    def _take_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitCall:
+        """The call's leaves and their sample axes: stated by the module's kind, or told by size."""
+        refuse_packed(self.module, self.name, (*args, *kwargs.values()))
+        known = sample_axes(self.module, args, kwargs, self.axis)
+        if known is None:
+            leaves, spec = tree_flatten((args, kwargs))
+            rows = self._rows(leaves)
+            axes = [self._axis_of(leaf, rows, (i, len(leaves))) for i, leaf in enumerate(leaves)]
+
+            def run(values: list[Any]) -> Any:
+                arguments, keywords = tree_unflatten(values, spec)
+                return self.original(*arguments, **keywords)
+
+        else:
+            named, axis_of = known
+            leaves, spec = tree_flatten(named)
+            names = [n for n, value in named.items() for _ in tree_leaves(value)]
+            try:
+                axes = [
+                    axis_of(n, t) if torch.is_tensor(t) else None for n, t in zip(names, leaves)
+                ]
+            except ValueError as error:
+                raise NotPerSample(
+                    f"module {self.name!r} ({type(self.module).__name__}): {error}"
+                ) from None
+            rows = next(t.shape[a] for t, a in zip(leaves, axes) if a is not None)
+
+            def run(values: list[Any]) -> Any:
+                return self.original(**tree_unflatten(values, spec))
+
+        return UnitCall(leaves, axes, run, self.capture.samples_for(rows, self.name))
+
+    def _axis_of(self, leaf: Any, rows: int, place: tuple[int, int]) -> int | None:
+        """The sample axis of an argument; None where it is the same for every sample."""
+        if not torch.is_tensor(leaf) or leaf.ndim <= self.axis:
+            return None
+        length = leaf.shape[self.axis]
+        if length not in (1, rows):
+            self._shared.add(place)
+        return self.axis if length == rows and place not in self._shared else None
+
+    def _axes_of(
+        self,
+        outputs: list[torch.Tensor],
+        call: UnitCall,
+        slots: list[Slot],
+    ) -> list[int | None]:
+        """The sample axis of each output, found out by the first call that has two samples."""
+        if call.samples == 1:
+            return [None] * len(outputs)
+        kind = (*call.axes, *(t.ndim for t in outputs))
+        if kind not in self._output_axes:
+            self._output_axes[kind] = self._verify(call, slots)
+        return self._output_axes[kind]
+
+    def _verify(self, call: UnitCall, slots: list[Slot]) -> list[int | None]:
+        """The sample axis of each output; refuses a unit that is not its samples put together.
+
+        Outputs and the sum of the per-sample gradients are compared with an ordinary forward and
+        backward pass. Where vmap's gradient differs, the unit runs as a loop.
+        """
+        axes, same_gradients = self._compare(call, slots)
+        if not same_gradients and self.loop_reason is None:
+            self.loop_reason = "the gradients of torch.func.vmap differ from autograd's"
+            axes, same_gradients = self._compare(call, slots)
+        if _APART in axes or not same_gradients:
+            raise NotPerSample(
+                f"module {self.name!r} ({type(self.module).__name__}): its output or its gradient "
+                "for the batch is not what its samples give one by one, so it couples samples or "
+                "has them on another axis. Give it inputs with the sample axis first "
+                "(batch_first=True), or freeze it"
+            )
+        return axes
+
+    def _compare(self, call: UnitCall, slots: list[Slot]) -> tuple[list[int | None], bool]:
+        """The sample axis of each output, and whether gradients add up to the ordinary one."""
+        plain = {id(p): p.detach().clone().requires_grad_() for _, _, p in slots}
+        own = {
+            key: p.detach().expand(call.samples, *p.shape).clone().requires_grad_()
+            for key, p in plain.items()
+        }
+        inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in call.leaves]
+        call = replace(call, leaves=inputs)
+        with torch.enable_grad(), deterministic(self.module), self.capture.paused():
+            with swapped((m, n, plain[id(p)]) for m, n, p in slots):
+                whole = [t for t in tree_leaves(call.run(call.leaves)) if torch.is_tensor(t)]
+            apart, _, _ = self._outputs(call, slots, own)
+            axes = [_axis_between(a, w, self.axis) for a, w in zip(apart, whole, strict=True)]
+            if _APART in axes:
+                return axes, True
+            merged = [_merge(t, axis) for t, axis in zip(apart, axes)]
+            expected = _gradients(whole, list(plain.values()))
+            actual = _gradients(merged, list(own.values()))
+        return axes, all(_same(a.sum(0), e) for a, e in zip(actual, expected))
+
+    def _per_sample(self, parameter: nn.Parameter, samples: int) -> torch.Tensor:
+        """[samples, *shape]: the parameter expanded; its gradient goes to the sink."""
+
+        def receive(grad_sample: torch.Tensor) -> None:
+            sink = self.capture.sink
+            if sink is not None and self.capture.wants_this_backward():
+                sink.begin(samples)
+                sink.add(parameter, StoredOperand(grad_sample), samples, self.name)
+
+        return PerSample.apply(self.capture.anchor, parameter.detach(), receive, samples)
+
+    def _slots(self) -> list[Slot]:
+        """Every place below the unit where a trained parameter sits."""
+        return [
+            (module, name, own_parameter(module, name))
+            for module in self.module.modules()
+            for name in sorted(self.capture.wanted(module))
+        ]
+
+    def _rows(self, leaves: list[Any]) -> int:
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.ndim > self.axis:
+                return leaf.shape[self.axis]
+        raise NotPerSample(
+            f"module {self.name!r} ({type(self.module).__name__}) owns parameters and takes no "
+            "batched tensor, so its samples cannot be told apart; pass it the batch, or freeze it"
+        )
+
+    def _run(
+        self,
+        one_sample: Callable[..., list[torch.Tensor]],
+        parameters: dict[int, torch.Tensor],
+        inputs: list[torch.Tensor],
+        samples: int,
+    ) -> list[torch.Tensor]:
+        if samples > 1 and self.loop_reason is None:
+            try:
+                vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
+                with _PaddingKept():
+                    return vectorised(parameters, inputs)
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                self.loop_reason = str(error).splitlines()[0]
+        split = {key: value.unbind(0) for key, value in parameters.items()}
+        rows = [
+            one_sample({key: value[b] for key, value in split.items()}, [t[b] for t in inputs])
+            for b in range(samples)
+        ]
+        return [torch.stack(column) for column in zip(*rows)]
+
+
+class _PaddingKept(TorchFunctionMode):
+    """vmap forgets ``padding_idx``: positions that hold it must get no gradient."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        output = function(*args, **(kwargs or {}))
+        if function not in (F.embedding, torch.embedding):
+            return output
+        bound = inspect.signature(F.embedding).bind(*args, **(kwargs or {})).arguments
+        first, second = bound["input"], bound["weight"]
+        indices, table = (second, first) if first.is_floating_point() else (first, second)
+        padding_idx = bound.get("padding_idx")
+        if padding_idx is None or (padding_idx < 0 and function is torch.embedding):
+            return output
+        held = (indices == padding_idx % table.shape[0]).unsqueeze(-1)
+        return torch.where(held, output.detach(), output)
+
+
+#: no axis puts the samples' outputs together to the batch's output
+_APART = -1
+#: the samples' outputs stand side by side already (a ``squeeze`` took their own axis away)
+_STACKED = -2
+
+
+def _merge(output: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """[samples, ...] -> the batch's output, whose sample axis is `axis` (None: it has none)."""
+    if axis == _STACKED:
+        return output
+    return output[0] if axis is None else output.movedim(0, axis).flatten(axis, axis + 1)
+
+
+def _axis_between(apart: torch.Tensor, whole: torch.Tensor, first: int) -> int | None:
+    """The axis on which `whole` holds the samples of `apart`; None if they are all `whole`."""
+    axes = sorted(range(apart.ndim - 1), key=lambda axis: axis != first)
+    for axis in axes:
+        if _same(_merge(apart, axis), whole):
+            return axis
+    if _same(apart, whole):
+        return _STACKED
+    constant = all(_same(one, whole) for one in apart)
+    return None if constant and not whole.is_floating_point() else _APART
+
+
+def _gradients(outputs: list[torch.Tensor], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of a fixed curved function of the outputs; zeros where there is none."""
+    curved = []
+    for t in outputs:
+        if t.requires_grad:
+            weight = torch.linspace(0.5, 1.5, t.numel(), device=t.device, dtype=t.dtype)
+            curved.append((weight.reshape(t.shape) * t + t.square() / 2).sum())
+    if not curved:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(curved, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and _close(a, b)
+
+
+@contextlib.contextmanager
+def deterministic(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, on the path that training takes: no dropout, no statistics."""
+    modes = [(m, m.training) for m in module.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for m, _ in modes:
+            m.training = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for m, training in modes:
+            m.training = training
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype == torch.float64:
+        tolerance = 1e-9
+    elif a.dtype == torch.float32 and not torch.is_autocast_enabled(a.device.type):
+        tolerance = 1e-3
+    else:
+        tolerance = 3e-2
+    scale = float(b.detach().double().abs().max()) if b.numel() else 0.0
+    return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * scale)

@@ -1,0 +1,168 @@
+"""The model's own forward: where a batch enters, and where its backward pass begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map
+
+from dpkernels.engine.capture.layer import CapturedForward, leaves_of
+from dpkernels.engine.capture.layer_in_parts import PartsForward
+from dpkernels.engine.capture.session import NotPerSample, Session, Untried
+from dpkernels.engine.capture.streams import refuse_graph_capture
+
+
+class WholeModelForward(CapturedForward):
+    """Finds the batch, arms capture, watches the outputs."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.capture
+        sink = capture.open_sink
+        if sink is None:
+            return self.original(*args, **kwargs)
+        if not self.module.training:
+            with capture.paused():
+                return self.original(*args, **kwargs)
+        if torch._C._current_graph_task_id() == -1:
+            sink.reset()
+        refuse_graph_capture(f"{type(self.module).__name__}.forward()")
+        capture.refresh()
+        capture.check_batch_norms()
+        rows = self._rows(args, kwargs)
+        args, kwargs = tree_map(_plain, (args, kwargs))
+        capture.empty = rows == 0
+        if capture.empty:
+            rows = capture.views
+            args, kwargs = tree_map(self._one_blank_sample, (args, kwargs))
+        if rows % capture.views:
+            raise ValueError(
+                f"views_per_sample={capture.views}: the model's input has {rows} rows, "
+                "expected a multiple of views_per_sample"
+            )
+        capture.samples = rows // capture.views
+        try:
+            if capture.due():
+                self._try((args, kwargs), rows)
+            capture.marked, capture.folded = False, None
+            try:
+                output = self.original(*args, **kwargs)
+            except Untried:
+                self._try((args, kwargs), rows)
+                output = self.original(*args, **kwargs)
+        finally:
+            samples, capture.samples = capture.samples, None
+        if capture.empty:
+            output = self._no_rows(output, rows)
+        begin = _Begin(capture, samples, capture.marked)
+        for leaf in _returned(output):
+            if leaf.requires_grad:
+                leaf.register_hook(begin)
+        return output
+
+    def _try(self, batch: Any, rows: int) -> None:
+        """Refuse a model in which the samples of this batch mix."""
+        if self.capture.probe is not None:
+            self.capture.trial(self.capture.probe, self._trial, batch, rows)
+
+    def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
+        """The tensors that a forward pass over `batch` returns."""
+        args, kwargs = batch
+        return list(_returned(self.original(*args, **kwargs)))
+
+    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        axis = self.capture.axis
+        if isinstance(self.inner, PartsForward):
+            return self.inner.rows(*args, **kwargs)
+        for leaf in leaves_of((args, kwargs)):
+            if isinstance(leaf, PackedSequence):
+                return int(leaf.batch_sizes[0])
+            if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
+                return leaf.shape[axis]
+        raise NotPerSample(
+            f"{type(self.module).__name__}: none of the forward pass's arguments is a tensor with "
+            f"a sample axis {axis}, so the batch size is unknown; pass the batch as a tensor"
+        )
+
+    def _one_blank_sample(self, leaf: Any) -> Any:
+        axis = self.capture.axis
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != 0:
+            return leaf
+        shape = list(leaf.shape)
+        shape[axis] = self.capture.views
+        return leaf.new_zeros(shape)
+
+    def _no_rows(self, output: Any, rows: int) -> Any:
+        axis = self.capture.axis
+
+        def one(leaf: Any) -> Any:
+            if _is_record(leaf):
+                return replace(leaf, **{n: self._no_rows(v, rows) for n, v in _fields(leaf)})
+            if isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
+                return leaf.narrow(axis, 0, 0).clone()
+            return leaf
+
+        return tree_map(one, output)
+
+
+def _is_record(leaf: Any) -> bool:
+    """Whether a leaf is a dataclass, which PyTorch does not look into."""
+    return is_dataclass(leaf) and not isinstance(leaf, type)
+
+
+def _fields(record: Any) -> list[tuple[str, Any]]:
+    return [(f.name, getattr(record, f.name)) for f in fields(record) if f.init]
+
+
+def _returned(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an output."""
+    for leaf in leaves_of(output):
+        if isinstance(leaf, PackedSequence):
+            yield leaf.data
+        elif isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif _is_record(leaf):
+            yield from _returned([value for _, value in _fields(leaf)])
+
+
+class _Begin:
+    """Tensor hook on the outputs of one forward pass: a backward pass has reached it."""
+
+    def __init__(self, capture: Session, samples: int, marked: bool):
+        self.capture = capture
+        self.samples = samples
+        self.marked = marked
+        self.folded = capture.folded
+        self._pass: int | None = None
+
+    def __call__(self, grad: torch.Tensor) -> None:
+        sink, axis = self.capture.sink, self.capture.axis
+        if sink is None or (self.marked and not self.capture.wants_this_backward()):
+            return
+        if self.folded is not None:
+            raise NotPerSample(
+                f"layer {self.folded!r}: it has several rows for each sample, and no trial run can "
+                "tell which rows are whose, as the samples of the model's first tensor are all "
+                "alike; pass the batch as the first tensor, and train on samples that differ"
+            )
+        under_way = torch._C._current_graph_task_id()
+        if self._pass not in (None, under_way):
+            raise NotPerSample(
+                "backward(): a second backward pass through the same forward pass would clip and "
+                "add every sample twice; call backward() once, on the sum of the losses"
+            )
+        self._pass = under_way
+        sink.begin(self.samples)
+        rows = grad.movedim(axis, 0) if grad.ndim > axis else grad
+        if rows.ndim and len(rows) and len(rows) % self.samples == 0:
+            sink.saw("", "criterion", rows, self.samples)
+
+
+def _plain(leaf: Any) -> Any:
+    """MONAI's MetaTensor and other data-carrying subclasses as the tensors they hold."""
+    if isinstance(leaf, torch.Tensor) and hasattr(leaf, "as_tensor"):
+        return leaf.as_tensor()
+    return leaf

@@ -1,0 +1,200 @@
+"""What DDP and FSDP2 do around a model's forward, and what capture needs there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from dpkernels.engine.capture.layer import CapturedForward, is_packed, leaves_of
+from dpkernels.engine.capture.session import Session
+from dpkernels.engine.processes.collectives import Processes
+from dpkernels.engine.trial.mixing import refuse_mixing
+from dpkernels.layers.operands import Operand
+
+
+class DirectForward(CapturedForward):
+    """A DDP model's forward without DDP, which has nothing to reduce: autograd forms no gradient.
+
+    What DDP does at every forward (it broadcasts buffers, and marks unused parameters as reduced)
+    would wait for a process that has fewer physical batches.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ddp = self.module
+        if not isinstance(ddp, DistributedDataParallel):
+            raise ValueError(f"module: {type(ddp).__name__}, expected DistributedDataParallel")
+        if ddp.device_ids:
+            device = torch.device(ddp.device_type, ddp.device_ids[0])
+            args, kwargs = tree_map(
+                lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf,
+                (args, kwargs),
+                is_leaf=is_packed,
+            )
+        return ddp.module(*args, **kwargs)
+
+
+def wrapper_forwards(module: nn.Module, capture: Session) -> list[CapturedForward]:
+    """Install what stands before the wrapper's own forward."""
+    if not isinstance(module, DistributedDataParallel):
+        return []
+    forward = DirectForward(module, "", capture)
+    forward.install()
+    return [forward]
+
+
+def sharded_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
+    """By module (its id) and name, what the optimizer holds of a parameter that FSDP2 gathers."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {
+        (id(module), name): parameter
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and isinstance(parameter, DTensor)
+    }
+
+
+class _Nobody:
+    """A sink that takes nothing: the gradients of a pass that stands in for one elsewhere."""
+
+    trains = False
+    samples: int | None = None
+
+    def reset(self) -> None:
+        """There is nothing to forget."""
+
+    def begin(self, samples: int) -> None:
+        """Nothing will be reported."""
+
+    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
+        """Nothing is looked at."""
+
+    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
+        """Nothing is kept."""
+
+
+class Lockstep:
+    """Keeps the processes of an FSDP2 model together, whose every pass gathers parameters.
+
+    Before each training pass the processes tell each other whether it is the last of their logical
+    batch. One that has come to its last while others have not runs a pass on a blank sample in the
+    meantime, whose gradients nobody takes, so that the others find their parameters. The trial for
+    mixed samples runs here too, as soon as every process has two samples.
+
+    Args:
+        model: the FSDP2 root; one backward pass follows each of its training passes, from the same
+            of its outputs every time (before the first, from all).
+        capture: its capture.
+        processes: the processes.
+        is_last: whether the pass to come is the last of this process's logical batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capture: Session,
+        processes: Processes,
+        is_last: Callable[[], bool],
+    ):
+        self.model, self.capture, self.processes, self.is_last = model, capture, processes, is_last
+        self._inside = False
+        self._probed = False
+        self._refuse_mixing = torch.compiler.disable(refuse_mixing)
+        #: places among the model's outputs from which the last backward pass came
+        self._used: set[int] = set()
+        self._handles = [
+            model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                self._handles.append(module.register_forward_pre_hook(self._guard))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _guard(self, module: nn.Module, args: Any) -> None:
+        """Guard parameters as they are gathered, whether or not their layers run."""
+        if self.capture.open_sink is not None:
+            for below in module.modules():
+                self.capture.wanted(below)
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        sink = self.capture.open_sink
+        training = sink is not None and sink.trains and module.training
+        if self._inside or in_backward or not training:
+            return
+        axis, views = self.capture.axis, self.capture.views
+        leaves = leaves_of((args, kwargs))
+        if any(is_packed(leaf) for leaf in leaves):
+            raise ValueError(
+                f"{type(module).__name__}: a PackedSequence cannot stand in for a process that has "
+                "no more samples; with FSDP pass the padded tensor"
+            )
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        rows = next((t.shape[axis] for t in tensors if t.ndim > axis), 0)
+        while True:
+            last = self.is_last()
+            others_go_on, too_few = self.processes.largest([float(not last), rows < 2 * views])
+            if not self._probed and not too_few:
+                self._alone(self._refuse_mixing, self.capture, self._outputs, (args, kwargs), rows)
+                self._probed = True
+            if not (last and others_go_on):
+                return
+            empty = tree_map(lambda leaf: _without_rows(leaf, axis, rows), (args, kwargs))
+            self._alone(self._stand_in, empty)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._inside or self.capture.open_sink is None or not module.training:
+            return
+        used: set[int] = set()
+
+        def note(place: int) -> None:
+            self._used = used
+            used.add(place)
+
+        for place, leaf in enumerate(leaves_of(output)):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(lambda _, place=place: note(place))
+
+    def _alone(self, run: Callable[..., object], *args: Any) -> None:
+        """Run what makes passes of its own, whose gradients are not the training's."""
+        sink, self._inside = self.capture.sink, True
+        try:
+            run(*args)
+        finally:
+            self.capture.sink, self._inside = sink, False
+
+    def _stand_in(self, batch: tuple[Any, Any]) -> None:
+        self.capture.sink = _Nobody()
+        args, kwargs = batch
+        sums = [
+            leaf.double().sum()
+            for place, leaf in enumerate(leaves_of(self.model(*args, **kwargs)))
+            if isinstance(leaf, torch.Tensor)
+            and leaf.requires_grad
+            and (place in self._used or not self._used)
+        ]
+        torch.stack(sums).sum().backward()
+
+    def _outputs(self, batch: tuple[Any, Any]) -> list[torch.Tensor]:
+        """What the trial for mixed samples differentiates."""
+        args, kwargs = batch
+        return [t for t in leaves_of(self.model(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+
+
+def _without_rows(leaf: Any, axis: int, rows: int) -> Any:
+    if isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
+        return leaf.narrow(axis, 0, 0)
+    return leaf

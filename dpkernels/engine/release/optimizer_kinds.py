@@ -1,0 +1,47 @@
+"""The optimizer's class by what is asked of it: what ``isinstance`` checks for Opacus expect."""
+
+from __future__ import annotations
+
+from opacus.optimizers import AdaClipDPOptimizer, DistributedDPOptimizer
+
+from dpkernels.engine.processes.collectives import Processes
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.secure import SecureDPOptimizer
+
+
+class FusedAdaClipDPOptimizer(FusedDPOptimizer, AdaClipDPOptimizer):
+    """With ``clipping="adaptive"``."""
+
+
+class FusedDistributedDPOptimizer(FusedDPOptimizer, DistributedDPOptimizer):
+    """In several processes."""
+
+    def reduce_gradients(self) -> None:
+        """Nothing to do: sums crossed the processes at the end of ``backward()``."""
+
+
+class FusedDistributedAdaClipDPOptimizer(FusedDistributedDPOptimizer, FusedAdaClipDPOptimizer):
+    """In several processes, with ``clipping="adaptive"``."""
+
+
+_KINDS: dict[tuple[bool, bool], type[FusedDPOptimizer]] = {
+    (False, False): FusedDPOptimizer,
+    (True, False): FusedAdaClipDPOptimizer,
+    (False, True): FusedDistributedDPOptimizer,
+    (True, True): FusedDistributedAdaClipDPOptimizer,
+}
+
+
+def optimizer_class(
+    clipping: str, processes: Processes, secure_mode: bool = False
+) -> type[FusedDPOptimizer]:
+    """The class of the private optimizer.
+
+    Args:
+        clipping: as in ``make_private``.
+        processes: the processes that train together.
+        secure_mode: integers instead of floats; refuses what it cannot do by name.
+    """
+    if secure_mode:
+        return SecureDPOptimizer
+    return _KINDS[clipping == "adaptive", type(processes) is not Processes]

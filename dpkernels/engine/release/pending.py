@@ -1,0 +1,172 @@
+"""Per-sample gradients of one backward pass, parameter by parameter, until they are clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.engine.capture.streams import Streams, refuse_graph_capture
+from dpkernels.engine.plan.planner import Planner
+from dpkernels.engine.plan.strategies import Factored, held_by
+from dpkernels.layers import margins
+from dpkernels.layers.operands import Operand
+from dpkernels.ops.precision import full_precision
+from dpkernels.ops.sums import squared_norms
+
+
+class ParameterGradient:
+    """What one parameter has received: either stored per-sample gradients or one factored operand.
+
+    A parameter that is used several times (a reused layer, tied weights) has the SUM of its
+    calls as gradient, so a second contribution turns the first into a stored one.
+    """
+
+    def __init__(self) -> None:
+        self.stored: torch.Tensor | None = None
+        self.factored: Factored | None = None
+        self._norm_sq: torch.Tensor | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether there was a contribution."""
+        return self.stored is not None or self.factored is not None
+
+    def begin(self, held: torch.Tensor | Factored) -> None:
+        """The first contribution."""
+        if isinstance(held, torch.Tensor):
+            self.stored = held
+        else:
+            self.factored, self._norm_sq = held, held.norm_sq()
+
+    def add(self, operand: Operand) -> None:
+        """One more contribution."""
+        self.stored = self.materialize() + operand.grad_sample()
+        self._norm_sq = None
+
+    def materialize(self) -> torch.Tensor:
+        """[B, *shape]: the stored per-sample gradients, formed now if they were factored."""
+        if self.stored is None:
+            if self.factored is None:
+                raise ValueError("materialize(): no contribution was added, expected at least one")
+            self.stored, self.factored, self._norm_sq = self.factored.grad_sample(), None, None
+        return self.stored
+
+    def let_go(self) -> None:
+        """Free the factors: they are summed, and the sums of other parameters need room."""
+        self.factored = None
+
+    def norm_sq(self) -> torch.Tensor:
+        """[B]: squared norm of each sample's gradient, as computed."""
+        if self._norm_sq is None:
+            self._norm_sq = squared_norms(self.materialize())
+        return self._norm_sq
+
+    def bound_sq(self) -> torch.Tensor:
+        """[B]: the square of what each sample's summed contribution can reach before its factor.
+
+        Factors are taken from it, so that the vector that is summed has norm at most C in spite of
+        rounding (docs/math.md, section 1).
+        """
+        norm_sq = self.norm_sq()
+        if self.factored is not None:
+            return self.factored.norm_bound(norm_sq).square().to(norm_sq.dtype)
+        return margins.of_values_sq(norm_sq)
+
+
+class PendingGradients:
+    """The sink of one model's capture: collects contributions, and reports when backward ends.
+
+    Args:
+        planner: chooses how each parameter's norm is computed.
+        capture: the model's capture, for names and for whether the batch was empty.
+        done: called once at the end of each backward pass with this object.
+        streams: on which contributions are formed.
+    """
+
+    trains = True
+
+    def __init__(
+        self,
+        planner: Planner,
+        capture: Session,
+        done: Callable[[PendingGradients], None],
+        streams: Streams,
+    ):
+        self.planner = planner
+        self.names = capture.names
+        self._capture = capture
+        self._done = done
+        self._streams = streams
+        self.samples: int | None = None
+        self.gradients: dict[nn.Parameter, ParameterGradient] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether the model's batch had no sample (and a blank one stood in for it)."""
+        return self._capture.empty
+
+    def begin(self, samples: int) -> None:
+        """A backward pass over `samples` samples is under way; its end will be reported."""
+        if self.samples is None:
+            self.samples = samples
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        elif self.samples != samples:
+            raise NotPerSample(
+                f"one backward pass covers forward passes over {self.samples} and {samples} "
+                "samples, so their rows cannot be paired; run backward() and step() for each"
+            )
+
+    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
+        """Nothing to do: only a trial run looks at what passes by."""
+
+    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
+        """One parameter's contribution from one call of one layer."""
+        parameter = self._capture.held_as(parameter)
+        self._streams.note(parameter.device)
+        gradient = self.gradients.setdefault(parameter, ParameterGradient())
+        name = self.names.get(id(parameter), "?")
+        if gradient.started:
+            self.planner.reused(name)
+            gradient.add(operand)
+            return
+        choice = self.planner.choose(operand, name, layer, parameter)
+        gradient.begin(held_by(choice.strategy, operand, parameter, choice.forced))
+
+    def refuse_not_finite(self, norm_sq: torch.Tensor) -> None:
+        """Raise for the first sample whose `norm_sq`, [B], over all parameters is not finite."""
+        finite = norm_sq.isfinite()
+        if bool(finite.all()):
+            return
+        sample = int((~finite).nonzero()[0])
+        layers = [
+            self.names.get(id(p), "?")
+            for p, g in self.gradients.items()
+            if not bool(g.norm_sq()[sample].isfinite())
+        ]
+        raise ValueError(
+            f"sample {sample} of this batch has a gradient that is not finite (parameters: "
+            f"{', '.join(layers[:4])}{', ...' if len(layers) > 4 else ''}). Look for NaN or "
+            "infinite values in its input or target, or a diverging loss; nothing was released"
+        )
+
+    def reset(self) -> None:
+        """Forget everything: the end of a backward pass, or one that failed half-way."""
+        self.samples = None
+        self.gradients = {}
+        self._streams.forget()
+
+    def _finish(self) -> None:
+        try:
+            refuse_graph_capture("backward()")
+            self._streams.gather()
+            try:
+                with full_precision():
+                    self._done(self)
+                self.planner.settle()
+            finally:
+                self._streams.complete()
+        finally:
+            self.reset()

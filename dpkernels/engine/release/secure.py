@@ -1,0 +1,209 @@
+"""``secure_mode=True``: noise that floating-point arithmetic cannot give away.
+
+Each sample's clipped gradient is rounded to a grid, integers are summed exactly, and integer noise
+is added: what is released is a function of an integer vector whose law is proven (docs/math.md,
+section 3, "Integer noise").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.pending import ParameterGradient, PendingGradients
+from dpkernels.ops.noise import discrete_gaussian_noise_
+from dpkernels.ops.noise.table import VARIANCE
+
+#: variance that the smoothing argument takes off the continuous Gaussian behind the integers
+_SMOOTHING_VARIANCE = 4.0
+#: what float64 rounding of norms and products may add to a norm, relatively; far above what it does
+_SLACK = 2.0**-18
+#: largest norm of one sample in steps of the grid: 2^22 of them fit into 64-bit sums
+_LARGEST_STEPS = 2.0**40
+#: gradients are rounded for so many values at a time, in float64
+_VALUES_AT_A_TIME = 2**20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the clipped sum of one logical batch is rounded to.
+
+    The noise has a fixed standard deviation in steps of the grid, so the grid's width follows from
+    the noise multiplier, and the sensitivity from the width.
+
+    Attributes:
+        noise_multiplier: std of the noise divided by the sensitivity, > 0.
+        bound: C, the norm of a sample's clipped gradient before rounding.
+        dimension: D, number of trained values.
+
+    Raises:
+        ValueError: the rounding would more than double the sensitivity, or the grid is too fine.
+    """
+
+    noise_multiplier: float
+    bound: float
+    dimension: int
+
+    def __post_init__(self) -> None:
+        if not self.noise_multiplier > 0.0:
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier}: secure_mode=True protects the noise, "
+                "so it expects a number > 0"
+            )
+        if self.steps > _LARGEST_STEPS:
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier}: secure_mode=True expects at least "
+                f"{math.sqrt(VARIANCE) / _LARGEST_STEPS:.1g}"
+            )
+        if self.steps < math.sqrt(self.dimension):
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier}: with {self.dimension} trained values "
+                "rounding would more than double the sensitivity in secure_mode=True; expected at "
+                f"most {self.noise_multiplier * self.steps / math.sqrt(self.dimension):.3g}"
+            )
+
+    @property
+    def steps(self) -> float:
+        """The sensitivity in steps of the grid: no sample's integers have a larger norm."""
+        return math.sqrt(VARIANCE - _SMOOTHING_VARIANCE) / self.noise_multiplier
+
+    @property
+    def width(self) -> float:
+        """One step, in units of the gradient: C_grid = C + width * sqrt(D) / 2 = steps * width."""
+        return self.bound * (1.0 + _SLACK) / (self.steps - math.sqrt(self.dimension) / 2.0)
+
+    @property
+    def sensitivity(self) -> float:
+        """C_grid, in units of the gradient."""
+        return self.steps * self.width
+
+
+class SecureDPOptimizer(FusedDPOptimizer):
+    """The optimizer of ``secure_mode=True``: exact sums of integers, discrete Gaussian noise.
+
+    Norms are taken in float64 of the very per-sample gradients that are rounded, so these are kept
+    for all parameters until the end of the backward pass, whatever the planner prefers.
+
+    Guarantees:
+        The integers that one sample adds have a norm of at most ``Grid.steps``, checked for every
+        sample; sums are exact; the noise is within total variation 1e-33 per value of the discrete
+        Gaussian with standard deviation ``noise_multiplier * Grid.steps`` (to 1e-14, upwards), and
+        gradients are a function of the noisy integers.
+    """
+
+    def __init__(self, *args: Any, clipping: str = "flat", **kwargs: Any):
+        if clipping == "adaptive":
+            raise ValueError(
+                "clipping='adaptive': its noisy count is not on the grid of secure_mode=True; use "
+                "'flat', 'per_layer' or 'automatic'"
+            )
+        processes = kwargs.get("processes")
+        if processes is not None and processes.world_size > 1:
+            raise ValueError(
+                f"secure_mode=True: {processes.world_size} processes train together, and its "
+                "integers are summed in one; train in one process, or without secure_mode"
+            )
+        if kwargs.get("generator") is not None:
+            raise ValueError("Passing seed is prohibited in secure mode")
+        super().__init__(*args, clipping=clipping, **kwargs)
+        self.secure_mode = True
+        self._grid: Grid | None = None
+        self._integers: dict[nn.Parameter, torch.Tensor] = {}
+        self._contributions: dict[nn.Parameter, torch.Tensor] = {}
+
+    def grid(self) -> Grid:
+        """The grid of the logical batch under way.
+
+        Raises:
+            ValueError: the mechanism was changed since its first physical batch.
+        """
+        noise_multiplier, bound = float(self.noise_multiplier), float(self.max_grad_norm)
+        if self._grid is None:
+            self._grid = Grid(noise_multiplier, bound, sum(p.numel() for p in self.params))
+        elif noise_multiplier != self._grid.noise_multiplier or bound > self._grid.bound:
+            raise ValueError(
+                f"noise_multiplier={noise_multiplier}, max_grad_norm={bound}: the logical batch "
+                f"began with {self._grid.noise_multiplier} and {self._grid.bound}, to which its "
+                "grid was fitted; change them after optimizer.step()"
+            )
+        return self._grid
+
+    def _norm_sq(self, gradient: ParameterGradient) -> torch.Tensor:
+        stored = gradient.materialize()
+        norm = torch.linalg.vector_norm(stored.flatten(1), dim=1, dtype=torch.float64)
+        return norm.square()
+
+    def _clip(self, gradients: PendingGradients) -> dict[nn.Parameter, torch.Tensor]:
+        factors = super()._clip(gradients)
+        grid = self.grid()
+        self._contributions = {}
+        norm_sq = torch.zeros(1, dtype=torch.float64)
+        for parameter, factor in factors.items():
+            stored = gradients.gradients[parameter].materialize()
+            weight = (factor / grid.width).to(stored.device)
+            self._contributions[parameter], squares = rounded_sum(stored, weight)
+            norm_sq = norm_sq + squares.cpu()
+        if factors and float(norm_sq.max()) * (1.0 + _SLACK / 4) > grid.steps**2:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm}: a sample's integers exceed the sensitivity "
+                f"of {grid.steps} steps, so nothing was released; parameters were unfrozen within "
+                "a logical batch, or this is a fault of the engine: please report it"
+            )
+        return factors
+
+    def _write(
+        self,
+        found: dict[nn.Parameter, ParameterGradient],
+        factors: dict[nn.Parameter, torch.Tensor],
+        last: bool,
+        noise_std: float,
+    ) -> None:
+        scale = self.grid().width / self._divisor(self._iterations + 1)
+        for parameter in self.params:
+            total = self._integers.get(parameter)
+            if total is None:
+                total = torch.zeros(parameter.shape, dtype=torch.int64, device=parameter.device)
+                self._integers[parameter] = total
+            contribution = self._contributions.pop(parameter, None)
+            if contribution is not None:
+                total += contribution
+            if noise_std:
+                discrete_gaussian_noise_(total, *self._noise.take_blocks(total.numel()))
+            if last:
+                parameter.grad = (total.double() * scale).to(parameter.dtype)
+                self._private[parameter] = parameter.grad
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        if not self._is_last_step_skipped:
+            self._grid = None
+            self._integers.clear()
+        super().zero_grad(set_to_none)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_integers": {}, "_contributions": {}, "_grid": None}
+
+
+def rounded_sum(stored: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each sample's weighted gradient to integers, then add them up exactly.
+
+    Args:
+        stored: [B, *shape], per-sample gradients.
+        weight: [B] float64; samples of weight 0 are not read.
+
+    Returns:
+        [*shape] int64, the sum of the integers; [B] float64, the squared norm of each sample's.
+    """
+    total = torch.zeros(stored.shape[1:], dtype=torch.int64, device=stored.device)
+    squares = torch.zeros(len(stored), dtype=torch.float64, device=stored.device)
+    at_a_time = max(1, _VALUES_AT_A_TIME // max(1, total.numel()))
+    for rows in weight.nonzero().flatten().split(at_a_time):
+        shape = (-1, *(1 for _ in total.shape))
+        integers = (stored[rows].double() * weight[rows].double().reshape(shape)).round_()
+        squares[rows] = integers.square().flatten(1).sum(1)
+        total += integers.to(torch.int64).sum(0)
+    return total, squares

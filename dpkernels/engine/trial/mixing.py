@@ -1,0 +1,349 @@
+"""Do samples mix? One sample of a batch is replaced; nothing that belongs to the others may move.
+
+Run once before training starts, this finds what no list of layer types can: a transposed batch
+axis, positions embedded once for the whole batch, statistics over the batch, a loss that
+normalises by the whole batch. Both runs draw the same random numbers, of torch, numpy and Python,
+so dropout and randomly skipped layers do not matter.
+
+Each run is a forward and a backward pass over the whole batch, without weight gradients. A few of
+its samples would not do: statistics over groups of ``batch / groups`` samples mix nobody in a batch
+of ``groups``, and everybody in a larger one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map
+
+from dpkernels.engine.capture.layer import is_packed, leaves_of
+from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.engine.trial.fingerprints import Observer, Seen
+
+#: relative change of another sample's values that counts as rounding, by significand
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_COARSE_TOLERANCE = 3e-2
+#: the same where a repeated run gives the same bits
+_FINE_TOLERANCE = 1e-3
+#: below this, float32 has fewer digits
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def find_mixing(
+    capture: Session,
+    run: Callable[[Any], list[torch.Tensor]],
+    batch: Any,
+    rows: int,
+    source: int = -1,
+) -> str | None:
+    """Where another sample's values move when the first or the last is replaced; None if nowhere.
+
+    Both, because a row that takes everybody's gradient (``positions(ids)[0]``) hides behind the
+    sample that owns it.
+
+    Args:
+        capture: the model's capture.
+        run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
+        batch: nested arguments that :func:`can_tell`; every tensor with `rows` rows on the sample
+            axis is batched.
+        rows: rows of the batch.
+        source: the sample that takes the place of the replaced one, where it differs from it.
+
+    Returns:
+        A sentence that names the layer, or None.
+    """
+    views = capture.views
+    samples = rows // views
+    source %= samples
+    batch = tree_map(_apart, batch, is_leaf=is_packed)
+    replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
+    with _own_random_numbers(capture.root):
+        seed = int(torch.randint(2**31, ()))
+        first = _observe(capture, run, batch, seed)
+        for target, preferred in replaced:
+            others = _unlike(batch, rows, views, capture.axis, target)
+            other = preferred if preferred in others else others[-1]
+            twin = _twin(batch, rows, views, capture.axis, target, other)
+            try:
+                second = _observe(capture, run, twin, seed)
+            except RuntimeError:
+                kept = _twin(batch, rows, views, capture.axis, target, other, keep_lengths=True)
+                second = _observe(capture, run, kept, seed)
+            fault = _compare(first, second, target)
+            faint = _compare(first, second, target, _FINE_TOLERANCE)
+            if fault is None and faint is not None and _same_shapes(first, second):
+                again = _observe(capture, run, batch, seed)
+                fault = faint if _compare(first, again, None, 0.0) is None else None
+            if fault is not None:
+                return fault
+    return None
+
+
+def can_tell(batch: Any, rows: int, views: int, axis: int) -> bool:
+    """Whether replacing the first or the last sample of a batch can show that samples mix.
+
+    Not so in a batch of one, or one that is all alike, such as the zeros of a trial by hand.
+    """
+    samples = rows // views
+    return samples > 1 and all(
+        _unlike(batch, rows, views, axis, target) for target in (0, samples - 1)
+    )
+
+
+def _unlike(batch: Any, rows: int, views: int, axis: int, target: int) -> list[int]:
+    """Samples that differ from sample `target`."""
+    samples = rows // views
+    unlike = torch.zeros(samples, dtype=torch.bool)
+    for leaf in leaves_of(batch):
+        if is_packed(leaf):
+            unlike[:] = True
+        elif isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
+            values = leaf.detach().movedim(axis, 0).reshape(samples, -1)
+            unlike |= (values != values[target]).any(1).cpu()
+    unlike[target] = False
+    return unlike.nonzero().flatten().tolist()
+
+
+@contextlib.contextmanager
+def _own_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Give every generator that a forward pass may draw from its state back afterwards."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - models use it
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
+
+
+def _observe(
+    capture: Session, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
+) -> Observer:
+    sink, observer = capture.sink, Observer()
+    capture.sink = observer
+    try:
+        with _kept_buffers(capture.root):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            outputs = [t for t in run(batch) if t.requires_grad]
+            torch.manual_seed(seed + 1)
+            slopes = [_slopes(t) if t.ndim > capture.axis else torch.ones_like(t) for t in outputs]
+            if outputs:
+                torch.autograd.backward(outputs, slopes)
+            if capture.anchor.is_cuda:  # a model may work on streams of its own
+                torch.cuda.synchronize(capture.anchor.device)
+            buffers = capture.root.named_buffers()
+            observer.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
+    finally:
+        capture.sink = sink
+    return observer
+
+
+def _slopes(output: torch.Tensor) -> torch.Tensor:
+    """The gradient of a stand-in loss: a sum over samples, and not the same wherever it is."""
+    return torch.rand_like(output).add_(output.detach())
+
+
+def _same_shapes(first: Observer, second: Observer) -> bool:
+    return [s.shape for s in first.seen] == [s.shape for s in second.seen]
+
+
+def _compare(
+    first: Observer, second: Observer, replaced: int | None, most: float = _COARSE_TOLERANCE
+) -> str | None:
+    """What moved between two runs, beyond a relative tolerance of at most `most`."""
+    if [(s.layer, s.kind) for s in first.seen] != [(s.layer, s.kind) for s in second.seen]:
+        return "the model takes another path through its layers when one sample is replaced"
+    for a, b in zip(first.seen, second.seen):
+        before = first.fingerprint(a)
+        moved = (before - second.fingerprint(b)).abs()
+        if replaced is not None:
+            moved[replaced] = 0.0
+        sum_scale, norm_sq_scale = before.abs().amax(0)
+        # a sum may cancel (behind a LayerNorm it is 0 but for rounding): its terms do not
+        sum_scale = torch.maximum(sum_scale, norm_sq_scale.sqrt())
+        scale = torch.stack([sum_scale + _TINY, norm_sq_scale + _TINY**2])
+        samples = (moved > min(_tolerance(a.dtype), most) * scale).any(1).nonzero()
+        if len(samples):
+            return _sentence(a, int(samples[0]), replaced)
+    for name, buffer in first.buffers.items():
+        if _moved(buffer, second.buffers.get(name)):
+            return (
+                f"buffer {name!r}: what the forward pass leaves in it moves when sample {replaced} "
+                "is replaced, so it keeps private data that nothing clips or adds noise to. Do not "
+                "update it in training (put its module in eval mode)"
+            )
+    return None
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative change of another sample's values that counts as rounding."""
+    if not dtype.is_floating_point:
+        return _TOLERANCE[torch.float64]
+    return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
+
+
+def _moved(buffer: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether two runs left a buffer different, beyond rounding."""
+    if other is None or buffer.shape != other.shape:
+        return True
+    if not buffer.is_floating_point():
+        return not torch.equal(buffer, other)
+    tolerance = _tolerance(buffer.dtype)
+    return not torch.allclose(
+        buffer.double(), other.double(), rtol=tolerance, atol=0.0, equal_nan=True
+    )
+
+
+def _sentence(seen: Seen, sample: int, replaced: int | None) -> str:
+    if seen.kind == "criterion":
+        return (
+            f"the gradient of the criterion for sample {sample} moves when sample {replaced} is "
+            "replaced: the criterion couples samples (batch-wide Dice, weighted or ignore_index "
+            "mean, a contrastive loss). Use a loss that is a mean of per-sample losses"
+        )
+    return (
+        f"layer {seen.layer!r}: the {seen.kind} of sample {sample} move when sample {replaced} is "
+        "replaced, so rows of its first axis are not the samples, or a layer beside it couples "
+        "samples, or a loss in the model does. Give the layer inputs with the sample axis first "
+        "(batch_first=True in attention and recurrent layers, positions as [batch, length]), "
+        "GroupNorm for batch statistics"
+    )
+
+
+def _twin(
+    batch: Any,
+    rows: int,
+    views: int,
+    axis: int,
+    target: int,
+    source: int,
+    *,
+    keep_lengths: bool = False,
+) -> Any:
+    """The batch with sample `target` replaced by `source`.
+
+    With `keep_lengths`, one integer per sample stays: a model may want lengths sorted.
+    """
+
+    def one(leaf: Any) -> Any:
+        tensor = isinstance(leaf, torch.Tensor)
+        if keep_lengths and tensor and leaf.ndim == 1 and not leaf.is_floating_point():
+            return leaf
+        return _replace(leaf, rows, views, axis, target, source)
+
+    return tree_map(one, batch, is_leaf=is_packed)
+
+
+def _apart(leaf: Any) -> Any:
+    """The same values with a graph of their own, so that a trial's gradients end with them."""
+    if isinstance(leaf, PackedSequence):
+        return PackedSequence(_apart(leaf.data), *leaf[1:])
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().requires_grad_(leaf.requires_grad)
+
+
+def _replace(leaf: Any, rows: int, views: int, axis: int, target: int, source: int) -> Any:
+    """The tensor with the rows of sample `target` replaced by those of sample `source`."""
+    if isinstance(leaf, PackedSequence):
+        return _replace_packed(leaf, target, source)
+    if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != rows:
+        return leaf
+    twin = leaf.detach().clone()
+    rows_of_source = leaf.detach().narrow(axis, source * views, views)
+    twin.narrow(axis, target * views, views).copy_(rows_of_source)
+    return twin.requires_grad_(leaf.requires_grad)
+
+
+def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedSequence:
+    """The sequence with the steps of sample `target` replaced by those of `source`, over again
+    where it is shorter: all lengths stay."""
+    places = packed.unsorted_indices
+    to, of = (target, source) if places is None else (int(places[target]), int(places[source]))
+    steps = packed.data.detach().clone().split(packed.batch_sizes.tolist())
+    others = [step[of].clone() for step in steps if len(step) > of]
+    for t, step in enumerate(steps):
+        if len(step) > to:
+            step[to] = others[t % len(others)]
+    data = torch.cat(steps).requires_grad_(packed.data.requires_grad)
+    return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, places)
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Give buffers their values back afterwards: a trial run leaves no trace."""
+    kept = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in kept:
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
+
+
+def check_criterion(
+    model: nn.Module,
+    capture: Session,
+    criterion: Callable[..., torch.Tensor],
+    batch: Sequence[Any],
+) -> None:
+    """Raise :class:`NotPerSample` where model or criterion let samples influence each other.
+
+    Args:
+        model: the captured model, in training mode.
+        capture: its capture.
+        criterion: called as ``criterion(model(*inputs), target)``.
+        batch: inputs, then the target; at least two samples.
+    """
+    rows = batch[0].shape[capture.axis]
+    if not can_tell(list(batch), rows, capture.views, capture.axis):
+        raise ValueError(f"batch: it holds {rows} rows, expected two samples or more that differ")
+
+    def run(batch: Sequence[Any]) -> list[torch.Tensor]:
+        *inputs, target = batch
+        return [criterion(model(*inputs), target)]
+
+    probe, capture.probe = capture.probe, None
+    tried, capture.tried = capture.tried, None
+    samples = rows // capture.views
+    try:
+        for source in sorted({1, samples // 2, samples - 1}):
+            refuse_mixing(capture, run, list(batch), rows, source)
+    finally:
+        capture.probe, capture.tried = probe, tried
+
+
+def refuse_mixing(
+    capture: Session,
+    run: Callable[[Any], list[torch.Tensor]],
+    batch: Any,
+    rows: int,
+    source: int = -1,
+) -> bool:
+    """Raise :class:`NotPerSample` where :func:`find_mixing` finds mixing.
+
+    Returns:
+        Whether the batch could tell.
+    """
+    if not can_tell(batch, rows, capture.views, capture.axis):
+        return False
+    fault = find_mixing(capture, run, batch, rows, source)
+    if fault is not None:
+        raise NotPerSample(fault)
+    return True

@@ -1,0 +1,53 @@
+"""Embedding tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from dpkernels.layers.operands import EmbeddingOperand, Operand
+from dpkernels.layers.rule import Rule
+
+
+def table_refusal(module: nn.Module) -> str | None:
+    """Why an embedding table has no per-sample gradient; None if it has."""
+    if module.max_norm is not None:
+        return "max_norm rescales the table in place from private indices; use max_norm=None"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq counts over the whole batch; use scale_grad_by_freq=False"
+    return None
+
+
+class EmbeddingRule(Rule):
+    """``nn.Embedding`` on indices [rows, *]."""
+
+    handles = (nn.Embedding,)
+    parameters = ("weight",)
+
+    def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
+        return input.ndim >= 1
+
+    def refusal(self, module: nn.Module) -> str | None:
+        return table_refusal(module)
+
+    def operands(
+        self,
+        module: nn.Module,
+        activations: tuple[torch.Tensor, ...],
+        backprops: torch.Tensor,
+        samples: int,
+        wanted: frozenset[str],
+    ) -> Iterable[tuple[str, Operand]]:
+        (indices,) = activations
+        padding_idx = -1 if module.padding_idx is None else module.padding_idx
+        yield (
+            "weight",
+            EmbeddingOperand(
+                indices.reshape(samples, -1).long(),
+                backprops.reshape(samples, -1, backprops.shape[-1]),
+                module.num_embeddings,
+                padding_idx,
+            ),
+        )

@@ -1,0 +1,69 @@
+"""Linear layers, and GPT-2's, whose weight is transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from dpkernels import ops
+from dpkernels.layers.fold import merge_rows
+from dpkernels.layers.operands import LinearOperand, Operand, StoredOperand
+from dpkernels.layers.rule import Rule
+
+
+class LinearRule(Rule):
+    """``nn.Linear`` on [rows, *, I]; every axis between the first and the last is a position."""
+
+    handles = (nn.Linear,)
+
+    def operands(
+        self,
+        module: nn.Module,
+        activations: tuple[torch.Tensor, ...],
+        backprops: torch.Tensor,
+        samples: int,
+        wanted: frozenset[str],
+    ) -> Iterable[tuple[str, Operand]]:
+        grad = merge_rows(backprops.reshape(len(backprops), -1, backprops.shape[-1]), samples)
+        if "weight" in wanted:
+            (x,) = activations
+            x = merge_rows(x.reshape(len(x), -1, x.shape[-1]), samples)
+            yield "weight", LinearOperand(x.to(grad.dtype), grad)
+        if "bias" in wanted:
+            yield "bias", StoredOperand(ops.bias_last_grad_sample(grad))
+
+
+class TransposedLinearRule(Rule):
+    """``transformers.pytorch_utils.Conv1D`` (GPT-2): a Linear layer with weight [I, O].
+
+    Known by its full name, so that `transformers` need not be imported or installed.
+    """
+
+    handles = ()
+
+    def applies(self, module: nn.Module) -> bool:
+        cls = type(module)
+        return (
+            f"{cls.__module__}.{cls.__qualname__}" == "transformers.pytorch_utils.Conv1D"
+            and "forward" not in module.__dict__
+            and set(module._parameters) == {"weight", "bias"}
+            and not module._modules
+        )
+
+    def operands(
+        self,
+        module: nn.Module,
+        activations: tuple[torch.Tensor, ...],
+        backprops: torch.Tensor,
+        samples: int,
+        wanted: frozenset[str],
+    ) -> Iterable[tuple[str, Operand]]:
+        grad = merge_rows(backprops.reshape(len(backprops), -1, backprops.shape[-1]), samples)
+        if "weight" in wanted:
+            (x,) = activations
+            x = merge_rows(x.reshape(len(x), -1, x.shape[-1]), samples)
+            yield "weight", LinearOperand(grad, x.to(grad.dtype))
+        if "bias" in wanted:
+            yield "bias", StoredOperand(ops.bias_last_grad_sample(grad))
