@@ -238,13 +238,14 @@ class PrivacyEngine(OpacusPrivacyEngine):
             batch_first=batch_first,
             rand_on_empty=rand_on_empty,
         )
-        private_optimizer = optimizer_class(clipping, processes, self.secure_mode)(
+        private_optimizer = optimizer_class(clipping, processes)(
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             expected_batch_size=expected_batch_size_of(data_loader, processes.world_size),
             generator=noise_generator,
             views_per_sample=views_per_sample,
             materialize_grad_samples=materialize_grad_samples,
             processes=processes,
+            secure_mode=self.secure_mode,
             **shared,
         )
         private_optimizer.attach_grad_scaler(grad_scaler)

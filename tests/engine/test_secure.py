@@ -17,7 +17,8 @@ from dpkernels import PrivacyEngine
 from dpkernels.engine.processes.collectives import Processes
 from dpkernels.engine.release import secure
 from dpkernels.engine.release.clipping import Clipping
-from dpkernels.engine.release.secure import Grid, SecureDPOptimizer, rounded_sum
+from dpkernels.engine.release.optimizer import FusedDPOptimizer
+from dpkernels.engine.release.secure import Grid, rounded_sum
 from dpkernels.engine.sampling import SystemPoissonSampler
 from dpkernels.ops.noise.table import VARIANCE
 from tests.engine.support import squared_loss, values
@@ -37,7 +38,7 @@ def network() -> nn.Module:
 
 def private(
     model: nn.Module, x: torch.Tensor = X, noise: float = 1.0, **kwargs: object
-) -> tuple[nn.Module, SecureDPOptimizer, DataLoader, PrivacyEngine]:
+) -> tuple[nn.Module, FusedDPOptimizer, DataLoader, PrivacyEngine]:
     engine = PrivacyEngine(secure_mode=True)
     batch = int(kwargs.pop("batch_size", len(x)))
     arguments = {"noise_multiplier": noise, "max_grad_norm": BOUND, **kwargs}
@@ -75,7 +76,7 @@ def test_what_is_released_lies_on_the_grid_and_hides_nothing_more() -> None:
     model = network().double()
     wrapped, optimizer, _, _ = private(model, X.double())
     squared_loss(wrapped, (X.double(),)).backward()
-    grid = optimizer.grid()
+    grid = optimizer.private_sum.grid
     steps = flat(model) * len(X) / grid.width
     assert steps.abs().max() > 1e6
     assert ((steps - steps.round()).abs() < 1e-4).all()
@@ -83,7 +84,9 @@ def test_what_is_released_lies_on_the_grid_and_hides_nothing_more() -> None:
     wrapped, optimizer, _, _ = private(single)
     squared_loss(wrapped, (X,)).backward()
     for p in single.parameters():
-        exact = optimizer._integers[p].double() * (optimizer.grid().width / len(X))
+        exact = optimizer.private_sum.integers[p].double() * (
+            optimizer.private_sum.grid.width / len(X)
+        )
         assert torch.equal(p.grad, exact.float())
 
 
@@ -95,7 +98,7 @@ def test_noise_has_the_deviation_of_the_sensitivity_on_the_grid(noise: float) ->
     optimizer.make_private_noise_only()
     released = flat(model) * 4
     count = len(released)
-    grid = optimizer.grid()
+    grid = optimizer.private_sum.grid
     assert grid.sensitivity == pytest.approx(1.0 + grid.width * math.sqrt(count) / 2, rel=1e-5)
     error = 5 / math.sqrt(2 * count)
     assert abs(float(released.std()) / (noise * grid.sensitivity) - 1) < error
@@ -144,8 +147,8 @@ def test_neighbours_differ_by_one_samples_integers_exactly() -> None:
             if position + 1 < len(order):
                 optimizer.step()
                 optimizer.zero_grad()
-        steps = optimizer.grid().steps
-        return [optimizer._integers[p] for p in model.parameters()], steps
+        steps = optimizer.private_sum.grid.steps
+        return [optimizer.private_sum.integers[p] for p in model.parameters()], steps
 
     whole, steps = integers([0, 1, 2, 3, 4, 5])
     shuffled, _ = integers([5, 3, 1, 0, 2, 4])
@@ -269,7 +272,10 @@ def test_copies_draw_noise_of_their_own() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "no noise": (lambda: private(network(), noise=0.0)[1].grid(), "noise_multiplier=0.0"),
+    "no noise": (
+        lambda: private(network(), noise=0.0)[1].make_private_noise_only(),
+        "noise_multiplier=0.0",
+    ),
     "hardly any": (lambda: Grid(1e-6, 1.0, 3), "expected at least|expects at least"),
     "far too much": (lambda: Grid(1e5, 1.0, 10**6), "more than double the sensitivity.*at most"),
     "adaptive": (
@@ -310,9 +316,9 @@ def test_several_processes_are_refused() -> None:
     processes = Processes()
     processes.world_size = 2
     with pytest.raises(ValueError, match="secure_mode=True: 2 processes"):
-        SecureDPOptimizer(
+        FusedDPOptimizer(
             torch.optim.SGD(network().parameters(), lr=0.1), noise_multiplier=1.0,
-            max_grad_norm=1.0, expected_batch_size=4, processes=processes,
+            max_grad_norm=1.0, expected_batch_size=4, processes=processes, secure_mode=True,
         )  # fmt: skip
 
 

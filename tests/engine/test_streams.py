@@ -139,7 +139,7 @@ def form_contributions_on(
 def test_the_engine_gathers_before_it_reads_and_steps_after_it_wrote(
     on, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpkernels.engine.release.noisy_sum.Streams", OnCpu)
+    monkeypatch.setattr("dpkernels.engine.release.optimizer.Streams", OnCpu)
     x = values(4, 6).float()
     _, model, optimizer, _ = made_private(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2)), x)
     clip = optimizer._clip
@@ -168,7 +168,7 @@ def test_the_engine_gathers_before_it_reads_and_steps_after_it_wrote(
 
 
 def test_a_backward_pass_that_failed_leaves_no_stream_behind(on, monkeypatch) -> None:
-    monkeypatch.setattr("dpkernels.engine.release.noisy_sum.Streams", OnCpu)
+    monkeypatch.setattr("dpkernels.engine.release.optimizer.Streams", OnCpu)
     x = values(4, 6).float()
     _, model, optimizer, _ = made_private(nn.Linear(6, 2), x)
     with pytest.raises(ValueError, match="not finite"):
@@ -181,7 +181,7 @@ def test_a_backward_pass_that_failed_leaves_no_stream_behind(on, monkeypatch) ->
 
 def test_noise_alone_is_waited_for_too(on, monkeypatch) -> None:
     """It may add to sums of another stream, and a step on a third one may follow."""
-    monkeypatch.setattr("dpkernels.engine.release.noisy_sum.Streams", OnCpu)
+    monkeypatch.setattr("dpkernels.engine.release.optimizer.Streams", OnCpu)
     x = values(4, 6).float()
     _, model, optimizer, _ = made_private(nn.Linear(6, 2), x, 1.0, poisson_sampling=False)
     on(SIDE)
@@ -201,7 +201,7 @@ def test_factors_outlive_their_sum_where_another_stream_made_them(
     on, monkeypatch: pytest.MonkeyPatch, stream: FakeStream
 ) -> None:
     """Memory is taken again on the stream it is of, whoever still reads it."""
-    monkeypatch.setattr("dpkernels.engine.release.noisy_sum.Streams", OnCpu)
+    monkeypatch.setattr("dpkernels.engine.release.optimizer.Streams", OnCpu)
     let_go: list[int] = []
     monkeypatch.setattr(ParameterGradient, "let_go", lambda self: let_go.append(1))
     x = values(4, 6).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from copy import copy
 from inspect import CO_GENERATOR
 from types import FrameType
 from typing import Any
@@ -18,13 +19,16 @@ from torch.optim import Optimizer
 from dpkernels.engine.capture.streams import Streams, refuse_graph_capture
 from dpkernels.engine.processes.collectives import Processes
 from dpkernels.engine.release.clipping import make_clipping, total_norm_sq
-from dpkernels.engine.release.loss_scale import warn_of_overflow
-from dpkernels.engine.release.noisy_sum import ReleasingOptimizer
+from dpkernels.engine.release.logical_batch import LogicalBatch
+from dpkernels.engine.release.loss_scale import ScaledLossOptimizer, warn_of_overflow
+from dpkernels.engine.release.noisy_sum import NoisySum, Pass, PrivateSum, draw
 from dpkernels.engine.release.pending import ParameterGradient, PendingGradients
 from dpkernels.engine.release.records import Mechanism, StepCounter, StepReport
+from dpkernels.engine.release.secure import GridSum, check_secure
+from dpkernels.ops.noise.source import NoiseSource
 
 
-class FusedDPOptimizer(ReleasingOptimizer):
+class FusedDPOptimizer(ScaledLossOptimizer):
     """An Opacus ``DPOptimizer`` that clips, sums and adds noise at the end of ``backward()``.
 
     After ``loss.backward()`` on the last physical batch of a logical step, ``p.grad`` holds
@@ -34,7 +38,10 @@ class FusedDPOptimizer(ReleasingOptimizer):
     Guarantees:
         With factors of at most ``max_grad_norm / norm``, one sample moves the sum by at most
         ``max_grad_norm``. Noise is added exactly once per logical step, also for parameters that
-        no sample reached and for empty batches.
+        no sample reached and for empty batches, for the mechanism that all processes agree on.
+
+    What is held between the calls, and which call may come next, is :class:`LogicalBatch`'s; how
+    samples are added up and noise is drawn, :class:`PrivateSum`'s.
 
     Args:
         optimizer: the wrapped optimizer.
@@ -49,7 +56,10 @@ class FusedDPOptimizer(ReleasingOptimizer):
         views_per_sample: rows per sample, averaged before clipping.
         materialize_grad_samples: also leave ``p.grad_sample``, [B, *p.shape].
         processes: the processes that train together; `expected_batch_size` is then that of one.
+        secure_mode: integers instead of floats, and noise to match.
     """
+
+    max_grad_norm: float
 
     def __init__(
         self,
@@ -64,39 +74,46 @@ class FusedDPOptimizer(ReleasingOptimizer):
         views_per_sample: int = 1,
         materialize_grad_samples: bool = False,
         processes: Processes | None = None,
+        secure_mode: bool = False,
         **kwargs: Any,
     ):
-        strategy = make_clipping(
+        self.processes = Processes() if processes is None else processes
+        if secure_mode:
+            check_secure(clipping, self.processes, generator)
+        self.processes.check_generator(generator)
+        self.clipping = make_clipping(
             clipping, max_grad_norm, noise_multiplier, params(optimizer), kwargs
         )
         super().__init__(
             optimizer,
-            clipping=strategy,
-            processes=Processes() if processes is None else processes,
             noise_multiplier=noise_multiplier,
-            max_grad_norm=strategy.max_grad_norm,
+            max_grad_norm=self.clipping.max_grad_norm,
             expected_batch_size=expected_batch_size,
             loss_reduction=loss_reduction,
             generator=generator,
+            secure_mode=secure_mode,
             **kwargs,
         )
         self.views_per_sample = views_per_sample
         self.materialize_grad_samples = materialize_grad_samples
         self.last_step: StepReport | None = None
-        self._is_last_step_skipped = False
         self.grad_accumulation_allowed = True
-        self._consumed = False
-        #: backward passes since the last ``step()``
-        self._passes = 0
+        self.streams = Streams()
+        self.logical_batch = LogicalBatch()
+        self._noise = NoiseSource()
+        self.private_sum: PrivateSum = (
+            GridSum(self._noise) if secure_mode else NoisySum(self.processes, self._noise)
+        )
         #: the generator that signals where logical batches end
         self._signals_from: FrameType | None = None
-        #: how many signals it is ahead of the steps, as its loader fetches; None before the first
+        #: by how many batches its signals run ahead of the steps; None before the first step.
+        #: BatchMemoryManager signals when a batch is fetched, which prefetching does early.
         self._ahead: int | None = None
 
     @property
     def accumulated_iterations(self) -> int:
         """Number of backward passes in the gradient that ``step()`` will use."""
-        return max(self._iterations, 1)
+        return max(self.logical_batch.iterations, 1)
 
     def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
         """Call `fn` before each step, in the place of what was attached before.
@@ -140,9 +157,12 @@ class FusedDPOptimizer(ReleasingOptimizer):
     def _abandon(self) -> None:
         """Drop a logical batch that is under way, and the signals for the rest of it."""
         self._step_skip_queue.clear()
-        if self._is_last_step_skipped:
-            self._is_last_step_skipped = False
+        if self.logical_batch.abandon():
             self.zero_grad(set_to_none=True)
+
+    def is_last_physical_batch(self) -> bool:
+        """Whether the backward pass to come ends a logical batch."""
+        return not self._check_skip_next_step(pop_next=False)
 
     def held_parameters(self) -> list[nn.Parameter]:
         """Every parameter of every group, also those that are frozen now."""
@@ -156,11 +176,10 @@ class FusedDPOptimizer(ReleasingOptimizer):
         """
         if not self.params:
             return
-        self._check_cleared()
+        self._check_backward()
         self._note_devices()
-        factors = self._clip(gradients)
-        self._passes += 1
-        self._release({} if gradients.empty else gradients.gradients, factors)
+        factors, scale = self._clip(gradients)
+        self._release({} if gradients.empty else gradients.gradients, factors, scale)
 
     def make_private_noise_only(self) -> None:
         """The gradient of an empty batch: noise alone, as the mechanism demands.
@@ -170,12 +189,11 @@ class FusedDPOptimizer(ReleasingOptimizer):
         """
         refuse_graph_capture("make_private_noise_only()")
         self.processes.check_noise_only()
-        self._check_cleared()
-        self._passes += 1
+        self._check_backward()
         self.last_step = None
         self._note_devices()
         self.streams.gather()
-        self._release({}, {})
+        self._release({}, {}, 1.0)
         self.streams.complete()
 
     def _note_devices(self) -> None:
@@ -183,37 +201,35 @@ class FusedDPOptimizer(ReleasingOptimizer):
         for device in {p.device for p in self.params}:
             self.streams.note(device)
 
-    def _check_cleared(self) -> None:
-        cleared = all(p.grad is None for p in self.params)
-        if self._consumed and cleared and not self._is_last_step_skipped:
+    def _check_backward(self) -> None:
+        """Raise where no backward pass may come next."""
+        self._follow_cleared_gradients()
+        self.logical_batch.check_backward(
+            self.params,
+            last=self.is_last_physical_batch(),
+            accumulation_allowed=self.grad_accumulation_allowed,
+        )
+
+    def _follow_cleared_gradients(self) -> None:
+        """A loop that sets every ``p.grad`` to None has no other need of ``zero_grad()``."""
+        if self.logical_batch.was_cleared_by_hand(self.params):
             self.zero_grad(set_to_none=True)
-        if self._consumed:
-            raise ValueError(
-                "Gradients haven't been cleared since the last optimizer step. In order to obtain "
-                "privacy guarantees you must call optimizer.zero_grad() on each step"
-            )
-        if self._passes and not self.grad_accumulation_allowed:
-            raise ValueError(
-                "Poisson sampling is not compatible with grad accumulation. You need to call "
-                "optimizer.step() after every forward/backward pass or consider using "
-                "BatchMemoryManager"
-            )
 
     def _sample_scale(self, samples: int) -> float:
         """What a captured gradient is multiplied by to be the gradient of one sample's loss."""
         rows = float(samples) if self.loss_reduction == "mean" else 1.0 / self.views_per_sample
         return rows / self.loss_scale()
 
-    def _clip(self, gradients: PendingGradients) -> dict[nn.Parameter, torch.Tensor]:
-        """By parameter, [B]: what captured gradients are multiplied by, clip factor times scale."""
+    def _clip(self, gradients: PendingGradients) -> tuple[dict[nn.Parameter, torch.Tensor], float]:
+        """By parameter, [B]: clip factors; and the scale that makes gradients those of samples."""
         samples = gradients.samples
         if samples is None:
             raise ValueError("gradients: expected those of a backward pass under way, got none")
         scale = self._sample_scale(samples)
-        norm_sq = [self._norm_sq(gradient) for gradient in gradients.gradients.values()]
+        norm_sq = [self.private_sum.norm_sq(gradient) for gradient in gradients.gradients.values()]
         if not norm_sq or gradients.empty:
             self.last_step = None
-            return {}
+            return {}, scale
         total = total_norm_sq(torch._foreach_mul(norm_sq, scale**2))
         if self.drops_overflow():
             warn_of_overflow(total)
@@ -222,7 +238,6 @@ class FusedDPOptimizer(ReleasingOptimizer):
         bounds = [gradient.bound_sq() for gradient in gradients.gradients.values()]
         bound_sq = dict(zip(gradients.gradients, torch._foreach_mul(bounds, scale**2), strict=True))
         factors = self.clipping.factors(bound_sq, float(self.max_grad_norm))
-        self.clipping.observe(factors)
         distinct = list({id(f): f for f in factors.values()}.values())
         clip_factor = distinct[0] if len(distinct) == 1 else torch.stack(distinct)
         self.last_step = StepReport(total.sqrt(), clip_factor)
@@ -238,16 +253,71 @@ class FusedDPOptimizer(ReleasingOptimizer):
                 else:
                     grad_sample = gradient.materialize() * scale
                 self._leave_grad_sample(parameter, grad_sample)
-        return {p: factor * scale for p, factor in factors.items()}
+        return factors, scale
 
-    def _norm_sq(self, gradient: ParameterGradient) -> torch.Tensor:
-        """[B]: squared norms of the captured gradients of one parameter."""
-        return gradient.norm_sq()
+    def _release(
+        self,
+        gradients: dict[nn.Parameter, ParameterGradient],
+        factors: dict[nn.Parameter, torch.Tensor],
+        scale: float,
+    ) -> None:
+        """Add the clipped sum to the logical batch; after its last pass, noise and ``p.grad``."""
+        batch, last = self.logical_batch, self.is_last_physical_batch()
+        mechanism = batch.note_mechanism(float(self.noise_multiplier), float(self.max_grad_norm))
+        if last:
+            mechanism = self._agreed(mechanism)
+            batch.agree(mechanism)
+        noise_std = 0.0
+        if last and not batch.iterations:
+            noise_std = self.clipping.gradient_noise(mechanism.noise_multiplier) * mechanism.bound
+        taken = Pass(
+            parameters=self.params,
+            gradients=gradients,
+            factors={p: factor * scale for p, factor in factors.items()},
+            mechanism=mechanism,
+            last=last,
+            noise_std=noise_std,
+            divisor=self._divisor(batch.iterations + 1),
+            earlier_divisor=self._divisor(batch.iterations) if batch.iterations else None,
+            generator=self.generator,
+            keep_factors=self.streams.several,
+        )
+        self.private_sum.begin(taken)
+        batch.begin_writing()
+        if factors:
+            self.clipping.observe(factors)
+        private = self.private_sum.write(taken)
+        for parameter, gradient in private.items():
+            parameter.grad = gradient
+        batch.wrote(private, last=last)
+
+    def _divisor(self, iterations: int) -> float:
+        """What the sum over `iterations` backward passes is divided by."""
+        return self._expected_samples(iterations) if self.loss_reduction == "mean" else 1.0
+
+    def _expected_samples(self, iterations: int) -> float:
+        """The expected number of samples of all processes in `iterations` backward passes."""
+        return float(self.expected_batch_size or 0) * iterations * self.processes.world_size
+
+    def _agreed(self, mechanism: Mechanism) -> Mechanism:
+        """The mechanism of all processes: one noise multiplier, the largest of their bounds."""
+        bound = self.processes.agree(
+            bound=mechanism.bound,
+            noise_multiplier=mechanism.noise_multiplier,
+            accumulated_iterations=self.logical_batch.iterations,
+            expected_batch_size=float(self.expected_batch_size or 0),
+        )
+        return Mechanism(mechanism.noise_multiplier, bound)
+
+    def _draw_once(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
+        """The sum of `tensor` over processes, with noise that the first of them draws."""
+        own_std = std if self.processes.rank == 0 else 0.0
+        return self.processes.total(draw(tensor, own_std, self._noise, self.generator))
 
     def _leave_grad_sample(self, parameter: nn.Parameter, grad_sample: torch.Tensor) -> None:
         """Set ``parameter.grad_sample``; a list, as Opacus has it, where passes accumulate."""
         earlier = getattr(parameter, "grad_sample", None)
-        if self._iterations and earlier is not None:
+        if self.logical_batch.iterations and earlier is not None:
             earlier = earlier if isinstance(earlier, list) else [earlier]
             parameter.grad_sample = [*earlier, grad_sample]  # type: ignore[attr-defined]
         else:
@@ -263,17 +333,14 @@ class FusedDPOptimizer(ReleasingOptimizer):
         """
         refuse_graph_capture("optimizer.zero_grad()")
         self.streams.wait()
+        dropped = self.logical_batch.clear()
         for p in self.held_parameters():
             p.grad_sample = None  # type: ignore[attr-defined]
-        if not self._is_last_step_skipped:
-            for p in self.held_parameters():
+            if dropped:
                 p.summed_grad = None  # type: ignore[attr-defined]
-            self._passes = 0
-            self._mechanism = None
+        if dropped:
+            self.private_sum.clear()
             self.clipping.reset()
-        self._iterations = 0
-        self._consumed = False
-        self._private.clear()
         self.original_optimizer.zero_grad(set_to_none)
         for p in self.held_parameters():
             if not p.requires_grad:
@@ -295,48 +362,18 @@ class FusedDPOptimizer(ReleasingOptimizer):
             return True
         if self._ahead is None and self._step_skip_queue:
             self._ahead = len(self._step_skip_queue) - 1
+        self.logical_batch.refuse_broken()
         if self._check_skip_next_step():
-            if self._iterations:
-                raise ValueError(
-                    "signal_skip_step() came after backward(), which had already added the noise; "
-                    "call it before the backward pass of a physical batch that is not the last"
-                )
-            self._is_last_step_skipped = True
-            self._consumed = True
-            self._passes = 0
+            self.logical_batch.skip()
             return False
-        if self._consumed:
-            self._check_cleared()
-        if not self._iterations or self._mechanism is None:
-            raise ValueError(
-                "Per sample gradient is not initialized. Not updated in backward pass? "
-                "Call loss.backward() on the private model before optimizer.step()"
-            )
-        self._check_private(self._mechanism)
+        self._follow_cleared_gradients()
+        self.logical_batch.check_step(float(self.noise_multiplier), self.param_groups)
         if self.step_hook:
             self.step_hook(self)
-        expected = self._expected_samples(self._iterations)
+        expected = self._expected_samples(self.logical_batch.iterations)
         self.max_grad_norm = self.clipping.next_bound(self.max_grad_norm, expected, self._draw_once)
-        self._is_last_step_skipped = False
-        self._consumed = True
-        self._passes = 0
+        self.logical_batch.stepped()
         return True
-
-    def _check_private(self, drawn: Mechanism) -> None:
-        """Every gradient is the engine's, and the mechanism is the one that will be counted."""
-        if drawn.noise_multiplier != float(self.noise_multiplier):
-            raise ValueError(
-                f"noise_multiplier={self.noise_multiplier}: the noise was drawn in backward() with "
-                f"{drawn.noise_multiplier}; step the noise scheduler after optimizer.step()"
-            )
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad is not self._private.get(p):
-                    raise ValueError(
-                        f"optimizer.step(): the gradient of a parameter of shape {tuple(p.shape)} "
-                        "was not made private by the engine; leave p.grad as backward() wrote it "
-                        "(in-place changes are allowed), and call zero_grad() before backward()"
-                    )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_optimizer_") and "original_optimizer" in self.__dict__:
@@ -344,11 +381,15 @@ class FusedDPOptimizer(ReleasingOptimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.update(
-            _private={}, last_step=None, _signals_from=None, _ahead=None, streams=Streams()
-        )
-        return state
+        return {
+            **self.__dict__,
+            "logical_batch": copy(self.logical_batch),
+            "private_sum": copy(self.private_sum),
+            "last_step": None,
+            "_signals_from": None,
+            "_ahead": None,
+            "streams": Streams(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

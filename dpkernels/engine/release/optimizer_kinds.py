@@ -6,7 +6,6 @@ from opacus.optimizers import AdaClipDPOptimizer, DistributedDPOptimizer
 
 from dpkernels.engine.processes.collectives import Processes
 from dpkernels.engine.release.optimizer import FusedDPOptimizer
-from dpkernels.engine.release.secure import SecureDPOptimizer
 
 
 class FusedAdaClipDPOptimizer(FusedDPOptimizer, AdaClipDPOptimizer):
@@ -32,16 +31,11 @@ _KINDS: dict[tuple[bool, bool], type[FusedDPOptimizer]] = {
 }
 
 
-def optimizer_class(
-    clipping: str, processes: Processes, secure_mode: bool = False
-) -> type[FusedDPOptimizer]:
+def optimizer_class(clipping: str, processes: Processes) -> type[FusedDPOptimizer]:
     """The class of the private optimizer.
 
     Args:
         clipping: as in ``make_private``.
         processes: the processes that train together.
-        secure_mode: integers instead of floats; refuses what it cannot do by name.
     """
-    if secure_mode:
-        return SecureDPOptimizer
     return _KINDS[clipping == "adaptive", type(processes) is not Processes]

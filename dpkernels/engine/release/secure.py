@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from dpkernels.engine.release.optimizer import FusedDPOptimizer
-from dpkernels.engine.release.pending import ParameterGradient, PendingGradients
+from dpkernels.engine.processes.collectives import Processes
+from dpkernels.engine.release.noisy_sum import Pass
+from dpkernels.engine.release.pending import ParameterGradient
 from dpkernels.ops.noise import discrete_gaussian_noise_
+from dpkernels.ops.noise.source import NoiseSource
 from dpkernels.ops.noise.table import VARIANCE
 
 #: variance that the smoothing argument takes off the continuous Gaussian behind the integers
@@ -83,8 +84,8 @@ class Grid:
         return self.steps * self.width
 
 
-class SecureDPOptimizer(FusedDPOptimizer):
-    """The optimizer of ``secure_mode=True``: exact sums of integers, discrete Gaussian noise.
+class GridSum:
+    """The sum of ``secure_mode=True``: integers, added up exactly, and discrete Gaussian noise.
 
     Norms are taken in float64 of the very per-sample gradients that are rounded, so these are kept
     for all parameters until the end of the backward pass, whatever the planner prefers.
@@ -94,98 +95,92 @@ class SecureDPOptimizer(FusedDPOptimizer):
         sample; sums are exact; the noise is within total variation 1e-33 per value of the discrete
         Gaussian with standard deviation ``noise_multiplier * Grid.steps`` (to 1e-14, upwards), and
         gradients are a function of the noisy integers.
+
+    Args:
+        source: of the noise.
+
+    Attributes:
+        grid: of the logical batch under way; None before its first physical batch.
+        integers: by parameter, the sum in steps of the grid.
     """
 
-    def __init__(self, *args: Any, clipping: str = "flat", **kwargs: Any):
-        if clipping == "adaptive":
-            raise ValueError(
-                "clipping='adaptive': its noisy count is not on the grid of secure_mode=True; use "
-                "'flat', 'per_layer' or 'automatic'"
-            )
-        processes = kwargs.get("processes")
-        if processes is not None and processes.world_size > 1:
-            raise ValueError(
-                f"secure_mode=True: {processes.world_size} processes train together, and its "
-                "integers are summed in one; train in one process, or without secure_mode"
-            )
-        if kwargs.get("generator") is not None:
-            raise ValueError("Passing seed is prohibited in secure mode")
-        super().__init__(*args, clipping=clipping, **kwargs)
-        self.secure_mode = True
-        self._grid: Grid | None = None
-        self._integers: dict[nn.Parameter, torch.Tensor] = {}
-        self._contributions: dict[nn.Parameter, torch.Tensor] = {}
+    def __init__(self, source: NoiseSource):
+        self._source = source
+        self.grid: Grid | None = None
+        self.integers: dict[nn.Parameter, torch.Tensor] = {}
 
-    def grid(self) -> Grid:
-        """The grid of the logical batch under way.
-
-        Raises:
-            ValueError: the mechanism was changed since its first physical batch.
-        """
-        noise_multiplier, bound = float(self.noise_multiplier), float(self.max_grad_norm)
-        if self._grid is None:
-            self._grid = Grid(noise_multiplier, bound, sum(p.numel() for p in self.params))
-        elif noise_multiplier != self._grid.noise_multiplier or bound > self._grid.bound:
-            raise ValueError(
-                f"noise_multiplier={noise_multiplier}, max_grad_norm={bound}: the logical batch "
-                f"began with {self._grid.noise_multiplier} and {self._grid.bound}, to which its "
-                "grid was fitted; change them after optimizer.step()"
-            )
-        return self._grid
-
-    def _norm_sq(self, gradient: ParameterGradient) -> torch.Tensor:
+    def norm_sq(self, gradient: ParameterGradient) -> torch.Tensor:
         stored = gradient.materialize()
         norm = torch.linalg.vector_norm(stored.flatten(1), dim=1, dtype=torch.float64)
         return norm.square()
 
-    def _clip(self, gradients: PendingGradients) -> dict[nn.Parameter, torch.Tensor]:
-        factors = super()._clip(gradients)
-        grid = self.grid()
-        self._contributions = {}
-        norm_sq = torch.zeros(1, dtype=torch.float64)
-        for parameter, factor in factors.items():
-            stored = gradients.gradients[parameter].materialize()
-            weight = (factor / grid.width).to(stored.device)
-            self._contributions[parameter], squares = rounded_sum(stored, weight)
-            norm_sq = norm_sq + squares.cpu()
-        if factors and float(norm_sq.max()) * (1.0 + _SLACK / 4) > grid.steps**2:
-            raise ValueError(
-                f"max_grad_norm={self.max_grad_norm}: a sample's integers exceed the sensitivity "
-                f"of {grid.steps} steps, so nothing was released; parameters were unfrozen within "
-                "a logical batch, or this is a fault of the engine: please report it"
-            )
-        return factors
+    def clear(self) -> None:
+        self.grid = None
+        self.integers = {}
 
-    def _write(
-        self,
-        found: dict[nn.Parameter, ParameterGradient],
-        factors: dict[nn.Parameter, torch.Tensor],
-        last: bool,
-        noise_std: float,
-    ) -> None:
-        scale = self.grid().width / self._divisor(self._iterations + 1)
-        for parameter in self.params:
-            total = self._integers.get(parameter)
+    def begin(self, taken: Pass) -> None:
+        noise_multiplier, bound = taken.mechanism.noise_multiplier, taken.mechanism.bound
+        if self.grid is None:
+            self.grid = Grid(noise_multiplier, bound, sum(p.numel() for p in taken.parameters))
+        elif noise_multiplier != self.grid.noise_multiplier or bound > self.grid.bound:
+            raise ValueError(
+                f"noise_multiplier={noise_multiplier}, max_grad_norm={bound}: the logical batch "
+                f"began with {self.grid.noise_multiplier} and {self.grid.bound}, to which its "
+                "grid was fitted; change them after optimizer.step()"
+            )
+
+    def write(self, taken: Pass) -> dict[nn.Parameter, torch.Tensor]:
+        if self.grid is None:
+            raise ValueError("write(): begin() was not called, expected it before")
+        grid, rounded = self.grid, self._rounded(taken, self.grid)
+        gradients = {}
+        for parameter in taken.parameters:
+            total = self.integers.get(parameter)
             if total is None:
                 total = torch.zeros(parameter.shape, dtype=torch.int64, device=parameter.device)
-                self._integers[parameter] = total
-            contribution = self._contributions.pop(parameter, None)
-            if contribution is not None:
-                total += contribution
-            if noise_std:
-                discrete_gaussian_noise_(total, *self._noise.take_blocks(total.numel()))
-            if last:
-                parameter.grad = (total.double() * scale).to(parameter.dtype)
-                self._private[parameter] = parameter.grad
+                self.integers[parameter] = total
+            if parameter in rounded:
+                total += rounded.pop(parameter)
+            if taken.noise_std:
+                discrete_gaussian_noise_(total, *self._source.take_blocks(total.numel()))
+            if taken.last:
+                scale = grid.width / taken.divisor
+                gradients[parameter] = (total.double() * scale).to(parameter.dtype)
+        return gradients
 
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        if not self._is_last_step_skipped:
-            self._grid = None
-            self._integers.clear()
-        super().zero_grad(set_to_none)
+    def _rounded(self, taken: Pass, grid: Grid) -> dict[nn.Parameter, torch.Tensor]:
+        """By parameter, the sum of the samples' integers; no sample exceeds the sensitivity."""
+        rounded: dict[nn.Parameter, torch.Tensor] = {}
+        norm_sq = torch.zeros(1, dtype=torch.float64)
+        for parameter, factor in taken.factors.items():
+            stored = taken.gradients[parameter].materialize()
+            weight = (factor / grid.width).to(stored.device)
+            rounded[parameter], squares = rounded_sum(stored, weight)
+            norm_sq = norm_sq + squares.cpu()
+        if float(norm_sq.max()) * (1.0 + _SLACK / 4) > grid.steps**2:
+            raise ValueError(
+                f"max_grad_norm={taken.mechanism.bound}: a sample's integers exceed the "
+                f"sensitivity of {grid.steps} steps, so nothing was released; parameters were "
+                "unfrozen within a logical batch, or this is a fault of the engine: please report "
+                "it"
+            )
+        return rounded
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_integers": {}, "_contributions": {}, "_grid": None}
+
+def check_secure(clipping: str, processes: Processes, generator: torch.Generator | None) -> None:
+    """Raise ``ValueError`` for what ``secure_mode=True`` cannot do, by name."""
+    if clipping == "adaptive":
+        raise ValueError(
+            "clipping='adaptive': its noisy count is not on the grid of secure_mode=True; use "
+            "'flat', 'per_layer' or 'automatic'"
+        )
+    if processes.world_size > 1:
+        raise ValueError(
+            f"secure_mode=True: {processes.world_size} processes train together, and its "
+            "integers are summed in one; train in one process, or without secure_mode"
+        )
+    if generator is not None:
+        raise ValueError("Passing seed is prohibited in secure mode")
 
 
 def rounded_sum(stored: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
