@@ -85,16 +85,3 @@ class ClassificationConfig(RunConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     preset: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("network", "loss"):
-            require(
-                "_target_" in getattr(self, name),
-                name,
-                getattr(self, name),
-                "a block with `_target_` naming a class",
-            )
-
-    @property
-    def views_per_patient(self) -> int:
-        return self.data.views_per_patient

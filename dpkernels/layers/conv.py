@@ -14,14 +14,6 @@ from dpkernels.layers.operands import ConvOperand, Operand, StoredOperand
 from dpkernels.layers.rule import Rule
 
 
-def _batched(module: nn.Module, input: torch.Tensor) -> bool:
-    return input.ndim == len(module.kernel_size) + 2
-
-
-def _bias(backprops: torch.Tensor, samples: int) -> StoredOperand:
-    return StoredOperand(sum_rows(ops.bias_grad_sample(backprops.flatten(2)), samples))
-
-
 def _pad(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """The input as the convolution saw it, and the symmetric zero padding still to be applied."""
     axes = x.ndim - 2
@@ -47,7 +39,14 @@ class ConvRule(Rule):
     sample_axis = 0
 
     def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
-        return _batched(module, input)
+        return input.ndim == len(module.kernel_size) + 2
+
+    def factors(
+        self, module: nn.Module, x: torch.Tensor, backprops: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Input, backprops and padding of the convolution whose weight gradient this layer has."""
+        x, padding = _pad(module, x)
+        return x, backprops, padding
 
     def operands(
         self,
@@ -58,12 +57,13 @@ class ConvRule(Rule):
         wanted: frozenset[str],
     ) -> Iterable[tuple[str, Operand]]:
         if "weight" in wanted:
-            x, padding = _pad(module, activations[0].to(backprops.dtype))
+            x = activations[0].to(backprops.dtype)
+            input, grads, padding = self.factors(module, x, backprops)
             yield (
                 "weight",
                 ConvOperand(
-                    x,
-                    backprops,
+                    input,
+                    grads,
                     list(module.weight.shape),
                     list(module.stride),
                     padding,
@@ -73,10 +73,11 @@ class ConvRule(Rule):
                 ),
             )
         if "bias" in wanted:
-            yield "bias", _bias(backprops, samples)
+            bias = ops.bias_grad_sample(backprops.flatten(2))
+            yield "bias", StoredOperand(sum_rows(bias, samples))
 
 
-class ConvTransposeRule(Rule):
+class ConvTransposeRule(ConvRule):
     """``nn.ConvTranspose1d/2d/3d``: an ordinary convolution's weight gradient, operands swapped.
 
     The transposed convolution with weight [Cin, Cout/groups, *k] is the input gradient of a
@@ -85,32 +86,9 @@ class ConvTransposeRule(Rule):
     """
 
     handles = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    sample_axis = 0
+    methods = Rule.methods
 
-    def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
-        return _batched(module, input)
-
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
-        if "weight" in wanted:
-            yield (
-                "weight",
-                ConvOperand(
-                    backprops,
-                    activations[0].to(backprops.dtype),
-                    list(module.weight.shape),
-                    list(module.stride),
-                    list(module.padding),
-                    list(module.dilation),
-                    module.groups,
-                    samples,
-                ),
-            )
-        if "bias" in wanted:
-            yield "bias", _bias(backprops, samples)
+    def factors(
+        self, module: nn.Module, x: torch.Tensor, backprops: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        return backprops, x, list(module.padding)

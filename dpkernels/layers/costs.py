@@ -24,10 +24,6 @@ class Cost:
     traffic: float
     kept: int
 
-    def scaled(self, factor: float) -> Cost:
-        """The cost of `factor` times as many samples."""
-        return Cost(self.flops * factor, self.traffic * factor, int(self.kept * factor))
-
 
 #: what a strategy costs, or why it is not on offer
 Offers = dict[str, Cost | str]

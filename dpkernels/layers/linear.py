@@ -18,6 +18,10 @@ class LinearRule(Rule):
 
     handles = (nn.Linear,)
 
+    def product(self, x: torch.Tensor, grad: torch.Tensor) -> LinearOperand:
+        """The operand of the weight, from activations and backprops [samples, T, *]."""
+        return LinearOperand(x, grad)
+
     def operands(
         self,
         module: nn.Module,
@@ -30,12 +34,12 @@ class LinearRule(Rule):
         if "weight" in wanted:
             (x,) = activations
             x = merge_rows(x.reshape(len(x), -1, x.shape[-1]), samples)
-            yield "weight", LinearOperand(x.to(grad.dtype), grad)
+            yield "weight", self.product(x.to(grad.dtype), grad)
         if "bias" in wanted:
             yield "bias", StoredOperand(ops.bias_last_grad_sample(grad))
 
 
-class TransposedLinearRule(Rule):
+class TransposedLinearRule(LinearRule):
     """``transformers.pytorch_utils.Conv1D`` (GPT-2): a Linear layer with weight [I, O].
 
     Known by its full name, so that `transformers` need not be imported or installed.
@@ -52,18 +56,5 @@ class TransposedLinearRule(Rule):
             and not module._modules
         )
 
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
-        grad = merge_rows(backprops.reshape(len(backprops), -1, backprops.shape[-1]), samples)
-        if "weight" in wanted:
-            (x,) = activations
-            x = merge_rows(x.reshape(len(x), -1, x.shape[-1]), samples)
-            yield "weight", LinearOperand(grad, x.to(grad.dtype))
-        if "bias" in wanted:
-            yield "bias", StoredOperand(ops.bias_last_grad_sample(grad))
+    def product(self, x: torch.Tensor, grad: torch.Tensor) -> LinearOperand:
+        return LinearOperand(grad, x)

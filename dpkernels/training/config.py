@@ -131,14 +131,27 @@ class RunConfig:
     #: named starting points, nested dictionaries that hold every setting without a default
     presets: ClassVar[Mapping[str, dict[str, Any]]] = {}
 
+    #: of the task; it has `views_per_patient`
+    data: Any
+    network: dict
+    loss: dict
     training: TrainingConfig
     privacy: PrivacyConfig
     preset: str
 
+    def __post_init__(self) -> None:
+        for name in ("network", "loss"):
+            require(
+                "_target_" in getattr(self, name),
+                name,
+                getattr(self, name),
+                "a block with `_target_` naming a class",
+            )
+
     @property
     def views_per_patient(self) -> int:
         """Rows averaged into one patient before clipping."""
-        raise NotImplementedError
+        return self.data.views_per_patient
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,8 +107,7 @@ class GridSum:
 
     def __init__(self, source: NoiseSource):
         self._source = source
-        self.grid: Grid | None = None
-        self.integers: dict[nn.Parameter, torch.Tensor] = {}
+        self.clear()
 
     def norm_sq(self, gradient: ParameterGradient) -> torch.Tensor:
         stored = gradient.materialize()
@@ -115,8 +115,11 @@ class GridSum:
         return norm.square()
 
     def clear(self) -> None:
-        self.grid = None
-        self.integers = {}
+        self.grid: Grid | None = None
+        self.integers: dict[nn.Parameter, torch.Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "grid": None, "integers": {}}
 
     def begin(self, taken: Pass) -> None:
         noise_multiplier, bound = taken.mechanism.noise_multiplier, taken.mechanism.bound
