@@ -267,16 +267,13 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         if last:
             mechanism = self._agreed(mechanism)
             batch.agree(mechanism)
-        noise_std = 0.0
-        if last and not batch.iterations:
-            noise_std = self.clipping.gradient_noise(mechanism.noise_multiplier) * mechanism.bound
         taken = Pass(
             parameters=self.params,
             gradients=gradients,
             factors={p: factor * scale for p, factor in factors.items()},
             mechanism=mechanism,
             last=last,
-            noise_std=noise_std,
+            noise_std=self._noise_std(mechanism) if last and not batch.iterations else 0.0,
             divisor=self._divisor(batch.iterations + 1),
             earlier_divisor=self._divisor(batch.iterations) if batch.iterations else None,
             generator=self.generator,
@@ -290,6 +287,10 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         for parameter, gradient in private.items():
             parameter.grad = gradient
         batch.wrote(private, last=last)
+
+    def _noise_std(self, mechanism: Mechanism) -> float:
+        """Standard deviation of the noise on the sum of one logical batch."""
+        return self.clipping.gradient_noise(mechanism.noise_multiplier) * mechanism.bound
 
     def _divisor(self, iterations: int) -> float:
         """What the sum over `iterations` backward passes is divided by."""
