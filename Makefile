@@ -18,8 +18,11 @@ study: .venv/.has-segmentation .venv/.native
 study-docs: study
 	$(BIN)/python docs/publish_study.py runs/study
 
+# Two processes at once, each test file whole in one of them (its fixtures are costly).
+SIDE_BY_SIDE := -n 2 --dist loadfile
+
 test: .venv/.has-segmentation .venv/.has-test .venv/.native
-	$(BIN)/python -m pytest --durations=10 -m "not slow and not install"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=10 -m "not slow and not install"
 
 # Installs as a stranger does: pip's build isolation (it downloads the build tools), new environments.
 test-install: .venv/.has-segmentation .venv/.has-test
@@ -33,7 +36,7 @@ STACK_TESTS = $(shell sed -n 's/^\# tests://p' stacks/$(STACK).txt)
 
 test-stack: .venv/.native
 	@$(MAKE) --no-print-directory .venv-$(STACK)/.ready
-	.venv-$(STACK)/bin/python -m pytest --durations=10 -m "not slow and not install" $(STACK_TESTS)
+	.venv-$(STACK)/bin/python -m pytest $(SIDE_BY_SIDE) --durations=10 -m "not slow and not install" $(STACK_TESTS)
 
 .venv-%/.ready: stacks/%.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-$*

@@ -242,17 +242,12 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         clip_factor = distinct[0] if len(distinct) == 1 else torch.stack(distinct)
         self.last_step = StepReport(total.sqrt(), clip_factor)
         if self.materialize_grad_samples:
-            for parameter in self.params:
-                gradient = gradients.gradients.get(parameter)
-                if gradient is None:
-                    grad_sample = torch.zeros(
-                        (samples, *parameter.shape),
-                        dtype=parameter.dtype,
-                        device=parameter.device,
-                    )
+            for p in self.params:
+                if p in gradients.gradients:
+                    grad_sample = gradients.gradients[p].materialize() * scale
                 else:
-                    grad_sample = gradient.materialize() * scale
-                self._leave_grad_sample(parameter, grad_sample)
+                    grad_sample = torch.zeros(samples, *p.shape, dtype=p.dtype, device=p.device)
+                self._leave_grad_sample(p, grad_sample)
         return factors, scale
 
     def _release(

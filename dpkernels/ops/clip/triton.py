@@ -85,28 +85,14 @@ def why_not_weighted_sum_(
 
 
 def why_not_finish_grad_(
-    out: torch.Tensor,
-    grad_sample: torch.Tensor,
-    clip_factor: torch.Tensor,
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    block: int,
-    accumulate: bool,
+    out: torch.Tensor, grad_sample: torch.Tensor, *rest: object, **named: object
 ) -> str | None:
     """Why these tensors are not for Triton."""
     return support.why_not(out, grad_sample)
 
 
 def why_not_finish_grads_(
-    outs: list[torch.Tensor],
-    grad_samples: list[torch.Tensor],
-    clip_factors: list[torch.Tensor],
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    blocks: list[int],
-    accumulate: list[bool],
+    outs: list[torch.Tensor], grad_samples: list[torch.Tensor], *rest: object, **named: object
 ) -> str | None:
     """Why one of these tensors is not for Triton."""
     return support.why_not(*outs, *grad_samples)

@@ -88,27 +88,14 @@ def conv_clipped_grad(
 
 
 def why_not_conv_norm_sq(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
 ) -> str | None:
     """Why these operands' norms would not be those of what is summed."""
     return why_not_exact(("matmul", "conv"), input, grad_output)
 
 
 def why_not_conv_clipped_grad(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
 ) -> str | None:
     """Why this sum would not be that of the gradients whose norms were taken."""
     return why_not_exact(("matmul", "conv"), input, grad_output)

@@ -129,13 +129,7 @@ def conv_gradient_kernel(
 
 
 def why_not_conv_grad_sample(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
 ) -> str | None:
     """Why these operands are not for Triton."""
     return support.why_not(input, grad_output)
@@ -145,14 +139,7 @@ why_not_conv_norm_sq = why_not_conv_grad_sample
 
 
 def why_not_conv_clipped_grad(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
 ) -> str | None:
     """Why these operands are not for Triton."""
     return support.why_not(input, grad_output)

@@ -97,11 +97,7 @@ def why_not_embedding_grad_sample(
 
 
 def why_not_embedding_clipped_grad(
-    indices: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    num_embeddings: int,
-    padding_idx: int,
+    indices: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
 ) -> str | None:
     """Why these operands are not for Triton."""
     return support.why_not(grad_output)

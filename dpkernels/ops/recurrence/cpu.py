@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-def why_not_lstm(data: torch.Tensor, *args: object) -> str | None:
+def why_not_lstm(data: torch.Tensor, *rest: object, **named: object) -> str | None:
     """Why csrc/cpu/recurrence.cpp cannot take these arguments."""
     return None if data.dtype == torch.float32 else f"it takes float32, and these are {data.dtype}"
 
