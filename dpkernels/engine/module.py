@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ class _FusedCapture:
     ) -> None:
         self.planner = Planner(memory_budget, plan)
         inner = inner_model(model)
-        self.capture = Session(
+        self.session = Session(
             inner, batch_first=self.batch_first, views_per_sample=views_per_sample
         )
-        self.capture.sharded = sharded_parameters(inner)
-        self._installed = [*wrapper_forwards(model, self.capture), *install(inner, self.capture)]
+        self.session.guards.sharded = sharded_parameters(inner)
+        self._installed = [*wrapper_forwards(model, self.session), *install(inner, self.session)]
         self._lockstep: Lockstep | None = None
         self._allow_accumulation = True
         self._optimizer: FusedDPOptimizer | None = None
@@ -44,21 +45,22 @@ class _FusedCapture:
         keep_compiler_out()
         self._optimizer = optimizer
         optimizer.grad_accumulation_allowed = self._allow_accumulation
-        capture = self.capture
-        capture.held = optimizer.held_parameters
-        capture.sink = PendingGradients(
-            self.planner, capture, optimizer.privatize, optimizer.streams
+        session = self.session
+        session.guards.held = optimizer.held_parameters
+        session.sink = PendingGradients(
+            self.planner, session, optimizer.privatize, optimizer.streams
         )
         if self._lockstep is not None:
             self._lockstep.remove()
             self._lockstep = None
-        if capture.sharded:
+        if session.guards.sharded:
             self._lockstep = Lockstep(
-                capture.root, capture, optimizer.processes, optimizer.is_last_physical_batch
+                session.root, session, optimizer.processes, optimizer.is_last_physical_batch
             )
         else:
-            capture.probe = torch.compiler.disable(refuse_mixing)
-        capture.refresh()
+            trial = functools.partial(refuse_mixing, session)
+            session.trials.trial = torch.compiler.disable(trial)
+        session.refresh()
 
     def forbid_grad_accumulation(self) -> None:
         """Refuse a second backward pass before ``optimizer.step()``: Poisson sampling needs it."""
@@ -80,8 +82,8 @@ class _FusedCapture:
         self._installed = []
         if self._lockstep is not None:
             self._lockstep.remove()
-        self.capture.release()
-        self.capture.sink = None
+        self.session.guards.remove()
+        self.session.sink = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_lockstep": None}

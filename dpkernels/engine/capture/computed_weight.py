@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dpkernels.engine.capture.layer import LayerCall, LayerForward, own_parameter, swapped
-from dpkernels.engine.capture.session import NotPerSample
+from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost, Offers
 from dpkernels.layers.operands import Call, Operand
@@ -104,12 +104,12 @@ class ComputedWeightCall(LayerCall):
             slots = [
                 (module, key, own_parameter(module, key))
                 for module in source.modules()
-                for key in sorted(owner.capture.wanted(module))
+                for key in sorted(owner.session.guards.wanted(module))
             ]
             leaves = {id(p): p.detach().requires_grad_() for _, _, p in slots}
             with (
                 torch.enable_grad(),
-                owner.capture.paused(),
+                owner.session.paused(),
                 swapped((module, key, leaves[id(p)]) for module, key, p in slots),
             ):
                 value = self._values[name] = source()
@@ -156,7 +156,7 @@ class ComputedWeightForward(LayerForward):
         computed = (
             name
             for name, source in parametrizations(self.module)
-            if any(self.capture.wanted(module) for module in source.modules())
+            if any(self.session.guards.wanted(module) for module in source.modules())
         )
         return super().wanted().union(computed)
 

@@ -20,7 +20,7 @@ from dpkernels.layers import find_composite_rule, find_rule
 from dpkernels.layers.sequence import stated_axis
 
 
-def install(root: nn.Module, capture: Session) -> list[CapturedForward]:
+def install(root: nn.Module, session: Session) -> list[CapturedForward]:
     """Put captured forwards on every layer that owns parameters, and on the model itself.
 
     Returns:
@@ -32,10 +32,10 @@ def install(root: nn.Module, capture: Session) -> list[CapturedForward]:
     _refuse_captured(root)
     keep_compiler_out()
     installed: list[CapturedForward] = []
-    for forward in _captured(root, "", capture, capture.axis, set()):
+    for forward in _captured(root, "", session, session.axis, set()):
         forward.install()
         installed.append(forward)
-    installed.append(WholeModelForward(root, "", capture))
+    installed.append(WholeModelForward(root, "", session))
     installed[-1].install()
     return installed
 
@@ -60,7 +60,7 @@ def _refuse_captured(root: nn.Module) -> None:
     for module in root.modules():
         forward = module.__dict__.get("forward")
         while isinstance(forward, CapturedForward):
-            if forward.capture.held is not None:
+            if forward.session.guards.held is not None:
                 raise ValueError(
                     f"module: its {type(module).__name__} was made private before, and would be "
                     "clipped and noised twice; pass the wrapped module, or call its "
@@ -71,7 +71,7 @@ def _refuse_captured(root: nn.Module) -> None:
 
 
 def _captured(
-    module: nn.Module, name: str, capture: Session, axis: int, seen: set[int]
+    module: nn.Module, name: str, session: Session, axis: int, seen: set[int]
 ) -> Iterator[CapturedForward]:
     """Captured forwards for a module and what is below it, whose sample axis is `axis`."""
     if id(module) in seen:
@@ -89,24 +89,24 @@ def _captured(
             "root only"
         )
     if composite is not None:
-        yield PartsForward(module, name, capture, composite)
+        yield PartsForward(module, name, session, composite)
         seen.update(id(below) for below in module.modules())
         return
     if owns:
         if rule is not None and _computed(module):
-            yield ComputedWeightForward(module, name, capture, axis, rule)
+            yield ComputedWeightForward(module, name, session, axis, rule)
             seen.update(id(below) for below in module.modules())
             return
         if rule is not None:
-            yield LayerForward(module, name, capture, axis, rule)
+            yield LayerForward(module, name, session, axis, rule)
         elif any(_has_forward(child) for child in _below(module)) and not _computed(module):
-            yield OwnParametersForward(module, name, capture, axis)
+            yield OwnParametersForward(module, name, session, axis)
         else:
-            yield UnitForward(module, name, capture, axis)
+            yield UnitForward(module, name, session, axis)
             seen.update(id(below) for below in module.modules())
             return
     for key, child in module.named_children():
-        yield from _captured(child, f"{name}.{key}" if name else key, capture, axis, seen)
+        yield from _captured(child, f"{name}.{key}" if name else key, session, axis, seen)
 
 
 def _has_forward(module: nn.Module) -> bool:

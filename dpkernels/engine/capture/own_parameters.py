@@ -31,14 +31,14 @@ _MOST_AXES = 3
 class OwnParametersForward(UnitForward):
     """A unit that turns into an ordinary module where its bare parameters can be expanded."""
 
-    def __init__(self, module: nn.Module, name: str, capture: Session, axis: int):
-        super().__init__(module, name, capture, axis)
+    def __init__(self, module: nn.Module, name: str, session: Session, axis: int):
+        super().__init__(module, name, session, axis)
         #: by parameter: the axes put between the samples' and the parameter's own, None: a unit
         self._layouts: dict[int, int] | None = None
         self._tried = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        slots = [] if self.capture.open_sink is None else self._bare_slots()
+        slots = [] if self.session.open_sink is None else self._bare_slots()
         if not slots or self.axis != 0:
             return super().__call__(*args, **kwargs)
         call = self._take_apart(args, kwargs)
@@ -54,7 +54,6 @@ class OwnParametersForward(UnitForward):
             for m, n, p in slots
             if layouts[id(p)] != _UNUSED
         ]
-        self.capture.marked = True
         with swapped(expanded):
             return self.original(*args, **kwargs)
 
@@ -71,7 +70,7 @@ class OwnParametersForward(UnitForward):
         return [
             (owner, name, own_parameter(owner, name))
             for owner in _owners(self.module)
-            for name in sorted(self.capture.wanted(owner))
+            for name in sorted(self.session.guards.wanted(owner))
         ]
 
     def _find_layouts(self, call: UnitCall, slots: list[Slot]) -> dict[int, int] | None:
@@ -133,7 +132,7 @@ class OwnParametersForward(UnitForward):
         repeats = pair.rows // 2
         own, control = random(parameter, 2), random(parameter, 2)
         alike = control[:1].expand_as(control)
-        with torch.no_grad(), deterministic(self.module), self.capture.paused():
+        with torch.no_grad(), deterministic(self.module), self.session.paused():
             try:
                 together, changed, same = (
                     run(pair, _laid_out(v.repeat_interleave(repeats, 0), parameter, layout))

@@ -27,7 +27,8 @@ from dpkernels.engine.capture.layer import (
     refuse_packed,
     swapped,
 )
-from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.engine.capture.refusals import NotPerSample
+from dpkernels.engine.capture.session import Session
 from dpkernels.layers.operands import StoredOperand
 from dpkernels.layers.sequence import sample_axes
 
@@ -85,8 +86,8 @@ class UnitCall:
 class UnitForward(CapturedForward):
     """Capture for a module without a rule, sample by sample, over its whole subtree."""
 
-    def __init__(self, module: nn.Module, name: str, capture: Session, axis: int):
-        super().__init__(module, name, capture)
+    def __init__(self, module: nn.Module, name: str, session: Session, axis: int):
+        super().__init__(module, name, session)
         self.axis = axis
         self.loop_reason: str | None = None
         #: by the sample axes of the arguments and the numbers of axes of the outputs of one sample:
@@ -97,8 +98,8 @@ class UnitForward(CapturedForward):
         self._shared: set[tuple[int, int]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        capture = self.capture
-        sink = capture.open_sink
+        session = self.session
+        sink = session.open_sink
         if sink is None:
             return self.original(*args, **kwargs)
         slots = self._slots()
@@ -109,7 +110,6 @@ class UnitForward(CapturedForward):
             if axis is not None:
                 sink.saw(self.name, "activations", leaf.movedim(axis, 0), call.samples)
         parameters = {id(p): self._per_sample(p, call.samples) for _, _, p in slots}
-        capture.marked = True
         outputs, others, spec = self._outputs(call, slots, parameters)
         vectorised = self.loop_reason is None
         axes = self._axes_of(outputs, call, slots)
@@ -132,7 +132,7 @@ class UnitForward(CapturedForward):
             parameters: dict[int, torch.Tensor], tensors: list[torch.Tensor]
         ) -> list[torch.Tensor]:
             nonlocal others, spec
-            with swapped((m, n, parameters[id(p)]) for m, n, p in slots), self.capture.paused():
+            with swapped((m, n, parameters[id(p)]) for m, n, p in slots), self.session.paused():
                 flat, spec = tree_flatten(call.run(call.with_inputs(tensors)))
             others = [None if isinstance(t, torch.Tensor) else (t,) for t in flat]
             return [t for t in flat if isinstance(t, torch.Tensor)]
@@ -169,7 +169,7 @@ class UnitForward(CapturedForward):
             def run(values: list[Any]) -> Any:
                 return self.original(**tree_unflatten(values, spec))
 
-        return UnitCall(leaves, axes, run, self.capture.samples_for(rows, self.name))
+        return UnitCall(leaves, axes, run, self.session.samples_for(rows, self.name))
 
     def _axis_of(self, leaf: Any, rows: int, place: tuple[int, int]) -> int | None:
         """The sample axis of an argument; None where it is the same for every sample."""
@@ -222,7 +222,7 @@ class UnitForward(CapturedForward):
         }
         inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in call.leaves]
         call = replace(call, leaves=inputs)
-        with torch.enable_grad(), deterministic(self.module), self.capture.paused():
+        with torch.enable_grad(), deterministic(self.module), self.session.paused():
             with swapped((m, n, plain[id(p)]) for m, n, p in slots):
                 whole = [t for t in tree_leaves(call.run(call.leaves)) if torch.is_tensor(t)]
             apart, _, _ = self._outputs(call, slots, own)
@@ -238,19 +238,19 @@ class UnitForward(CapturedForward):
         """[samples, *shape]: the parameter expanded; its gradient goes to the sink."""
 
         def receive(grad_sample: torch.Tensor) -> None:
-            sink = self.capture.sink
-            if sink is not None and self.capture.wants_this_backward():
+            sink = self.session.sink
+            if sink is not None and self.session.wants_this_backward():
                 sink.begin(samples)
                 sink.add(parameter, StoredOperand(grad_sample), samples, self.name)
 
-        return PerSample.apply(self.capture.anchor, parameter.detach(), receive, samples)
+        return PerSample.apply(self.session.anchor, parameter.detach(), receive, samples)
 
     def _slots(self) -> list[Slot]:
         """Every place below the unit where a trained parameter sits."""
         return [
             (module, name, own_parameter(module, name))
             for module in self.module.modules()
-            for name in sorted(self.capture.wanted(module))
+            for name in sorted(self.session.guards.wanted(module))
         ]
 
     def _rows(self, leaves: list[Any]) -> int:

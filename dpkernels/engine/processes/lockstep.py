@@ -40,11 +40,11 @@ class DirectForward(CapturedForward):
         return ddp.module(*args, **kwargs)
 
 
-def wrapper_forwards(module: nn.Module, capture: Session) -> list[CapturedForward]:
+def wrapper_forwards(module: nn.Module, session: Session) -> list[CapturedForward]:
     """Install what stands before the wrapper's own forward."""
     if not isinstance(module, DistributedDataParallel):
         return []
-    forward = DirectForward(module, "", capture)
+    forward = DirectForward(module, "", session)
     forward.install()
     return [forward]
 
@@ -92,7 +92,7 @@ class Lockstep:
     Args:
         model: the FSDP2 root; one backward pass follows each of its training passes, from the same
             of its outputs every time (before the first, from all).
-        capture: its capture.
+        capture: its session.
         processes: the processes.
         is_last: whether the pass to come is the last of this process's logical batch.
     """
@@ -100,11 +100,11 @@ class Lockstep:
     def __init__(
         self,
         model: nn.Module,
-        capture: Session,
+        session: Session,
         processes: Processes,
         is_last: Callable[[], bool],
     ):
-        self.model, self.capture, self.processes, self.is_last = model, capture, processes, is_last
+        self.model, self.session, self.processes, self.is_last = model, session, processes, is_last
         self._inside = False
         self._probed = False
         self._refuse_mixing = torch.compiler.disable(refuse_mixing)
@@ -125,17 +125,17 @@ class Lockstep:
 
     def _guard(self, module: nn.Module, args: Any) -> None:
         """Guard parameters as they are gathered, whether or not their layers run."""
-        if self.capture.open_sink is not None:
+        if self.session.open_sink is not None:
             for below in module.modules():
-                self.capture.wanted(below)
+                self.session.guards.wanted(below)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
-        sink = self.capture.open_sink
+        sink = self.session.open_sink
         training = sink is not None and sink.trains and module.training
         if self._inside or in_backward or not training:
             return
-        axis, views = self.capture.axis, self.capture.views
+        axis, views = self.session.axis, self.session.views
         leaves = leaves_of((args, kwargs))
         if any(is_packed(leaf) for leaf in leaves):
             raise ValueError(
@@ -148,7 +148,7 @@ class Lockstep:
             last = self.is_last()
             others_go_on, too_few = self.processes.largest([float(not last), rows < 2 * views])
             if not self._probed and not too_few:
-                self._alone(self._refuse_mixing, self.capture, self._outputs, (args, kwargs), rows)
+                self._alone(self._refuse_mixing, self.session, self._outputs, (args, kwargs), rows)
                 self._probed = True
             if not (last and others_go_on):
                 return
@@ -156,7 +156,7 @@ class Lockstep:
             self._alone(self._stand_in, empty)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._inside or self.capture.open_sink is None or not module.training:
+        if self._inside or self.session.open_sink is None or not module.training:
             return
         used: set[int] = set()
 
@@ -170,14 +170,14 @@ class Lockstep:
 
     def _alone(self, run: Callable[..., object], *args: Any) -> None:
         """Run what makes passes of its own, whose gradients are not the training's."""
-        sink, self._inside = self.capture.sink, True
+        sink, self._inside = self.session.sink, True
         try:
             run(*args)
         finally:
-            self.capture.sink, self._inside = sink, False
+            self.session.sink, self._inside = sink, False
 
     def _stand_in(self, batch: tuple[Any, Any]) -> None:
-        self.capture.sink = _Nobody()
+        self.session.sink = _Nobody()
         args, kwargs = batch
         sums = [
             leaf.double().sum()

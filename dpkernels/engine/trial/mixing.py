@@ -24,7 +24,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture.layer import is_packed, leaves_of
-from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.engine.capture.refusals import NotPerSample
+from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.engine.trial.fingerprints import Observer, Seen
 
 #: relative change of another sample's values that counts as rounding, by significand
@@ -37,7 +39,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def find_mixing(
-    capture: Session,
+    session: Session,
     run: Callable[[Any], list[torch.Tensor]],
     batch: Any,
     rows: int,
@@ -49,7 +51,7 @@ def find_mixing(
     sample that owns it.
 
     Args:
-        capture: the model's capture.
+        session: the model's session.
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
         batch: nested arguments that :func:`can_tell`; every tensor with `rows` rows on the sample
             axis is batched.
@@ -59,27 +61,27 @@ def find_mixing(
     Returns:
         A sentence that names the layer, or None.
     """
-    views = capture.views
+    views = session.views
     samples = rows // views
     source %= samples
     batch = tree_map(_apart, batch, is_leaf=is_packed)
     replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
-    with _own_random_numbers(capture.root):
+    with _own_random_numbers(session.root):
         seed = int(torch.randint(2**31, ()))
-        first = _observe(capture, run, batch, seed)
+        first = _observe(session, run, batch, seed)
         for target, preferred in replaced:
-            others = _unlike(batch, rows, views, capture.axis, target)
+            others = _unlike(batch, rows, views, session.axis, target)
             other = preferred if preferred in others else others[-1]
-            twin = _twin(batch, rows, views, capture.axis, target, other)
+            twin = _twin(batch, rows, views, session.axis, target, other)
             try:
-                second = _observe(capture, run, twin, seed)
+                second = _observe(session, run, twin, seed)
             except RuntimeError:
-                kept = _twin(batch, rows, views, capture.axis, target, other, keep_lengths=True)
-                second = _observe(capture, run, kept, seed)
+                kept = _twin(batch, rows, views, session.axis, target, other, keep_lengths=True)
+                second = _observe(session, run, kept, seed)
             fault = _compare(first, second, target)
             faint = _compare(first, second, target, _FINE_TOLERANCE)
             if fault is None and faint is not None and _same_shapes(first, second):
-                again = _observe(capture, run, batch, seed)
+                again = _observe(session, run, batch, seed)
                 fault = faint if _compare(first, again, None, 0.0) is None else None
             if fault is not None:
                 return fault
@@ -125,26 +127,26 @@ def _own_random_numbers(model: nn.Module) -> Iterator[None]:
 
 
 def _observe(
-    capture: Session, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
+    session: Session, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
 ) -> Observer:
-    sink, observer = capture.sink, Observer()
-    capture.sink = observer
+    sink, observer = session.sink, Observer()
+    session.sink = observer
     try:
-        with _kept_buffers(capture.root):
+        with _kept_buffers(session.root):
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             outputs = [t for t in run(batch) if t.requires_grad]
             torch.manual_seed(seed + 1)
-            slopes = [_slopes(t) if t.ndim > capture.axis else torch.ones_like(t) for t in outputs]
+            slopes = [_slopes(t) if t.ndim > session.axis else torch.ones_like(t) for t in outputs]
             if outputs:
                 torch.autograd.backward(outputs, slopes)
-            if capture.anchor.is_cuda:  # a model may work on streams of its own
-                torch.cuda.synchronize(capture.anchor.device)
-            buffers = capture.root.named_buffers()
+            if session.anchor.is_cuda:  # a model may work on streams of its own
+                torch.cuda.synchronize(session.anchor.device)
+            buffers = session.root.named_buffers()
             observer.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
     finally:
-        capture.sink = sink
+        session.sink = sink
     return observer
 
 
@@ -299,7 +301,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 
 def check_criterion(
     model: nn.Module,
-    capture: Session,
+    session: Session,
     criterion: Callable[..., torch.Tensor],
     batch: Sequence[Any],
 ) -> None:
@@ -307,30 +309,29 @@ def check_criterion(
 
     Args:
         model: the captured model, in training mode.
-        capture: its capture.
+        session: the model's session.
         criterion: called as ``criterion(model(*inputs), target)``.
         batch: inputs, then the target; at least two samples.
     """
-    rows = batch[0].shape[capture.axis]
-    if not can_tell(list(batch), rows, capture.views, capture.axis):
+    rows = batch[0].shape[session.axis]
+    if not can_tell(list(batch), rows, session.views, session.axis):
         raise ValueError(f"batch: it holds {rows} rows, expected two samples or more that differ")
 
     def run(batch: Sequence[Any]) -> list[torch.Tensor]:
         *inputs, target = batch
         return [criterion(model(*inputs), target)]
 
-    probe, capture.probe = capture.probe, None
-    tried, capture.tried = capture.tried, None
-    samples = rows // capture.views
+    trials, session.trials = session.trials, TrialBook()
+    samples = rows // session.views
     try:
         for source in sorted({1, samples // 2, samples - 1}):
-            refuse_mixing(capture, run, list(batch), rows, source)
+            refuse_mixing(session, run, list(batch), rows, source)
     finally:
-        capture.probe, capture.tried = probe, tried
+        session.trials = trials
 
 
 def refuse_mixing(
-    capture: Session,
+    session: Session,
     run: Callable[[Any], list[torch.Tensor]],
     batch: Any,
     rows: int,
@@ -341,9 +342,9 @@ def refuse_mixing(
     Returns:
         Whether the batch could tell.
     """
-    if not can_tell(batch, rows, capture.views, capture.axis):
+    if not can_tell(batch, rows, session.views, session.axis):
         return False
-    fault = find_mixing(capture, run, batch, rows, source)
+    fault = find_mixing(session, run, batch, rows, source)
     if fault is not None:
         raise NotPerSample(fault)
     return True
