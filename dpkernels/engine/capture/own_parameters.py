@@ -33,20 +33,20 @@ class OwnParametersForward(UnitForward):
 
     def __init__(self, module: nn.Module, name: str, session: Session, axis: int):
         super().__init__(module, name, session, axis)
-        #: by parameter: the axes put between the samples' and the parameter's own, None: a unit
-        self._layouts: dict[int, int] | None = None
-        self._tried = False
+        #: by the kind of the call, by parameter: the layout in which the parameter is expanded;
+        #: empty where the module runs as a unit
+        self._layouts: dict[tuple[Any, ...], dict[int, int]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slots = [] if self.session.open_sink is None else self._bare_slots()
         if not slots or self.axis != 0:
             return super().__call__(*args, **kwargs)
         call = self._take_apart(args, kwargs)
-        if not self._tried and call.samples > 1:
-            self._tried = True
-            self._layouts = self._find_layouts(call, slots)
-        layouts = self._layouts
-        if layouts is None or any(id(p) not in layouts for _, _, p in slots):
+        kind = call.kind
+        if kind not in self._layouts and call.samples > 1:
+            self._layouts[kind] = self._find_layouts(call, slots)
+        layouts = self._layouts.get(kind, {})
+        if any(id(p) not in layouts for _, _, p in slots):
             return super().__call__(*args, **kwargs)
         repeats = call.rows // call.samples
         expanded = [
@@ -73,8 +73,8 @@ class OwnParametersForward(UnitForward):
             for name in sorted(self.session.guards.wanted(owner))
         ]
 
-    def _find_layouts(self, call: UnitCall, slots: list[Slot]) -> dict[int, int] | None:
-        """By parameter, the layout that stands the trial; None if one parameter has none."""
+    def _find_layouts(self, call: UnitCall, slots: list[Slot]) -> dict[int, int]:
+        """By parameter, the layout that stands the trial; empty if one parameter has none."""
         layouts: dict[int, int] = {}
         pair = call.first(2)
         for _, _, parameter in slots:
@@ -82,7 +82,7 @@ class OwnParametersForward(UnitForward):
                 continue
             layout = self._find_layout(pair, parameter)
             if layout is None:
-                return None
+                return {}
             layouts[id(parameter)] = layout
         return layouts
 
@@ -140,7 +140,7 @@ class OwnParametersForward(UnitForward):
                 )
                 plain = run(pair, control[0])
                 alone = [run(pair.only(b), own[b]) for b in range(2)]
-            except (RuntimeError, ValueError, IndexError):
+            except Exception:  # the user's forward need not know parameters of another shape
                 return None
         joined = [torch.cat(parts) for parts in zip(*alone) if parts[0].ndim]
         pairs = [*zip(joined, [t for t in together if t.ndim]), *zip(plain, same)]

@@ -50,6 +50,16 @@ class UnitCall:
         """Rows of its batched tensors."""
         return next(t.shape[a] for t, a in zip(self.leaves, self.axes) if a is not None)
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What decides how a unit computes: numbers of axes, sample axes, switches."""
+        return tuple(
+            (leaf.ndim, axis)
+            if torch.is_tensor(leaf)
+            else (leaf if isinstance(leaf, bool) else type(leaf))
+            for leaf, axis in zip(self.leaves, self.axes)
+        )
+
     def first(self, samples: int) -> UnitCall:
         """The call with the first `samples` samples only."""
         return self._part(0, samples)
@@ -89,12 +99,14 @@ class UnitForward(CapturedForward):
     def __init__(self, module: nn.Module, name: str, session: Session, axis: int):
         super().__init__(module, name, session)
         self.axis = axis
-        self.loop_reason: str | None = None
-        #: by the sample axes of the arguments and the numbers of axes of the outputs of one sample:
-        #: the sample axis of each output
+        #: whether torch.func.vmap can run the unit, and with autograd's gradients
+        self._vectorised = True
+        #: by the kind of the call and the numbers of axes of the outputs of one sample: the sample
+        #: axis of each output
         self._output_axes: dict[tuple[Any, ...], list[int | None]] = {}
-        #: places of arguments, among how many, whose first axis had another length than the batch:
-        #: a mask [T, T] stays everybody's in a batch of T samples
+        #: (index, number of arguments) of arguments once seen with a first axis that was not the
+        #: batch size: they are not batched. Remembered, because a [T, T] mask looks batched in a
+        #: batch of T.
         self._shared: set[tuple[int, int]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,9 +123,9 @@ class UnitForward(CapturedForward):
                 sink.saw(self.name, "activations", leaf.movedim(axis, 0), call.samples)
         parameters = {id(p): self._per_sample(p, call.samples) for _, _, p in slots}
         outputs, others, spec = self._outputs(call, slots, parameters)
-        vectorised = self.loop_reason is None
+        vectorised = self._vectorised
         axes = self._axes_of(outputs, call, slots)
-        if vectorised and self.loop_reason is not None:
+        if vectorised != self._vectorised:
             outputs, others, spec = self._outputs(call, slots, parameters)
         merged = (_merge(t, axis) for t, axis in zip(outputs, axes))
         return tree_unflatten([next(merged) if o is None else o[0] for o in others], spec)
@@ -189,7 +201,7 @@ class UnitForward(CapturedForward):
         """The sample axis of each output, found out by the first call that has two samples."""
         if call.samples == 1:
             return [None] * len(outputs)
-        kind = (*call.axes, *(t.ndim for t in outputs))
+        kind = (*call.kind, *(t.ndim for t in outputs))
         if kind not in self._output_axes:
             self._output_axes[kind] = self._verify(call, slots)
         return self._output_axes[kind]
@@ -201,8 +213,8 @@ class UnitForward(CapturedForward):
         backward pass. Where vmap's gradient differs, the unit runs as a loop.
         """
         axes, same_gradients = self._compare(call, slots)
-        if not same_gradients and self.loop_reason is None:
-            self.loop_reason = "the gradients of torch.func.vmap differ from autograd's"
+        if not same_gradients and self._vectorised:
+            self._vectorised = False
             axes, same_gradients = self._compare(call, slots)
         if _APART in axes or not same_gradients:
             raise NotPerSample(
@@ -269,18 +281,20 @@ class UnitForward(CapturedForward):
         inputs: list[torch.Tensor],
         samples: int,
     ) -> list[torch.Tensor]:
-        if samples > 1 and self.loop_reason is None:
-            try:
+        """The outputs of all samples by vmap; by a loop where the unit raises anything under vmap.
+
+        What the unit raises in the loop too is the unit's own error.
+        """
+        if samples > 1 and self._vectorised:
+            with contextlib.suppress(Exception), _PaddingKept():
                 vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
-                with _PaddingKept():
-                    return vectorised(parameters, inputs)
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                self.loop_reason = str(error).splitlines()[0]
+                return vectorised(parameters, inputs)
         split = {key: value.unbind(0) for key, value in parameters.items()}
         rows = [
             one_sample({key: value[b] for key, value in split.items()}, [t[b] for t in inputs])
             for b in range(samples)
         ]
+        self._vectorised = self._vectorised and samples == 1
         return [torch.stack(column) for column in zip(*rows)]
 
 

@@ -75,7 +75,9 @@ def find_mixing(
             twin = _twin(batch, rows, views, session.axis, target, other)
             try:
                 second = _observe(session, run, twin, seed)
-            except RuntimeError:
+            except NotPerSample:
+                raise
+            except Exception:  # the model may want lengths sorted
                 kept = _twin(batch, rows, views, session.axis, target, other, keep_lengths=True)
                 second = _observe(session, run, kept, seed)
             fault = _compare(first, second, target)
