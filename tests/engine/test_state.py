@@ -179,8 +179,10 @@ def test_a_model_is_not_made_private_twice() -> None:
         private(model, images(16))
     x, y = images(4).tensors
     twin = copy.deepcopy(model)
-    _, again, optimizer, _ = private(twin, images(16))
+    engine, again, optimizer, _ = private(twin, images(16))
     nn.functional.cross_entropy(again(x), y).backward()
     optimizer.step()
+    names = {row["parameter"] for row in engine.explain().rows}
+    assert names == {name for name, _ in model.named_parameters()}
     wrapped.to_standard_module()
     private(model, images(16))

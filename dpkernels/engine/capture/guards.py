@@ -15,21 +15,19 @@ from dpkernels.engine.capture.refusals import NotPerSample
 class Guards:
     """The trained parameters of a model, each with a hook that refuses an ordinary gradient.
 
-    Args:
-        names: by a parameter's id, the parameter's name.
-
     Attributes:
+        names: by a parameter's id, the parameter's name.
         held: returns the parameters that the optimizer holds now, frozen ones too (they may be
             unfrozen later). None: no optimizer is connected.
         trained: ids of the parameters that the optimizer held at the last :meth:`refresh`.
         sharded: under FSDP2, by a module's id and a name, the shard that the optimizer holds.
     """
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
         self.held: Callable[[], Iterable[nn.Parameter]] | None = None
         self.trained: frozenset[int] = frozenset()
         self.sharded: dict[tuple[int, str], nn.Parameter] = {}
-        self._names = names
         #: by a parameter that FSDP2 has gathered, its shard
         self._gathered: dict[nn.Parameter, nn.Parameter] = {}
         self._handles: dict[int, Any] = {}
@@ -47,6 +45,7 @@ class Guards:
         snapshot = tuple((id(p), p.requires_grad) for p in parameters)
         if snapshot != self._snapshot:
             self._snapshot = snapshot
+            self.names.update((id(p), name) for name, p in root.named_parameters())
             self._batch_norms = [
                 (n, m) for n, m in root.named_modules() if isinstance(m, _BatchNorm)
             ]
@@ -77,7 +76,7 @@ class Guards:
         """Refuse a gradient that reaches the parameter by a way around capture."""
         if id(parameter) in self._handles or not parameter.is_leaf:
             return
-        name = self._names.get(id(self.held_as(parameter)), "?")
+        name = self.names.get(id(self.held_as(parameter)), "?")
 
         def refuse(grad: torch.Tensor) -> None:
             raise NotPerSample(

@@ -54,7 +54,6 @@ class Session:
         views_per_sample: rows per sample at the model's input.
 
     Attributes:
-        names: by a parameter's id, the parameter's name.
         sink: where contributions go; None: layers run as they are.
         batch: the batch of the model's forward pass under way; None outside one.
         backward_batch: the batch of the forward pass behind the backward pass under way. Until a
@@ -68,7 +67,6 @@ class Session:
         self.root = root
         self.axis = 0 if batch_first else 1
         self.views = views_per_sample
-        self.names = {id(p): name for name, p in root.named_parameters()}
         self._start()
 
     def _start(self) -> None:
@@ -77,7 +75,7 @@ class Session:
         self.batch: Batch | None = None
         self.backward_batch: Batch | None = None
         self.trials = TrialBook()
-        self.guards = Guards(self.names)
+        self.guards = Guards()
         self.place_anchor(torch.device("cpu"))
         self._depth = 0
 
@@ -90,7 +88,7 @@ class Session:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("root", "axis", "views", "names")}
+        return {name: self.__dict__[name] for name in ("root", "axis", "views")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -96,7 +96,7 @@ class PendingGradients:
         streams: Streams,
     ):
         self.planner = planner
-        self.names = capture.names
+        self.names = capture.guards.names
         self._capture = capture
         self._done = done
         self._streams = streams
