@@ -60,6 +60,15 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(restored(x), model(x))
 
 
+def test_a_copied_wrapper_made_private_again_knows_its_parameters_names() -> None:
+    _, model, _, _ = private(cnn(), images(16))
+    engine, again, _, _ = private(copy.deepcopy(model), images(16))
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(again(x), y).backward()
+    names = {row["parameter"] for row in engine.explain().rows}
+    assert names == {name for name, _ in model._module.named_parameters()}
+
+
 def test_step_hooks_of_the_optimizer_run() -> None:
     _, model, optimizer, _ = private(cnn(), images(16))
     calls = []
@@ -179,10 +188,8 @@ def test_a_model_is_not_made_private_twice() -> None:
         private(model, images(16))
     x, y = images(4).tensors
     twin = copy.deepcopy(model)
-    engine, again, optimizer, _ = private(twin, images(16))
+    _, again, optimizer, _ = private(twin, images(16))
     nn.functional.cross_entropy(again(x), y).backward()
     optimizer.step()
-    names = {row["parameter"] for row in engine.explain().rows}
-    assert names == {name for name, _ in model.named_parameters()}
     wrapped.to_standard_module()
     private(model, images(16))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,31 +39,56 @@ _FINE_TOLERANCE = 1e-3
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def find_mixing(
+@dataclass(frozen=True)
+class Geometry:
+    """Where a batch has its samples: `rows` rows on `axis`, `views` adjacent ones a sample.
+
+    Every tensor of the batch with `rows` rows on `axis` is batched, no other is.
+    """
+
+    rows: int
+    views: int
+    axis: int
+
+    @property
+    def samples(self) -> int:
+        return self.rows // self.views
+
+    def holds(self, leaf: Any) -> bool:
+        """Whether a leaf of the batch is a batched tensor."""
+        tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > self.axis
+        return tensor and leaf.shape[self.axis] == self.rows
+
+
+def refuse_mixing(
     session: Session,
     run: Callable[[Any], list[torch.Tensor]],
     batch: Any,
     rows: int,
     source: int = -1,
-) -> str | None:
-    """Where another sample's values move when the first or the last is replaced; None if nowhere.
+) -> bool:
+    """Refuse a model in which other samples' values move when the first or the last is replaced.
 
     Both, because a row that takes everybody's gradient (``positions(ids)[0]``) hides behind the
-    sample that owns it.
+    sample that owns the row.
 
     Args:
         session: the model's session.
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
-        batch: nested arguments that :func:`can_tell`; every tensor with `rows` rows on the sample
-            axis is batched.
-        rows: rows of the batch.
-        source: the sample that takes the place of the replaced one, where it differs from it.
+        batch: nested arguments of `run`.
+        rows: rows of the batch; every tensor with so many rows on the sample axis is batched.
+        source: the sample that takes the place of the replaced one, where the two differ.
 
     Returns:
-        A sentence that names the layer, or None.
+        Whether the batch could tell.
+
+    Raises:
+        NotPerSample: samples mix; the message names the layer.
     """
-    views = session.views
-    samples = rows // views
+    at = Geometry(rows, session.views, session.axis)
+    if not can_tell(batch, at):
+        return False
+    samples = at.samples
     source %= samples
     batch = tree_map(_apart, batch, is_leaf=is_packed)
     replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
@@ -70,15 +96,14 @@ def find_mixing(
         seed = int(torch.randint(2**31, ()))
         first = _observe(session, run, batch, seed)
         for target, preferred in replaced:
-            others = _unlike(batch, rows, views, session.axis, target)
+            others = _unlike(batch, at, target)
             other = preferred if preferred in others else others[-1]
-            twin = _twin(batch, rows, views, session.axis, target, other)
             try:
-                second = _observe(session, run, twin, seed)
+                second = _observe(session, run, _twin(batch, at, target, other), seed)
             except NotPerSample:
                 raise
             except Exception:  # the model may want lengths sorted
-                kept = _twin(batch, rows, views, session.axis, target, other, keep_lengths=True)
+                kept = _twin(batch, at, target, other, keep_lengths=True)
                 second = _observe(session, run, kept, seed)
             fault = _compare(first, second, target)
             faint = _compare(first, second, target, _FINE_TOLERANCE)
@@ -86,30 +111,27 @@ def find_mixing(
                 again = _observe(session, run, batch, seed)
                 fault = faint if _compare(first, again, None, 0.0) is None else None
             if fault is not None:
-                return fault
-    return None
+                raise NotPerSample(fault)
+    return True
 
 
-def can_tell(batch: Any, rows: int, views: int, axis: int) -> bool:
+def can_tell(batch: Any, at: Geometry) -> bool:
     """Whether replacing the first or the last sample of a batch can show that samples mix.
 
-    Not so in a batch of one, or one that is all alike, such as the zeros of a trial by hand.
+    A batch of one sample cannot tell, nor one whose samples are all alike, such as the zeros of a
+    forward pass by hand.
     """
-    samples = rows // views
-    return samples > 1 and all(
-        _unlike(batch, rows, views, axis, target) for target in (0, samples - 1)
-    )
+    return at.samples > 1 and all(_unlike(batch, at, target) for target in (0, at.samples - 1))
 
 
-def _unlike(batch: Any, rows: int, views: int, axis: int, target: int) -> list[int]:
+def _unlike(batch: Any, at: Geometry, target: int) -> list[int]:
     """Samples that differ from sample `target`."""
-    samples = rows // views
-    unlike = torch.zeros(samples, dtype=torch.bool)
+    unlike = torch.zeros(at.samples, dtype=torch.bool)
     for leaf in leaves_of(batch):
         if is_packed(leaf):
             unlike[:] = True
-        elif isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
-            values = leaf.detach().movedim(axis, 0).reshape(samples, -1)
+        elif at.holds(leaf):
+            values = leaf.detach().movedim(at.axis, 0).reshape(at.samples, -1)
             unlike |= (values != values[target]).any(1).cpu()
     unlike[target] = False
     return unlike.nonzero().flatten().tolist()
@@ -224,26 +246,22 @@ def _sentence(seen: Seen, sample: int, replaced: int | None) -> str:
     )
 
 
-def _twin(
-    batch: Any,
-    rows: int,
-    views: int,
-    axis: int,
-    target: int,
-    source: int,
-    *,
-    keep_lengths: bool = False,
-) -> Any:
-    """The batch with sample `target` replaced by `source`.
+def _twin(batch: Any, at: Geometry, target: int, source: int, *, keep_lengths: bool = False) -> Any:
+    """The batch with sample `target` replaced by sample `source`.
 
-    With `keep_lengths`, one integer per sample stays: a model may want lengths sorted.
+    With `keep_lengths`, a vector of one integer per sample stays: a model may want lengths sorted.
     """
 
     def one(leaf: Any) -> Any:
-        tensor = isinstance(leaf, torch.Tensor)
-        if keep_lengths and tensor and leaf.ndim == 1 and not leaf.is_floating_point():
+        if isinstance(leaf, PackedSequence):
+            return _replace_packed(leaf, target, source)
+        lengths = keep_lengths and isinstance(leaf, torch.Tensor) and leaf.ndim == 1
+        if not at.holds(leaf) or (lengths and not leaf.is_floating_point()):
             return leaf
-        return _replace(leaf, rows, views, axis, target, source)
+        twin = leaf.detach().clone()
+        rows_of_source = leaf.detach().narrow(at.axis, source * at.views, at.views)
+        twin.narrow(at.axis, target * at.views, at.views).copy_(rows_of_source)
+        return twin.requires_grad_(leaf.requires_grad)
 
     return tree_map(one, batch, is_leaf=is_packed)
 
@@ -255,18 +273,6 @@ def _apart(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     return leaf.detach().requires_grad_(leaf.requires_grad)
-
-
-def _replace(leaf: Any, rows: int, views: int, axis: int, target: int, source: int) -> Any:
-    """The tensor with the rows of sample `target` replaced by those of sample `source`."""
-    if isinstance(leaf, PackedSequence):
-        return _replace_packed(leaf, target, source)
-    if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != rows:
-        return leaf
-    twin = leaf.detach().clone()
-    rows_of_source = leaf.detach().narrow(axis, source * views, views)
-    twin.narrow(axis, target * views, views).copy_(rows_of_source)
-    return twin.requires_grad_(leaf.requires_grad)
 
 
 def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedSequence:
@@ -316,7 +322,8 @@ def check_criterion(
         batch: inputs, then the target; at least two samples.
     """
     rows = batch[0].shape[session.axis]
-    if not can_tell(list(batch), rows, session.views, session.axis):
+    at = Geometry(rows, session.views, session.axis)
+    if not can_tell(list(batch), at):
         raise ValueError(f"batch: it holds {rows} rows, expected two samples or more that differ")
 
     def run(batch: Sequence[Any]) -> list[torch.Tensor]:
@@ -324,29 +331,8 @@ def check_criterion(
         return [criterion(model(*inputs), target)]
 
     trials, session.trials = session.trials, TrialBook()
-    samples = rows // session.views
     try:
-        for source in sorted({1, samples // 2, samples - 1}):
+        for source in sorted({1, at.samples // 2, at.samples - 1}):
             refuse_mixing(session, run, list(batch), rows, source)
     finally:
         session.trials = trials
-
-
-def refuse_mixing(
-    session: Session,
-    run: Callable[[Any], list[torch.Tensor]],
-    batch: Any,
-    rows: int,
-    source: int = -1,
-) -> bool:
-    """Raise :class:`NotPerSample` where :func:`find_mixing` finds mixing.
-
-    Returns:
-        Whether the batch could tell.
-    """
-    if not can_tell(batch, rows, session.views, session.axis):
-        return False
-    fault = find_mixing(session, run, batch, rows, source)
-    if fault is not None:
-        raise NotPerSample(fault)
-    return True
