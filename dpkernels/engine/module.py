@@ -21,21 +21,34 @@ from dpkernels.engine.trial.mixing import refuse_mixing
 
 
 class _FusedCapture:
-    """What the wrapped module and the wrapper-less hooks share."""
+    """What the wrapped module and the wrapper-less hooks share.
 
-    #: set by the Opacus class beside this one
-    batch_first: bool
+    Args:
+        m: the model.
+        batch_first: whether the sample axis of the model's inputs is the first (else the second).
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        views_per_sample: rows per sample at the model's input.
+        memory_budget: bytes for stored per-sample gradients, None for a quarter of free memory.
+        plan: ``"auto"`` or ``"measured"``, see :class:`dpkernels.engine.plan.planner.Planner`.
+    """
 
-    def _start(
-        self, model: nn.Module, views_per_sample: int, memory_budget: int | None, plan: str
-    ) -> None:
+    def __init__(
+        self,
+        m: nn.Module,
+        *,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        views_per_sample: int = 1,
+        memory_budget: int | None = None,
+        plan: str = "auto",
+    ):
+        # the Opacus class beside this one
+        super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)  # type: ignore[call-arg]
         self.planner = Planner(memory_budget, plan)
-        inner = inner_model(model)
-        self.session = Session(
-            inner, batch_first=self.batch_first, views_per_sample=views_per_sample
-        )
+        inner = inner_model(m)
+        self.session = Session(inner, batch_first=batch_first, views_per_sample=views_per_sample)
         self.session.guards.sharded = sharded_parameters(inner)
-        self._installed = [*wrapper_forwards(model, self.session), *install(inner, self.session)]
+        self._installed = [*wrapper_forwards(m, self.session), *install(inner, self.session)]
         self._lockstep: Lockstep | None = None
         self._allow_accumulation = True
         self._optimizer: FusedDPOptimizer | None = None
@@ -90,31 +103,7 @@ class _FusedCapture:
 
 
 class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):
-    """The model with capture installed, wrapped as Opacus wraps it.
-
-    Args:
-        m: the model.
-        batch_first: whether the sample axis of its inputs is the first (else the second).
-        loss_reduction: ``"mean"`` or ``"sum"``.
-        views_per_sample: rows per sample at the model's input.
-        memory_budget: bytes for stored per-sample gradients, None for a quarter of free memory.
-        plan: ``"auto"`` or ``"measured"``, see :class:`dpkernels.engine.plan.planner.Planner`.
-    """
-
-    def __init__(
-        self,
-        m: nn.Module,
-        *,
-        batch_first: bool = True,
-        loss_reduction: str = "mean",
-        views_per_sample: int = 1,
-        memory_budget: int | None = None,
-        plan: str = "auto",
-    ):
-        AbstractGradSampleModule.__init__(
-            self, m, batch_first=batch_first, loss_reduction=loss_reduction
-        )
-        self._start(m, views_per_sample, memory_budget, plan)
+    """The model with capture installed, wrapped as Opacus wraps it."""
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear gradients, and the optimizer's sums with them: ``model.zero_grad()`` is enough."""
@@ -125,21 +114,6 @@ class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):
 
 class FusedGradSampleHooks(_FusedCapture, AbstractGradSampleHooks):
     """The same without a wrapper (``wrap_model=False``): go on using your own model."""
-
-    def __init__(
-        self,
-        m: nn.Module,
-        *,
-        batch_first: bool = True,
-        loss_reduction: str = "mean",
-        views_per_sample: int = 1,
-        memory_budget: int | None = None,
-        plan: str = "auto",
-    ):
-        AbstractGradSampleHooks.__init__(
-            self, m, batch_first=batch_first, loss_reduction=loss_reduction
-        )
-        self._start(m, views_per_sample, memory_budget, plan)
 
 
 def make_module(

@@ -12,10 +12,12 @@ STRATEGIES = ("store", "gram", "channel_gram", "recompute", "single")
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one strategy for one operand, beyond which nothing is hidden.
+    """What a strategy costs for one operand, norm and clipped sum together.
+
+    The planner adds nothing to a cost.
 
     Attributes:
-        flops: floating-point operations, norm and clipped gradient together.
+        flops: floating-point operations.
         traffic: bytes moved beyond reading the operand once.
         kept: bytes held from the layer's backward until the end of the backward pass.
     """
@@ -23,10 +25,6 @@ class Cost:
     flops: float
     traffic: float
     kept: int
-
-    def scaled(self, factor: float) -> Cost:
-        """The cost of `factor` times as many samples."""
-        return Cost(self.flops * factor, self.traffic * factor, int(self.kept * factor))
 
 
 #: what a strategy costs, or why it is not on offer

@@ -1,4 +1,4 @@
-"""Which captured forward each module gets, and putting them on a model."""
+"""Chooses a captured forward for each module of a model, and installs them."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def install(root: nn.Module, session: Session) -> list[CapturedForward]:
 def keep_compiler_out() -> None:
     """Leave captured forwards out of compiled graphs; torch.compile takes what lies between them.
 
-    Done once in a process, for its first private model, be it made or restored from a pickle. Not
-    where the classes are defined, as it loads torch's compiler: half a second that an import need
-    not wait for and that every optimizer spends anyway.
+    Done once in a process, for the first private model, be the model made or restored from a
+    pickle. Not done where the classes are defined: ``torch.compiler.disable`` loads torch's
+    compiler, half a second that an import need not wait for and that every optimizer spends anyway.
     """
     for captured in (LayerForward, PartsForward, UnitForward, OwnParametersForward):
         captured.__call__ = torch.compiler.disable(captured.__call__)  # type: ignore[method-assign]
@@ -56,7 +56,7 @@ def keep_compiler_out() -> None:
 
 
 def _refuse_captured(root: nn.Module) -> None:
-    """Raise where another capture trains the model; take off what a copied model still carries."""
+    """Raise where another session trains the model; remove captured forwards of a copied model."""
     for module in root.modules():
         forward = module.__dict__.get("forward")
         while isinstance(forward, CapturedForward):
@@ -73,7 +73,7 @@ def _refuse_captured(root: nn.Module) -> None:
 def _captured(
     module: nn.Module, name: str, session: Session, axis: int, seen: set[int]
 ) -> Iterator[CapturedForward]:
-    """Captured forwards for a module and what is below it, whose sample axis is `axis`."""
+    """Captured forwards for a module, whose sample axis is `axis`, and for modules below it."""
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -110,12 +110,12 @@ def _captured(
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Containers (lists and dicts of modules or parameters) have none."""
+    """Whether the module has a forward: containers (``nn.ModuleList``, ...) have none."""
     return type(module).forward is not nn.Module.forward
 
 
 def _below(module: nn.Module) -> Iterator[nn.Module]:
-    """What is below a module that is not an attention or a recurrent layer of PyTorch's."""
+    """Modules below one that is not an attention or a recurrent layer of PyTorch's."""
     if stated_axis(module) is None:
         yield from (below for below in module.modules() if below is not module)
 
@@ -131,7 +131,7 @@ def _computed(module: nn.Module) -> bool:
 
 
 def _owns_parameters(module: nn.Module) -> bool:
-    """Whether the module's own forward uses parameters: its own, or those of a container in it."""
+    """Whether the module's own forward uses parameters: the module's, or a container's below."""
     if any(p is not None for p in module._parameters.values()):
         return True
     if _computed(module):

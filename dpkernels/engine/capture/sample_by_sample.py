@@ -131,12 +131,13 @@ class UnitForward(CapturedForward):
         return tree_unflatten([next(merged) if o is None else o[0] for o in others], spec)
 
     def _outputs(
-        self,
-        call: UnitCall,
-        slots: list[Slot],
-        parameters: dict[int, torch.Tensor],
+        self, call: UnitCall, slots: list[Slot], parameters: dict[int, torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[tuple[Any] | None], Any]:
-        """Tensors of all samples, [samples, ...]; what else is returned; the nesting of both."""
+        """Tensors of all samples, [samples, ...]; other returned values; the nesting of both.
+
+        Samples run under vmap. Where the unit raises anything under vmap, samples run in a loop,
+        and an exception in the loop is the unit's own.
+        """
         others: list[tuple[Any] | None] = []
         spec: Any = None
 
@@ -149,7 +150,18 @@ class UnitForward(CapturedForward):
             others = [None if isinstance(t, torch.Tensor) else (t,) for t in flat]
             return [t for t in flat if isinstance(t, torch.Tensor)]
 
-        return self._run(one_sample, parameters, call.inputs(), call.samples), others, spec
+        inputs = call.inputs()
+        if call.samples > 1 and self._vectorised:
+            with contextlib.suppress(Exception), _PaddingKept():
+                vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
+                return vectorised(parameters, inputs), others, spec
+        split = {key: value.unbind(0) for key, value in parameters.items()}
+        rows = [
+            one_sample({key: value[b] for key, value in split.items()}, [t[b] for t in inputs])
+            for b in range(call.samples)
+        ]
+        self._vectorised = self._vectorised and call.samples == 1
+        return [torch.stack(column) for column in zip(*rows)], others, spec
 
     def _take_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitCall:
         """The call's leaves and their sample axes: stated by the module's kind, or told by size."""
@@ -193,10 +205,7 @@ class UnitForward(CapturedForward):
         return self.axis if length == rows and place not in self._shared else None
 
     def _axes_of(
-        self,
-        outputs: list[torch.Tensor],
-        call: UnitCall,
-        slots: list[Slot],
+        self, outputs: list[torch.Tensor], call: UnitCall, slots: list[Slot]
     ) -> list[int | None]:
         """The sample axis of each output, found out by the first call that has two samples."""
         if call.samples == 1:
@@ -273,29 +282,6 @@ class UnitForward(CapturedForward):
             f"module {self.name!r} ({type(self.module).__name__}) owns parameters and takes no "
             "batched tensor, so its samples cannot be told apart; pass it the batch, or freeze it"
         )
-
-    def _run(
-        self,
-        one_sample: Callable[..., list[torch.Tensor]],
-        parameters: dict[int, torch.Tensor],
-        inputs: list[torch.Tensor],
-        samples: int,
-    ) -> list[torch.Tensor]:
-        """The outputs of all samples by vmap; by a loop where the unit raises anything under vmap.
-
-        What the unit raises in the loop too is the unit's own error.
-        """
-        if samples > 1 and self._vectorised:
-            with contextlib.suppress(Exception), _PaddingKept():
-                vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
-                return vectorised(parameters, inputs)
-        split = {key: value.unbind(0) for key, value in parameters.items()}
-        rows = [
-            one_sample({key: value[b] for key, value in split.items()}, [t[b] for t in inputs])
-            for b in range(samples)
-        ]
-        self._vectorised = self._vectorised and samples == 1
-        return [torch.stack(column) for column in zip(*rows)]
 
 
 class _PaddingKept(TorchFunctionMode):

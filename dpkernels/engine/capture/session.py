@@ -45,6 +45,29 @@ class Sink(Protocol):
         """One parameter's contribution from one call of one layer."""
 
 
+class NoGradients:
+    """A sink that takes no gradients, of passes that do not train the model."""
+
+    trains = False
+
+    def __init__(self) -> None:
+        self.samples: int | None = None
+
+    def reset(self) -> None:
+        """Forget a backward pass that failed half-way."""
+        self.samples = None
+
+    def begin(self, samples: int) -> None:
+        """A backward pass over `samples` samples is under way, whose end is not reported."""
+        self.samples = samples
+
+    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
+        """Tensors that pass by are not looked at."""
+
+    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
+        """Gradients are not kept."""
+
+
 class Session:
     """What the captured layers of one model share.
 

@@ -1,4 +1,4 @@
-"""What DDP and FSDP2 do around a model's forward, and what capture needs there."""
+"""The wrappers DDP and FSDP2 around a model's forward, as capture needs them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture.layer import CapturedForward, is_packed, leaves_of
-from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.session import NoGradients, Session
 from dpkernels.engine.processes.collectives import Processes
 from dpkernels.engine.trial.mixing import refuse_mixing
-from dpkernels.layers.operands import Operand
 
 
 class DirectForward(CapturedForward):
     """A DDP model's forward without DDP, which has nothing to reduce: autograd forms no gradient.
 
-    What DDP does at every forward (it broadcasts buffers, and marks unused parameters as reduced)
-    would wait for a process that has fewer physical batches.
+    At every forward DDP broadcasts buffers and marks unused parameters as reduced. Both would wait
+    for a process that has fewer physical batches.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +40,7 @@ class DirectForward(CapturedForward):
 
 
 def wrapper_forwards(module: nn.Module, session: Session) -> list[CapturedForward]:
-    """Install what stands before the wrapper's own forward."""
+    """Install a :class:`DirectForward` on a DDP model; other models have no wrapper's forward."""
     if not isinstance(module, DistributedDataParallel):
         return []
     forward = DirectForward(module, "", session)
@@ -50,7 +49,7 @@ def wrapper_forwards(module: nn.Module, session: Session) -> list[CapturedForwar
 
 
 def sharded_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
-    """By module (its id) and name, what the optimizer holds of a parameter that FSDP2 gathers."""
+    """By a module's id and a parameter's name, the shard of every parameter that FSDP2 gathers."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -62,37 +61,19 @@ def sharded_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
     }
 
 
-class _Nobody:
-    """A sink that takes nothing: the gradients of a pass that stands in for one elsewhere."""
-
-    trains = False
-    samples: int | None = None
-
-    def reset(self) -> None:
-        """There is nothing to forget."""
-
-    def begin(self, samples: int) -> None:
-        """Nothing will be reported."""
-
-    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
-        """Nothing is looked at."""
-
-    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
-        """Nothing is kept."""
-
-
 class Lockstep:
-    """Keeps the processes of an FSDP2 model together, whose every pass gathers parameters.
+    """Keeps the processes of an FSDP2 model together: every pass gathers parameters from all.
 
-    Before each training pass the processes tell each other whether it is the last of their logical
-    batch. One that has come to its last while others have not runs a pass on a blank sample in the
-    meantime, whose gradients nobody takes, so that the others find their parameters. The trial for
-    mixed samples runs here too, as soon as every process has two samples.
+    Before each training pass the processes tell each other whether the pass is the last of their
+    logical batch. A process that has come to its last pass while others have not runs stand-in
+    passes on a blank sample, so that the others can gather; the gradients of a stand-in pass are
+    dropped. The trial for mixed samples runs here too, as soon as every process has two samples.
 
     Args:
-        model: the FSDP2 root; one backward pass follows each of its training passes, from the same
-            of its outputs every time (before the first, from all).
-        capture: its session.
+        model: the FSDP2 root. Each training forward must be followed by one backward, always from
+            the same outputs: a stand-in pass differentiates those (all outputs, before the first
+            real backward).
+        session: the model's session.
         processes: the processes.
         is_last: whether the pass to come is the last of this process's logical batch.
     """
@@ -106,9 +87,9 @@ class Lockstep:
     ):
         self.model, self.session, self.processes, self.is_last = model, session, processes, is_last
         self._inside = False
-        self._probed = False
+        self._tried = False
         self._refuse_mixing = torch.compiler.disable(refuse_mixing)
-        #: places among the model's outputs from which the last backward pass came
+        #: indices of the model's outputs from which the last backward pass came
         self._used: set[int] = set()
         self._handles = [
             model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
@@ -124,7 +105,7 @@ class Lockstep:
             handle.remove()
 
     def _guard(self, module: nn.Module, args: Any) -> None:
-        """Guard parameters as they are gathered, whether or not their layers run."""
+        """Guard parameters as FSDP2 gathers them, whether or not their layers run."""
         if self.session.open_sink is not None:
             for below in module.modules():
                 self.session.guards.wanted(below)
@@ -147,9 +128,9 @@ class Lockstep:
         while True:
             last = self.is_last()
             others_go_on, too_few = self.processes.largest([float(not last), rows < 2 * views])
-            if not self._probed and not too_few:
+            if not self._tried and not too_few:
                 self._alone(self._refuse_mixing, self.session, self._outputs, (args, kwargs), rows)
-                self._probed = True
+                self._tried = True
             if not (last and others_go_on):
                 return
             empty = tree_map(lambda leaf: _without_rows(leaf, axis, rows), (args, kwargs))
@@ -169,7 +150,7 @@ class Lockstep:
                 leaf.register_hook(lambda _, place=place: note(place))
 
     def _alone(self, run: Callable[..., object], *args: Any) -> None:
-        """Run what makes passes of its own, whose gradients are not the training's."""
+        """Call `run`, whose passes do not train the model, and put the sink back."""
         sink, self._inside = self.session.sink, True
         try:
             run(*args)
@@ -177,7 +158,7 @@ class Lockstep:
             self.session.sink, self._inside = sink, False
 
     def _stand_in(self, batch: tuple[Any, Any]) -> None:
-        self.session.sink = _Nobody()
+        self.session.sink = NoGradients()
         args, kwargs = batch
         sums = [
             leaf.double().sum()
@@ -189,7 +170,7 @@ class Lockstep:
         torch.stack(sums).sum().backward()
 
     def _outputs(self, batch: tuple[Any, Any]) -> list[torch.Tensor]:
-        """What the trial for mixed samples differentiates."""
+        """The model's outputs, which the trial for mixed samples differentiates."""
         args, kwargs = batch
         return [t for t in leaves_of(self.model(*args, **kwargs)) if isinstance(t, torch.Tensor)]
 

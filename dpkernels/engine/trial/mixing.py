@@ -1,13 +1,13 @@
-"""Do samples mix? One sample of a batch is replaced; nothing that belongs to the others may move.
+"""Do samples mix? One sample of a batch is replaced; no value of another sample may move.
 
-Run once before training starts, this finds what no list of layer types can: a transposed batch
+A trial before training starts finds faults that no list of layer types can: a transposed batch
 axis, positions embedded once for the whole batch, statistics over the batch, a loss that
-normalises by the whole batch. Both runs draw the same random numbers, of torch, numpy and Python,
-so dropout and randomly skipped layers do not matter.
+normalises by the whole batch. All passes of a trial draw the same random numbers, of torch, numpy
+and Python, so dropout and randomly skipped layers do not matter.
 
-Each run is a forward and a backward pass over the whole batch, without weight gradients. A few of
-its samples would not do: statistics over groups of ``batch / groups`` samples mix nobody in a batch
-of ``groups``, and everybody in a larger one.
+A trial makes forward and backward passes over the whole batch, without weight gradients. A few
+samples of the batch would not do: statistics over groups of ``batch / groups`` samples mix nobody
+in a batch of ``groups``, and everybody in a larger one.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from dpkernels.engine.capture.layer import is_packed, leaves_of
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.trial_book import TrialBook
-from dpkernels.engine.trial.fingerprints import Observer, Seen
+from dpkernels.engine.trial.fingerprints import Fingerprints, Seen
 
 #: relative change of another sample's values that counts as rounding, by significand
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 3e-2
-#: the same where a repeated run gives the same bits
+#: the same, once a repeated pass has given the same bits
 _FINE_TOLERANCE = 1e-3
-#: below this, float32 has fewer digits
+#: the smallest float32 with all digits
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Where a batch has its samples: `rows` rows on `axis`, `views` adjacent ones a sample.
+class BatchRows:
+    """Where a batch has its samples: `rows` rows on `axis`, each sample `views` adjacent ones.
 
-    Every tensor of the batch with `rows` rows on `axis` is batched, no other is.
+    A tensor of the batch is batched if and only if it has `rows` rows on `axis`.
     """
 
     rows: int
@@ -67,16 +67,16 @@ def refuse_mixing(
     rows: int,
     source: int = -1,
 ) -> bool:
-    """Refuse a model in which other samples' values move when the first or the last is replaced.
+    """Replace the first, then the last sample of a batch; refuse a model if another one's move.
 
-    Both, because a row that takes everybody's gradient (``positions(ids)[0]``) hides behind the
-    sample that owns the row.
+    One of the two would not do: a row that takes everybody's gradient (``positions(ids)[0]``) hides
+    behind the sample that owns the row.
 
     Args:
         session: the model's session.
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
         batch: nested arguments of `run`.
-        rows: rows of the batch; every tensor with so many rows on the sample axis is batched.
+        rows: rows of the batch.
         source: the sample that takes the place of the replaced one, where the two differ.
 
     Returns:
@@ -85,7 +85,7 @@ def refuse_mixing(
     Raises:
         NotPerSample: samples mix; the message names the layer.
     """
-    at = Geometry(rows, session.views, session.axis)
+    at = BatchRows(rows, session.views, session.axis)
     if not can_tell(batch, at):
         return False
     samples = at.samples
@@ -94,28 +94,29 @@ def refuse_mixing(
     replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
     with _own_random_numbers(session.root):
         seed = int(torch.randint(2**31, ()))
-        first = _observe(session, run, batch, seed)
+        first = _watched(session, run, batch, seed)
         for target, preferred in replaced:
             others = _unlike(batch, at, target)
             other = preferred if preferred in others else others[-1]
             try:
-                second = _observe(session, run, _twin(batch, at, target, other), seed)
+                second = _watched(session, run, _twin(batch, at, target, other), seed)
             except NotPerSample:
                 raise
             except Exception:  # the model may want lengths sorted
                 kept = _twin(batch, at, target, other, keep_lengths=True)
-                second = _observe(session, run, kept, seed)
+                second = _watched(session, run, kept, seed)
             fault = _compare(first, second, target)
             faint = _compare(first, second, target, _FINE_TOLERANCE)
-            if fault is None and faint is not None and _same_shapes(first, second):
-                again = _observe(session, run, batch, seed)
+            shapes = [[seen.shape for seen in found.seen] for found in (first, second)]
+            if fault is None and faint is not None and shapes[0] == shapes[1]:
+                again = _watched(session, run, batch, seed)
                 fault = faint if _compare(first, again, None, 0.0) is None else None
             if fault is not None:
                 raise NotPerSample(fault)
     return True
 
 
-def can_tell(batch: Any, at: Geometry) -> bool:
+def can_tell(batch: Any, at: BatchRows) -> bool:
     """Whether replacing the first or the last sample of a batch can show that samples mix.
 
     A batch of one sample cannot tell, nor one whose samples are all alike, such as the zeros of a
@@ -124,7 +125,7 @@ def can_tell(batch: Any, at: Geometry) -> bool:
     return at.samples > 1 and all(_unlike(batch, at, target) for target in (0, at.samples - 1))
 
 
-def _unlike(batch: Any, at: Geometry, target: int) -> list[int]:
+def _unlike(batch: Any, at: BatchRows, target: int) -> list[int]:
     """Samples that differ from sample `target`."""
     unlike = torch.zeros(at.samples, dtype=torch.bool)
     for leaf in leaves_of(batch):
@@ -139,7 +140,7 @@ def _unlike(batch: Any, at: Geometry, target: int) -> list[int]:
 
 @contextlib.contextmanager
 def _own_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Give every generator that a forward pass may draw from its state back afterwards."""
+    """Restore the state of torch's, numpy's and Python's generators afterwards."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - models use it
     try:
@@ -150,11 +151,12 @@ def _own_random_numbers(model: nn.Module) -> Iterator[None]:
         np.random.set_state(arrays)  # noqa: NPY002
 
 
-def _observe(
+def _watched(
     session: Session, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
-) -> Observer:
-    sink, observer = session.sink, Observer()
-    session.sink = observer
+) -> Fingerprints:
+    """Fingerprints of one forward and backward pass."""
+    sink = session.sink
+    session.sink = found = Fingerprints()
     try:
         with _kept_buffers(session.root):
             torch.manual_seed(seed)
@@ -168,25 +170,31 @@ def _observe(
             if session.anchor.is_cuda:  # a model may work on streams of its own
                 torch.cuda.synchronize(session.anchor.device)
             buffers = session.root.named_buffers()
-            observer.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
+            found.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
     finally:
         session.sink = sink
-    return observer
+    return found
 
 
 def _slopes(output: torch.Tensor) -> torch.Tensor:
-    """The gradient of a stand-in loss: a sum over samples, and not the same wherever it is."""
+    """The gradient of a stand-in loss, which is a sum over samples, with another slope everywhere.
+
+    A constant slope would not do: behind a normalisation, a constant slope's gradient is zero.
+    """
     return torch.rand_like(output).add_(output.detach())
 
 
-def _same_shapes(first: Observer, second: Observer) -> bool:
-    return [s.shape for s in first.seen] == [s.shape for s in second.seen]
-
-
 def _compare(
-    first: Observer, second: Observer, replaced: int | None, most: float = _COARSE_TOLERANCE
+    first: Fingerprints, second: Fingerprints, replaced: int | None, most: float = _COARSE_TOLERANCE
 ) -> str | None:
-    """What moved between two runs, beyond a relative tolerance of at most `most`."""
+    """A sentence on the first tensor that moved between two passes; None if none did.
+
+    Args:
+        first: fingerprints of one pass.
+        second: fingerprints of the other pass.
+        replaced: the sample that was replaced, which may move; None: no sample may.
+        most: largest relative change that counts as rounding.
+    """
     if [(s.layer, s.kind) for s in first.seen] != [(s.layer, s.kind) for s in second.seen]:
         return "the model takes another path through its layers when one sample is replaced"
     for a, b in zip(first.seen, second.seen):
@@ -219,7 +227,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _moved(buffer: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Whether two runs left a buffer different, beyond rounding."""
+    """Whether two passes left different values in a buffer, beyond rounding."""
     if other is None or buffer.shape != other.shape:
         return True
     if not buffer.is_floating_point():
@@ -246,7 +254,9 @@ def _sentence(seen: Seen, sample: int, replaced: int | None) -> str:
     )
 
 
-def _twin(batch: Any, at: Geometry, target: int, source: int, *, keep_lengths: bool = False) -> Any:
+def _twin(
+    batch: Any, at: BatchRows, target: int, source: int, *, keep_lengths: bool = False
+) -> Any:
     """The batch with sample `target` replaced by sample `source`.
 
     With `keep_lengths`, a vector of one integer per sample stays: a model may want lengths sorted.
@@ -267,7 +277,7 @@ def _twin(batch: Any, at: Geometry, target: int, source: int, *, keep_lengths: b
 
 
 def _apart(leaf: Any) -> Any:
-    """The same values with a graph of their own, so that a trial's gradients end with them."""
+    """The leaf detached, so that a trial's gradients do not reach the graph behind the leaf."""
     if isinstance(leaf, PackedSequence):
         return PackedSequence(_apart(leaf.data), *leaf[1:])
     if not isinstance(leaf, torch.Tensor):
@@ -276,8 +286,10 @@ def _apart(leaf: Any) -> Any:
 
 
 def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedSequence:
-    """The sequence with the steps of sample `target` replaced by those of `source`, over again
-    where it is shorter: all lengths stay."""
+    """The sequence with the steps of sample `target` replaced by those of sample `source`.
+
+    All lengths stay: the steps of a shorter `source` are repeated.
+    """
     places = packed.unsorted_indices
     to, of = (target, source) if places is None else (int(places[target]), int(places[source]))
     steps = packed.data.detach().clone().split(packed.batch_sizes.tolist())
@@ -291,7 +303,7 @@ def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedS
 
 @contextlib.contextmanager
 def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Give buffers their values back afterwards: a trial run leaves no trace."""
+    """Restore all buffers' values afterwards."""
     kept = [
         (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
@@ -322,7 +334,7 @@ def check_criterion(
         batch: inputs, then the target; at least two samples.
     """
     rows = batch[0].shape[session.axis]
-    at = Geometry(rows, session.views, session.axis)
+    at = BatchRows(rows, session.views, session.axis)
     if not can_tell(list(batch), at):
         raise ValueError(f"batch: it holds {rows} rows, expected two samples or more that differ")
 
