@@ -48,19 +48,19 @@ class LayerCall:
             yield
 
     def for_each(self, name: str, rows: int) -> torch.Tensor:
-        """[rows, *shape]: one of the layer's tensors, once for every row of its input.
+        """[rows, *shape]: one of the layer's tensors, once for every row of the layer's input.
 
-        Where it is trained, what autograd finds for it goes to the sink.
+        The gradient that autograd finds for a trained tensor goes to the sink.
         """
         value = getattr(self.owner.module, name).detach()
         if name not in self.wanted:
             return value.expand(rows, *value.shape)
         self.wanted -= {name}
         anchor = self.owner.session.anchor
-        return PerSample.apply(anchor, value, functools.partial(self._receive, name), rows)
+        return OncePerSample.apply(anchor, value, functools.partial(self._receive, name), rows)
 
     def _receive(self, name: str, grad_rows: torch.Tensor) -> None:
-        """What autograd found for one of the layer's tensors, [rows, *shape]."""
+        """Hand on the gradient of one of the layer's tensors for each row, [rows, *shape]."""
         owner, sink = self.owner, self.owner.session.sink
         if sink is None or not owner.session.wants_this_backward():
             return
@@ -86,7 +86,7 @@ class LayerCall:
                 sink.add(parameter, gradient, self.samples, owner.name)
 
     def trace(self, name: str, operand: Operand) -> Iterable[tuple[nn.Parameter, Operand]]:
-        """The parameters behind one of the layer's tensors, and what each receives."""
+        """The parameters behind one of the layer's tensors, each with its operand."""
         yield own_parameter(self.owner.module, name), operand
 
 
@@ -112,8 +112,8 @@ class _Mark(torch.autograd.Function):
         return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
 
 
-class PerSample(torch.autograd.Function):
-    """[*shape] -> [B, *shape]: a parameter, once for every sample."""
+class OncePerSample(torch.autograd.Function):
+    """[*shape] -> [B, *shape]: a parameter, once for every sample; the gradient is handed over."""
 
     @staticmethod
     def forward(
@@ -136,7 +136,7 @@ class PerSample(torch.autograd.Function):
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """What the module holds under this name, not below it."""
+    """The module's own parameter of this name."""
     parameter = module._parameters[name]
     if parameter is None:
         raise ValueError(f"{type(module).__name__}: {name!r} is None, expected a parameter")
@@ -164,7 +164,7 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class CapturedForward:
-    """An instance ``forward`` that stands before the module's own; copies and pickles with it."""
+    """An instance ``forward`` before the module's own, copied and pickled with the module."""
 
     def __init__(self, module: nn.Module, name: str, session: Session):
         self.module = module
@@ -173,7 +173,7 @@ class CapturedForward:
         self.inner: Callable[..., Any] | None = module.__dict__.get("forward")
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward that stood here before."""
+        """Call the forward that was the module's before :meth:`install`."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -231,7 +231,7 @@ class LayerForward(CapturedForward):
         return self.session.guards.wanted(self.module)
 
     def call(self, samples: int, wanted: frozenset[str]) -> LayerCall:
-        """What one call of the layer must remember."""
+        """A record of one call of the layer."""
         return LayerCall(self, samples, wanted)
 
     def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:

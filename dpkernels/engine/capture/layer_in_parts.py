@@ -39,7 +39,7 @@ class PartsForward(CapturedForward):
         return self.rule.run(self.module, arguments, recorder)
 
     def rows(self, *args: Any, **kwargs: Any) -> int:
-        """Rows along the sample axis of a call, as the layer itself has it."""
+        """Rows of a call along the sample axis that the layer itself prescribes."""
         try:
             return self.rule.rows(self.module, self._arguments(args, kwargs))
         except ValueError as error:
@@ -54,7 +54,7 @@ class PartsForward(CapturedForward):
 
 
 class CallRecorder:
-    """One call of a composite layer: what its rule asks, and where its operands go."""
+    """One call of a composite layer: answers the rule's questions, takes the rule's operands."""
 
     def __init__(self, owner: PartsForward, samples: int, wanted: set[int]):
         self.owner = owner
@@ -67,13 +67,13 @@ class CallRecorder:
         return id(parameter) in self._wanted
 
     def saw(self, rows: torch.Tensor) -> None:
-        """Activations, sample axis first, as they pass by."""
+        """Show activations, sample axis first, to the sink."""
         sink = self.owner.session.open_sink
         if sink is not None:
             sink.saw(self.owner.name, "activations", rows, self.samples)
 
     def receive(self, backprops: torch.Tensor, found: Found) -> None:
-        """Called in backward: a part's backprops, sample axis first, and operands made of them."""
+        """Take a part's backprops, sample axis first, and the operands of them, in backward."""
         session, name = self.owner.session, self.owner.name
         sink = session.sink
         if sink is None or not session.wants_this_backward():

@@ -108,7 +108,7 @@ class WholeModelForward(CapturedForward):
 
 
 def _is_record(leaf: Any) -> bool:
-    """Whether a leaf is a dataclass, which PyTorch does not look into."""
+    """Whether a leaf is a dataclass, whose fields PyTorch's pytrees do not show."""
     return is_dataclass(leaf) and not isinstance(leaf, type)
 
 
@@ -117,7 +117,7 @@ def _fields(record: Any) -> list[tuple[str, Any]]:
 
 
 def _returned(output: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an output."""
+    """The tensors in an output, those in dataclasses and PackedSequences too."""
     for leaf in leaves_of(output):
         if isinstance(leaf, PackedSequence):
             yield leaf.data
@@ -128,7 +128,7 @@ def _returned(output: Any) -> Iterator[torch.Tensor]:
 
 
 class _OutputHook:
-    """Tensor hook on the outputs of one forward pass: a backward pass has reached them."""
+    """Tensor hook on the outputs of one forward pass, called once a backward pass reaches them."""
 
     def __init__(self, session: Session, batch: Batch):
         self.session = session
@@ -162,7 +162,7 @@ class _OutputHook:
 
 
 def _plain(leaf: Any) -> Any:
-    """MONAI's MetaTensor and other data-carrying subclasses as the tensors they hold."""
+    """The plain tensor of a MONAI MetaTensor or of a like subclass; any other leaf as it is."""
     if isinstance(leaf, torch.Tensor) and hasattr(leaf, "as_tensor"):
         return leaf.as_tensor()
     return leaf
