@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
 from bench import cases, work
-from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.engine.plan import planner
 from dpkernels.engine.release.pending import PendingGradients
 from dpkernels.layers import norm
@@ -245,7 +245,7 @@ def _engine_as_on_gpu(half: bool) -> Iterator[None]:
             (planner, "kind_of_products", kind_of_products),
             (planner, "ridge_point", ridge_point),
             (planner, "default_memory_budget", budget),
-            (Session, "due", lambda _: False),
+            (TrialBook, "due", lambda *_: False),
             (PendingGradients, "refuse_not_finite", lambda *_: None),
             (norm, "_autocast", lambda _: half),
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,21 +21,34 @@ from dpkernels.engine.trial.mixing import refuse_mixing
 
 
 class _FusedCapture:
-    """What the wrapped module and the wrapper-less hooks share."""
+    """What the wrapped module and the wrapper-less hooks share.
 
-    #: set by the Opacus class beside this one
-    batch_first: bool
+    Args:
+        m: the model.
+        batch_first: whether the sample axis of the model's inputs is the first (else the second).
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        views_per_sample: rows per sample at the model's input.
+        memory_budget: bytes for stored per-sample gradients, None for a quarter of free memory.
+        plan: ``"auto"`` or ``"measured"``, see :class:`dpkernels.engine.plan.planner.Planner`.
+    """
 
-    def _start(
-        self, model: nn.Module, views_per_sample: int, memory_budget: int | None, plan: str
-    ) -> None:
+    def __init__(
+        self,
+        m: nn.Module,
+        *,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        views_per_sample: int = 1,
+        memory_budget: int | None = None,
+        plan: str = "auto",
+    ):
+        # the Opacus class beside this one
+        super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)  # type: ignore[call-arg]
         self.planner = Planner(memory_budget, plan)
-        inner = inner_model(model)
-        self.capture = Session(
-            inner, batch_first=self.batch_first, views_per_sample=views_per_sample
-        )
-        self.capture.sharded = sharded_parameters(inner)
-        self._installed = [*wrapper_forwards(model, self.capture), *install(inner, self.capture)]
+        inner = inner_model(m)
+        self.session = Session(inner, batch_first=batch_first, views_per_sample=views_per_sample)
+        self.session.guards.sharded = sharded_parameters(inner)
+        self._installed = [*wrapper_forwards(m, self.session), *install(inner, self.session)]
         self._lockstep: Lockstep | None = None
         self._allow_accumulation = True
         self._optimizer: FusedDPOptimizer | None = None
@@ -44,21 +58,22 @@ class _FusedCapture:
         keep_compiler_out()
         self._optimizer = optimizer
         optimizer.grad_accumulation_allowed = self._allow_accumulation
-        capture = self.capture
-        capture.held = optimizer.held_parameters
-        capture.sink = PendingGradients(
-            self.planner, capture, optimizer.privatize, optimizer.streams
+        session = self.session
+        session.guards.held = optimizer.held_parameters
+        session.sink = PendingGradients(
+            self.planner, session, optimizer.privatize, optimizer.streams
         )
         if self._lockstep is not None:
             self._lockstep.remove()
             self._lockstep = None
-        if capture.sharded:
+        if session.guards.sharded:
             self._lockstep = Lockstep(
-                capture.root, capture, optimizer.processes, optimizer.is_last_physical_batch
+                session.root, session, optimizer.processes, optimizer.is_last_physical_batch
             )
         else:
-            capture.probe = torch.compiler.disable(refuse_mixing)
-        capture.refresh()
+            trial = functools.partial(refuse_mixing, session)
+            session.trials.trial = torch.compiler.disable(trial)
+        session.refresh()
 
     def forbid_grad_accumulation(self) -> None:
         """Refuse a second backward pass before ``optimizer.step()``: Poisson sampling needs it."""
@@ -80,39 +95,15 @@ class _FusedCapture:
         self._installed = []
         if self._lockstep is not None:
             self._lockstep.remove()
-        self.capture.release()
-        self.capture.sink = None
+        self.session.guards.remove()
+        self.session.sink = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_lockstep": None}
 
 
 class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):
-    """The model with capture installed, wrapped as Opacus wraps it.
-
-    Args:
-        m: the model.
-        batch_first: whether the sample axis of its inputs is the first (else the second).
-        loss_reduction: ``"mean"`` or ``"sum"``.
-        views_per_sample: rows per sample at the model's input.
-        memory_budget: bytes for stored per-sample gradients, None for a quarter of free memory.
-        plan: ``"auto"`` or ``"measured"``, see :class:`dpkernels.engine.plan.planner.Planner`.
-    """
-
-    def __init__(
-        self,
-        m: nn.Module,
-        *,
-        batch_first: bool = True,
-        loss_reduction: str = "mean",
-        views_per_sample: int = 1,
-        memory_budget: int | None = None,
-        plan: str = "auto",
-    ):
-        AbstractGradSampleModule.__init__(
-            self, m, batch_first=batch_first, loss_reduction=loss_reduction
-        )
-        self._start(m, views_per_sample, memory_budget, plan)
+    """The model with capture installed, wrapped as Opacus wraps it."""
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear gradients, and the optimizer's sums with them: ``model.zero_grad()`` is enough."""
@@ -123,21 +114,6 @@ class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):
 
 class FusedGradSampleHooks(_FusedCapture, AbstractGradSampleHooks):
     """The same without a wrapper (``wrap_model=False``): go on using your own model."""
-
-    def __init__(
-        self,
-        m: nn.Module,
-        *,
-        batch_first: bool = True,
-        loss_reduction: str = "mean",
-        views_per_sample: int = 1,
-        memory_budget: int | None = None,
-        plan: str = "auto",
-    ):
-        AbstractGradSampleHooks.__init__(
-            self, m, batch_first=batch_first, loss_reduction=loss_reduction
-        )
-        self._start(m, views_per_sample, memory_budget, plan)
 
 
 def make_module(

@@ -359,12 +359,12 @@ class PrivacyEngine(OpacusPrivacyEngine):
             ValueError: samples mix; the message names the layer or the criterion.
         """
         if isinstance(model, (FusedGradSampleModule, FusedGradSampleHooks)):
-            check_criterion(model, model.capture, criterion, batch)
+            check_criterion(model, model.session, criterion, batch)
             return
         self.validate(module=model)
         hooks = FusedGradSampleHooks(model)
         try:
-            check_criterion(model, hooks.capture, criterion, batch)
+            check_criterion(model, hooks.session, criterion, batch)
         finally:
             hooks.cleanup()
 

@@ -1,4 +1,4 @@
-"""The strategies by which a parameter's norm can be had, and what each costs."""
+"""The strategies for a parameter's norm and clipped sum, and the cost of each."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-#: every strategy that a plan speaks about (docs/math.md, section 2)
+#: every strategy of a plan (docs/math.md, section 2)
 STRATEGIES = ("store", "gram", "channel_gram", "recompute", "single")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one strategy for one operand, beyond which nothing is hidden.
+    """What a strategy costs for one operand, norm and clipped sum together.
+
+    The planner adds nothing to a cost.
 
     Attributes:
-        flops: floating-point operations, norm and clipped gradient together.
+        flops: floating-point operations.
         traffic: bytes moved beyond reading the operand once.
         kept: bytes held from the layer's backward until the end of the backward pass.
     """
@@ -25,7 +27,7 @@ class Cost:
     kept: int
 
 
-#: what a strategy costs, or why it is not on offer
+#: by strategy: its cost, or why the strategy is not on offer
 Offers = dict[str, Cost | str]
 
 
@@ -52,11 +54,12 @@ def offers(
 
     Args:
         samples: number of samples.
-        gradient: floating-point operations of all per-sample gradients, as of their clipped sum.
+        gradient: floating-point operations to form all per-sample gradients; their clipped sum
+            takes as many.
         stored: bytes of all per-sample gradients.
         stash: bytes of the factors.
         gram: which Gram strategy the operand has, ``"gram"`` or ``"channel_gram"``.
-        gram_flops: its operations for the norms, or why it is not on offer.
+        gram_flops: the Gram strategy's operations for the norms, or why it is not on offer.
         recompute: why gradients are not formed twice; None if they may be.
     """
     other = {"gram": "channel_gram", "channel_gram": "gram"}[gram]

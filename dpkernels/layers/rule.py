@@ -1,4 +1,4 @@
-"""What a rule is, and which rule a module gets."""
+"""The base class of rules, one for each kind of layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Rule:
     """How one kind of layer turns (activations, backprops) into operands.
 
     A rule is stateless. The layer's own forward runs unchanged, with its parameters outside
-    autograd; the rule says which tensors to remember and what the gradients are made of.
+    autograd; the rule says which tensors to remember and makes operands of them.
     """
 
     #: classes whose own ``forward`` this rule understands
@@ -28,22 +28,22 @@ class Rule:
     sample_axis: ClassVar[int | None] = None
 
     def refusal(self, module: nn.Module) -> str | None:
-        """Why this module has no per-sample gradient, with the remedy; None if it has."""
+        """Why the module has no per-sample gradient, with the remedy; None if it has one."""
         return None
 
     def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
-        """Whether the input carries a sample axis in front of what one sample needs."""
+        """Whether the input has a sample axis in front of the axes of one sample."""
         return input.ndim >= 2
 
     def forward(
         self, module: nn.Module, input: torch.Tensor, run: Callable[[], torch.Tensor]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """The layer's output, and what must be remembered (each tensor sample axis alike).
+        """The layer's output and the tensors to remember, all with the same sample axis.
 
         Args:
-            module: the layer, its trained parameters out of autograd.
-            input: its input.
-            run: runs the layer's own forward on it.
+            module: the layer, the trained parameters out of autograd.
+            input: the layer's input.
+            run: runs the layer's own forward on `input`.
         """
         return run(), (input,)
 
@@ -53,15 +53,18 @@ class Rule:
         input: torch.Tensor,
         for_each: Callable[[str, int], torch.Tensor],
     ) -> torch.Tensor | None:
-        """The layer's output with tensors of their own for every row; None where that costs more.
+        """Run the layer with one set of parameters per row (views).
 
-        Autograd then finds the gradients of these tensors, :meth:`forward` and :meth:`operands`
-        are not asked. For layers whose backward pass finds them on its way to the input's.
+        Autograd itself then returns per-sample gradients; :meth:`forward` and :meth:`operands` are
+        not called.
 
         Args:
-            module: the layer, its trained parameters out of autograd.
-            input: its input, [rows, ...].
-            for_each: by the name of a tensor and the number of rows, [rows, *shape].
+            module: the layer, the trained parameters out of autograd.
+            input: the layer's input, [rows, ...].
+            for_each: given a tensor's name and the number of rows, returns [rows, *shape].
+
+        Returns:
+            The output; None where :meth:`forward` with :meth:`operands` is cheaper.
         """
         return None
 
@@ -77,7 +80,7 @@ class Rule:
 
         Args:
             module: the layer.
-            activations: what :meth:`forward` remembered, sample axis first.
+            activations: the tensors that :meth:`forward` remembered, sample axis first.
             backprops: gradient at the layer's output, sample axis first, [rows, ...].
             samples: number of samples; rows are a multiple of it.
             wanted: names of the trainable parameters.
@@ -85,11 +88,11 @@ class Rule:
         raise NotImplementedError
 
     def applies(self, module: nn.Module) -> bool:
-        """Whether this rule holds for the module as it stands.
+        """Whether this rule holds for the module in its present state.
 
         A subclass or an instance that overrides one of `methods` computes something else and is
         left to the generic fallback; so is a module with a parameter that the rule does not know.
-        Tensors that parametrizations compute count as the parameters that they stand for.
+        A tensor that a parametrization computes counts as the parameter of the same name.
         """
         base = next((b for b in self.handles if isinstance(module, b)), None)
         if base is None:

@@ -60,6 +60,15 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(restored(x), model(x))
 
 
+def test_a_copied_wrapper_made_private_again_knows_its_parameters_names() -> None:
+    _, model, _, _ = private(cnn(), images(16))
+    engine, again, _, _ = private(copy.deepcopy(model), images(16))
+    x, y = images(4).tensors
+    nn.functional.cross_entropy(again(x), y).backward()
+    names = {row["parameter"] for row in engine.explain().rows}
+    assert names == {name for name, _ in model._module.named_parameters()}
+
+
 def test_step_hooks_of_the_optimizer_run() -> None:
     _, model, optimizer, _ = private(cnn(), images(16))
     calls = []

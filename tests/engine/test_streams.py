@@ -125,7 +125,7 @@ def form_contributions_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The private model's layers ran on `stream`, so their backward does."""
-    sink = model.capture.sink
+    sink = model.session.sink
     add = sink.add
 
     def on_stream(*args: object) -> None:
@@ -231,7 +231,7 @@ def test_autograd_reaches_the_leaf_behind_the_anchor() -> None:
     x = values(4, 6).float()
     _, model, _, _ = made_private(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)), x)
     reached: list[str] = []
-    node = model.capture.anchor.grad_fn
+    node = model.session.anchor.grad_fn
     assert node is not None
     leaf = node.next_functions[0][0]
     assert leaf is not None
@@ -249,12 +249,12 @@ def test_the_anchor_follows_the_parameters(monkeypatch: pytest.MonkeyPatch) -> N
     class OnGpu(nn.Parameter):
         device, is_cuda = GPU, True
 
-    capture = Session(nn.Linear(2, 2))
-    capture.anchor = torch.zeros(())
-    capture.refresh()
+    session = Session(nn.Linear(2, 2))
+    session.anchor = torch.zeros(())
+    session.refresh()
     assert placed == [torch.device("cpu")]
-    capture.root.weight = OnGpu(capture.root.weight.detach())
-    capture.refresh()
+    session.root.weight = OnGpu(session.root.weight.detach())
+    session.refresh()
     assert placed[1:] == [GPU]
 
 

@@ -2,8 +2,8 @@
 
 ``torch.nn.utils.parametrize`` makes a layer's weight a function of other parameters. The layer's
 rule knows the gradient of each sample at the computed weight; the function's vector-Jacobian
-product, once for every sample, carries it to the parameters. The function is evaluated once per
-call, so whatever it does is done alike for every sample.
+product, once for every sample, carries each gradient to the parameters. The function is evaluated
+once per call, so all samples see the same weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dpkernels.engine.capture.layer import LayerCall, LayerForward, own_parameter, swapped
-from dpkernels.engine.capture.session import NotPerSample
+from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost, Offers
 from dpkernels.layers.operands import Call, Operand
@@ -30,14 +30,14 @@ class Derivation:
 
     Attributes:
         value: the tensor, attached to `leaf` by autograd.
-        leaf: stands for the parameter that it is computed from.
+        leaf: stands for the parameter from which the tensor is computed.
     """
 
     value: torch.Tensor
     leaf: torch.Tensor
 
     def pull_back(self, gradients: torch.Tensor) -> torch.Tensor:
-        """[n, *value.shape] -> [n, *leaf.shape]: the vector-Jacobian product of each."""
+        """[n, *value.shape] -> [n, *leaf.shape]: each gradient's vector-Jacobian product."""
         (pulled,) = torch.autograd.grad(
             self.value,
             self.leaf,
@@ -53,7 +53,7 @@ class Derivation:
 
 @dataclass(frozen=True)
 class ComputedWeightOperand:
-    """The gradient at a parameter, from the operand of the tensor that is computed from it."""
+    """The gradient at a parameter, from the operand of a tensor computed from the parameter."""
 
     operand: Operand
     derivation: Derivation
@@ -81,7 +81,7 @@ class ComputedWeightOperand:
         return self.operand.kernel("store")
 
     def offers(self) -> Offers:
-        """Those of the computed tensor that form its gradients, carried to the parameter."""
+        """The computed tensor's offers, less those that form no gradients to carry on."""
         carried: Offers = {}
         for name, offer in self.operand.offers().items():
             if "gram" in name:
@@ -94,7 +94,7 @@ class ComputedWeightOperand:
 
 
 class ComputedWeightCall(LayerCall):
-    """One call of a layer with computed tensors, which are computed once and kept."""
+    """One call of a layer whose computed tensors are evaluated once and kept."""
 
     def __init__(self, owner: ComputedWeightForward, samples: int, wanted: frozenset[str]):
         super().__init__(owner, samples, wanted)
@@ -104,12 +104,12 @@ class ComputedWeightCall(LayerCall):
             slots = [
                 (module, key, own_parameter(module, key))
                 for module in source.modules()
-                for key in sorted(owner.capture.wanted(module))
+                for key in sorted(owner.session.guards.wanted(module))
             ]
             leaves = {id(p): p.detach().requires_grad_() for _, _, p in slots}
             with (
                 torch.enable_grad(),
-                owner.capture.paused(),
+                owner.session.paused(),
                 swapped((module, key, leaves[id(p)]) for module, key, p in slots),
             ):
                 value = self._values[name] = source()
@@ -156,7 +156,7 @@ class ComputedWeightForward(LayerForward):
         computed = (
             name
             for name, source in parametrizations(self.module)
-            if any(self.capture.wanted(module) for module in source.modules())
+            if any(self.session.guards.wanted(module) for module in source.modules())
         )
         return super().wanted().union(computed)
 
@@ -165,13 +165,13 @@ class ComputedWeightForward(LayerForward):
 
 
 def parametrizations(module: nn.Module) -> list[tuple[str, ParametrizationList]]:
-    """The module's computed tensors by name, each with what computes it."""
+    """The module's computed tensors by name, each with the parametrizations that compute it."""
     found = module._modules.get("parametrizations")
     return [] if found is None else list(found.items())  # type: ignore[operator]
 
 
 def _refuse_foreign(value: torch.Tensor, leaves: list[torch.Tensor], layer: str, name: str) -> None:
-    """Raise where a tensor is computed from a parameter that is not its parametrization's."""
+    """Raise where a tensor is computed from a parameter that its parametrization does not own."""
     known = {id(leaf) for leaf in leaves}
     pending, seen = [value.grad_fn], set()
     while pending:
@@ -190,7 +190,7 @@ def _refuse_foreign(value: torch.Tensor, leaves: list[torch.Tensor], layer: str,
 
 @contextlib.contextmanager
 def _returning(source: ParametrizationList, value: torch.Tensor) -> Iterator[None]:
-    """The parametrization returns `value` in place of what it would compute."""
+    """Make the parametrization return `value` and compute nothing."""
     source.__dict__["forward"] = lambda: value
     try:
         yield

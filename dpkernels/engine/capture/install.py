@@ -1,4 +1,4 @@
-"""Which captured forward each module gets, and putting them on a model."""
+"""Chooses a captured forward for each module of a model, and installs them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpkernels.layers import find_composite_rule, find_rule
 from dpkernels.layers.sequence import stated_axis
 
 
-def install(root: nn.Module, capture: Session) -> list[CapturedForward]:
+def install(root: nn.Module, session: Session) -> list[CapturedForward]:
     """Put captured forwards on every layer that owns parameters, and on the model itself.
 
     Returns:
@@ -32,10 +32,10 @@ def install(root: nn.Module, capture: Session) -> list[CapturedForward]:
     _refuse_captured(root)
     keep_compiler_out()
     installed: list[CapturedForward] = []
-    for forward in _captured(root, "", capture, capture.axis, set()):
+    for forward in _captured(root, "", session, session.axis, set()):
         forward.install()
         installed.append(forward)
-    installed.append(WholeModelForward(root, "", capture))
+    installed.append(WholeModelForward(root, "", session))
     installed[-1].install()
     return installed
 
@@ -44,9 +44,9 @@ def install(root: nn.Module, capture: Session) -> list[CapturedForward]:
 def keep_compiler_out() -> None:
     """Leave captured forwards out of compiled graphs; torch.compile takes what lies between them.
 
-    Done once in a process, for its first private model, be it made or restored from a pickle. Not
-    where the classes are defined, as it loads torch's compiler: half a second that an import need
-    not wait for and that every optimizer spends anyway.
+    Done once in a process, for the first private model, be the model made or restored from a
+    pickle. Not done where the classes are defined: ``torch.compiler.disable`` loads torch's
+    compiler, half a second that an import need not wait for and that every optimizer spends anyway.
     """
     for captured in (LayerForward, PartsForward, UnitForward, OwnParametersForward):
         captured.__call__ = torch.compiler.disable(captured.__call__)  # type: ignore[method-assign]
@@ -56,11 +56,11 @@ def keep_compiler_out() -> None:
 
 
 def _refuse_captured(root: nn.Module) -> None:
-    """Raise where another capture trains the model; take off what a copied model still carries."""
+    """Raise where another session trains the model; remove captured forwards of a copied model."""
     for module in root.modules():
         forward = module.__dict__.get("forward")
         while isinstance(forward, CapturedForward):
-            if forward.capture.held is not None:
+            if forward.session.guards.held is not None:
                 raise ValueError(
                     f"module: its {type(module).__name__} was made private before, and would be "
                     "clipped and noised twice; pass the wrapped module, or call its "
@@ -71,9 +71,9 @@ def _refuse_captured(root: nn.Module) -> None:
 
 
 def _captured(
-    module: nn.Module, name: str, capture: Session, axis: int, seen: set[int]
+    module: nn.Module, name: str, session: Session, axis: int, seen: set[int]
 ) -> Iterator[CapturedForward]:
-    """Captured forwards for a module and what is below it, whose sample axis is `axis`."""
+    """Captured forwards for a module, whose sample axis is `axis`, and for modules below it."""
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -89,33 +89,33 @@ def _captured(
             "root only"
         )
     if composite is not None:
-        yield PartsForward(module, name, capture, composite)
+        yield PartsForward(module, name, session, composite)
         seen.update(id(below) for below in module.modules())
         return
     if owns:
         if rule is not None and _computed(module):
-            yield ComputedWeightForward(module, name, capture, axis, rule)
+            yield ComputedWeightForward(module, name, session, axis, rule)
             seen.update(id(below) for below in module.modules())
             return
         if rule is not None:
-            yield LayerForward(module, name, capture, axis, rule)
+            yield LayerForward(module, name, session, axis, rule)
         elif any(_has_forward(child) for child in _below(module)) and not _computed(module):
-            yield OwnParametersForward(module, name, capture, axis)
+            yield OwnParametersForward(module, name, session, axis)
         else:
-            yield UnitForward(module, name, capture, axis)
+            yield UnitForward(module, name, session, axis)
             seen.update(id(below) for below in module.modules())
             return
     for key, child in module.named_children():
-        yield from _captured(child, f"{name}.{key}" if name else key, capture, axis, seen)
+        yield from _captured(child, f"{name}.{key}" if name else key, session, axis, seen)
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Containers (lists and dicts of modules or parameters) have none."""
+    """Whether the module has a forward: containers (``nn.ModuleList``, ...) have none."""
     return type(module).forward is not nn.Module.forward
 
 
 def _below(module: nn.Module) -> Iterator[nn.Module]:
-    """What is below a module that is not an attention or a recurrent layer of PyTorch's."""
+    """Modules below one that is not an attention or a recurrent layer of PyTorch's."""
     if stated_axis(module) is None:
         yield from (below for below in module.modules() if below is not module)
 
@@ -131,7 +131,7 @@ def _computed(module: nn.Module) -> bool:
 
 
 def _owns_parameters(module: nn.Module) -> bool:
-    """Whether the module's own forward uses parameters: its own, or those of a container in it."""
+    """Whether the module's own forward uses parameters: the module's, or a container's below."""
     if any(p is not None for p in module._parameters.values()):
         return True
     if _computed(module):

@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.engine.capture.refusals import NotPerSample
+from dpkernels.engine.capture.session import Session
 from dpkernels.layers.fold import sum_rows
 from dpkernels.layers.operands import Operand, StoredOperand
 from dpkernels.layers.rule import Rule
@@ -29,7 +30,7 @@ class LayerCall:
     """One call of one layer: everything its backward needs besides the saved tensors.
 
     Attributes:
-        owner: the layer's capture.
+        owner: the layer's captured forward.
         samples: number of samples.
         wanted: names of the trained tensors whose gradients the layer's rule makes.
     """
@@ -47,21 +48,21 @@ class LayerCall:
             yield
 
     def for_each(self, name: str, rows: int) -> torch.Tensor:
-        """[rows, *shape]: one of the layer's tensors, once for every row of its input.
+        """[rows, *shape]: one of the layer's tensors, once for every row of the layer's input.
 
-        Where it is trained, what autograd finds for it goes to the sink.
+        The gradient that autograd finds for a trained tensor goes to the sink.
         """
         value = getattr(self.owner.module, name).detach()
         if name not in self.wanted:
             return value.expand(rows, *value.shape)
         self.wanted -= {name}
-        anchor = self.owner.capture.anchor
-        return PerSample.apply(anchor, value, functools.partial(self._receive, name), rows)
+        anchor = self.owner.session.anchor
+        return OncePerSample.apply(anchor, value, functools.partial(self._receive, name), rows)
 
     def _receive(self, name: str, grad_rows: torch.Tensor) -> None:
-        """What autograd found for one of the layer's tensors, [rows, *shape]."""
-        owner, sink = self.owner, self.owner.capture.sink
-        if sink is None or not owner.capture.wants_this_backward():
+        """Hand on the gradient of one of the layer's tensors for each row, [rows, *shape]."""
+        owner, sink = self.owner, self.owner.session.sink
+        if sink is None or not owner.session.wants_this_backward():
             return
         sink.begin(self.samples)
         found = StoredOperand(sum_rows(grad_rows, self.samples))
@@ -69,7 +70,7 @@ class LayerCall:
             sink.add(parameter, gradient, self.samples, owner.name)
 
     def backward(self, backprops: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> None:
-        owner, sink = self.owner, self.owner.capture.sink
+        owner, sink = self.owner, self.owner.session.sink
         if sink is None:
             return
         sink.begin(self.samples)
@@ -85,7 +86,7 @@ class LayerCall:
                 sink.add(parameter, gradient, self.samples, owner.name)
 
     def trace(self, name: str, operand: Operand) -> Iterable[tuple[nn.Parameter, Operand]]:
-        """The parameters behind one of the layer's tensors, and what each receives."""
+        """The parameters behind one of the layer's tensors, each with its operand."""
         yield own_parameter(self.owner.module, name), operand
 
 
@@ -104,15 +105,15 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, backprops: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        capture = ctx.call.owner.capture
-        if backprops is not None and capture.wants_this_backward():
+        session = ctx.call.owner.session
+        if backprops is not None and session.wants_this_backward():
             with full_precision():
                 ctx.call.backward(backprops.detach(), ctx.saved_tensors)
         return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
 
 
-class PerSample(torch.autograd.Function):
-    """[*shape] -> [B, *shape]: a parameter, once for every sample."""
+class OncePerSample(torch.autograd.Function):
+    """[*shape] -> [B, *shape]: a parameter, once for every sample; the gradient is handed over."""
 
     @staticmethod
     def forward(
@@ -135,7 +136,7 @@ class PerSample(torch.autograd.Function):
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """What the module holds under this name, not below it."""
+    """The module's own parameter of this name."""
     parameter = module._parameters[name]
     if parameter is None:
         raise ValueError(f"{type(module).__name__}: {name!r} is None, expected a parameter")
@@ -163,16 +164,16 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class CapturedForward:
-    """An instance ``forward`` that stands before the module's own; copies and pickles with it."""
+    """An instance ``forward`` before the module's own, copied and pickled with the module."""
 
-    def __init__(self, module: nn.Module, name: str, capture: Session):
+    def __init__(self, module: nn.Module, name: str, session: Session):
         self.module = module
         self.name = name
-        self.capture = capture
+        self.session = session
         self.inner: Callable[..., Any] | None = module.__dict__.get("forward")
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward that stood here before."""
+        """Call the forward that was the module's before :meth:`install`."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -192,14 +193,14 @@ class CapturedForward:
 class LayerForward(CapturedForward):
     """Capture for a layer that has a rule."""
 
-    def __init__(self, module: nn.Module, name: str, capture: Session, axis: int, rule: Rule):
-        super().__init__(module, name, capture)
+    def __init__(self, module: nn.Module, name: str, session: Session, axis: int, rule: Rule):
+        super().__init__(module, name, session)
         self.rule = rule
         self.axis = axis if rule.sample_axis is None else rule.sample_axis
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        capture = self.capture
-        sink = capture.open_sink
+        session = self.session
+        sink = session.open_sink
         if sink is None:
             return self.original(*args, **kwargs)
         wanted = self.wanted()
@@ -223,32 +224,31 @@ class LayerForward(CapturedForward):
                 )
         if output._is_view():
             output = torch.ops.aten._unsafe_view(output, output.shape)
-        capture.marked = True
-        return _Mark.apply(output, capture.anchor, call, *(t.detach() for t in saved))
+        return _Mark.apply(output, session.anchor, call, *(t.detach() for t in saved))
 
     def wanted(self) -> frozenset[str]:
         """Names of the layer's tensors that are trained."""
-        return self.capture.wanted(self.module)
+        return self.session.guards.wanted(self.module)
 
     def call(self, samples: int, wanted: frozenset[str]) -> LayerCall:
-        """What one call of the layer must remember."""
+        """A record of one call of the layer."""
         return LayerCall(self, samples, wanted)
 
     def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The input with a row for every sample, and the number of samples."""
-        capture = self.capture
+        session = self.session
         if not self.rule.batched(self.module, x) or x.ndim <= self.axis:
             raise NotPerSample(
                 f"layer {self.name!r} ({type(self.module).__name__}): its input of shape "
                 f"{tuple(x.shape)} has no sample axis; give it a batched input, or freeze the layer"
             )
         rows = x.shape[self.axis]
-        batch = rows if capture.samples is None else capture.samples * capture.views
+        batch = rows if session.batch is None else session.batch.rows
         if rows == 1 and batch > 1 and x.ndim > 1:
             shape = list(x.shape)
             shape[self.axis] = rows = batch
             x = x.expand(shape)
-        return x, capture.samples_for(rows, self.name)
+        return x, session.samples_for(rows, self.name)
 
 
 def is_packed(value: Any) -> bool:

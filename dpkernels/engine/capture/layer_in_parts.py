@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dpkernels.engine.capture.layer import CapturedForward
-from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.engine.capture.refusals import NotPerSample
+from dpkernels.engine.capture.session import Session
 from dpkernels.layers.composite import CompositeRule, Found
 from dpkernels.ops.precision import full_precision
 
@@ -17,29 +18,28 @@ from dpkernels.ops.precision import full_precision
 class PartsForward(CapturedForward):
     """Runs the layer by its rule while its parameters, own and below, are trained."""
 
-    def __init__(self, module: nn.Module, name: str, capture: Session, rule: CompositeRule):
-        super().__init__(module, name, capture)
+    def __init__(self, module: nn.Module, name: str, session: Session, rule: CompositeRule):
+        super().__init__(module, name, session)
         self.rule = rule
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        capture = self.capture
-        if capture.open_sink is None:
+        session = self.session
+        if session.open_sink is None:
             return self.original(*args, **kwargs)
         wanted = {
             id(module._parameters[name])
             for module in self.module.modules()
-            for name in capture.wanted(module)
+            for name in session.guards.wanted(module)
         }
         if not wanted:
             return self.original(*args, **kwargs)
         arguments = self._arguments(args, kwargs)
         rows = self.rows(*args, **kwargs)
-        recorder = CallRecorder(self, capture.samples_for(rows, self.name), wanted)
-        capture.marked = True
+        recorder = CallRecorder(self, session.samples_for(rows, self.name), wanted)
         return self.rule.run(self.module, arguments, recorder)
 
     def rows(self, *args: Any, **kwargs: Any) -> int:
-        """Rows along the sample axis of a call, as the layer itself has it."""
+        """Rows of a call along the sample axis that the layer itself prescribes."""
         try:
             return self.rule.rows(self.module, self._arguments(args, kwargs))
         except ValueError as error:
@@ -54,12 +54,12 @@ class PartsForward(CapturedForward):
 
 
 class CallRecorder:
-    """One call of a composite layer: what its rule asks, and where its operands go."""
+    """One call of a composite layer: answers the rule's questions, takes the rule's operands."""
 
     def __init__(self, owner: PartsForward, samples: int, wanted: set[int]):
         self.owner = owner
         self.samples = samples
-        self.anchor = owner.capture.anchor
+        self.anchor = owner.session.anchor
         self._wanted = wanted
 
     def wants(self, parameter: nn.Parameter | None) -> bool:
@@ -67,16 +67,16 @@ class CallRecorder:
         return id(parameter) in self._wanted
 
     def saw(self, rows: torch.Tensor) -> None:
-        """Activations, sample axis first, as they pass by."""
-        sink = self.owner.capture.open_sink
+        """Show activations, sample axis first, to the sink."""
+        sink = self.owner.session.open_sink
         if sink is not None:
             sink.saw(self.owner.name, "activations", rows, self.samples)
 
     def receive(self, backprops: torch.Tensor, found: Found) -> None:
-        """Called in backward: a part's backprops, sample axis first, and operands made of them."""
-        capture, name = self.owner.capture, self.owner.name
-        sink = capture.sink
-        if sink is None or not capture.wants_this_backward():
+        """Take a part's backprops, sample axis first, and the operands of them, in backward."""
+        session, name = self.owner.session, self.owner.name
+        sink = session.sink
+        if sink is None or not session.wants_this_backward():
             return
         with full_precision():
             sink.begin(self.samples)

@@ -1,9 +1,9 @@
 """Modules that own bare parameters beside layers: a class token, position embeddings, a scale.
 
-Such a module need not be one unit. Where a parameter, once for every sample, can stand in the place
-of the shared one, the module runs on the whole batch, its layers keep their own rules, and ordinary
-autograd returns the parameter's per-sample gradients. Whether it can is not read off the code but
-tried: with random parameters, different for each sample, the batch must return what each sample
+Such a module need not be one unit. Where a bare parameter can be replaced by one copy per sample,
+the module runs on the whole batch, its layers keep their own rules, and ordinary autograd returns
+the parameter's per-sample gradients. Whether a parameter can be replaced is not read off the code
+but tried: with random parameters, different for each sample, the batch must return what each sample
 returns alone.
 """
 
@@ -20,33 +20,33 @@ from dpkernels.engine.capture.layer import own_parameter, swapped
 from dpkernels.engine.capture.sample_by_sample import Slot, UnitCall, UnitForward, deterministic
 from dpkernels.engine.capture.session import Session
 
-#: the parameter moves no output: it stays as it is, and its guard refuses a gradient
+#: the parameter moves no output: the parameter stays, and its guard refuses a gradient
 _UNUSED = -2
-#: how much of a parameter's effect on the output two equal results may differ by
+#: how far two equal outputs may differ, relative to a parameter's effect on the output
 _TOLERANCE = 1e-2
-#: axes that may have to stand between the samples and the parameter's own for it to broadcast
+#: largest number of size-1 axes put between the sample axis and a parameter's own axes
 _MOST_AXES = 3
 
 
 class OwnParametersForward(UnitForward):
-    """A unit that turns into an ordinary module where its bare parameters can be expanded."""
+    """Capture for a module with bare parameters; a unit where they cannot be expanded."""
 
-    def __init__(self, module: nn.Module, name: str, capture: Session, axis: int):
-        super().__init__(module, name, capture, axis)
-        #: by parameter: the axes put between the samples' and the parameter's own, None: a unit
-        self._layouts: dict[int, int] | None = None
-        self._tried = False
+    def __init__(self, module: nn.Module, name: str, session: Session, axis: int):
+        super().__init__(module, name, session, axis)
+        #: by the kind of the call, by parameter: the layout in which the parameter is expanded;
+        #: empty where the module runs as a unit
+        self._layouts: dict[tuple[Any, ...], dict[int, int]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        slots = [] if self.capture.open_sink is None else self._bare_slots()
+        slots = [] if self.session.open_sink is None else self._bare_slots()
         if not slots or self.axis != 0:
             return super().__call__(*args, **kwargs)
         call = self._take_apart(args, kwargs)
-        if not self._tried and call.samples > 1:
-            self._tried = True
-            self._layouts = self._find_layouts(call, slots)
-        layouts = self._layouts
-        if layouts is None or any(id(p) not in layouts for _, _, p in slots):
+        kind = call.kind
+        if kind not in self._layouts and call.samples > 1:
+            self._layouts[kind] = self._find_layouts(call, slots)
+        layouts = self._layouts.get(kind, {})
+        if any(id(p) not in layouts for _, _, p in slots):
             return super().__call__(*args, **kwargs)
         repeats = call.rows // call.samples
         expanded = [
@@ -54,7 +54,6 @@ class OwnParametersForward(UnitForward):
             for m, n, p in slots
             if layouts[id(p)] != _UNUSED
         ]
-        self.capture.marked = True
         with swapped(expanded):
             return self.original(*args, **kwargs)
 
@@ -67,15 +66,15 @@ class OwnParametersForward(UnitForward):
         return _laid_out(rows, parameter, layout)
 
     def _bare_slots(self) -> list[Slot]:
-        """Where the module's own forward uses trained parameters: its own, and its containers'."""
+        """Trained parameters that the module's own forward uses: its own and its containers'."""
         return [
             (owner, name, own_parameter(owner, name))
             for owner in _owners(self.module)
-            for name in sorted(self.capture.wanted(owner))
+            for name in sorted(self.session.guards.wanted(owner))
         ]
 
-    def _find_layouts(self, call: UnitCall, slots: list[Slot]) -> dict[int, int] | None:
-        """By parameter, the layout that stands the trial; None if one parameter has none."""
+    def _find_layouts(self, call: UnitCall, slots: list[Slot]) -> dict[int, int]:
+        """By parameter, the layout that stands the trial; empty if one parameter has none."""
         layouts: dict[int, int] = {}
         pair = call.first(2)
         for _, _, parameter in slots:
@@ -83,7 +82,7 @@ class OwnParametersForward(UnitForward):
                 continue
             layout = self._find_layout(pair, parameter)
             if layout is None:
-                return None
+                return {}
             layouts[id(parameter)] = layout
         return layouts
 
@@ -102,12 +101,12 @@ class OwnParametersForward(UnitForward):
     def _trial(
         self, pair: UnitCall, parameter: nn.Parameter, layout: int
     ) -> tuple[float, float] | None:
-        """Two samples with parameters of their own, together and alone, and with one for both.
+        """Run two samples with a parameter each, together and alone, and with one for both.
 
         Returns:
-            How far other parameters move the outputs, and how far the samples together are from
-            each alone, or from the ordinary forward where both have the same parameter; None if
-            they cannot be compared.
+            The distance that other parameters move the outputs, and the largest distance between
+            outputs that must be equal: together and alone, expanded and ordinary where both samples
+            have the same parameter. None if the forward raises or the outputs cannot be compared.
         """
         generator = torch.Generator(parameter.device).manual_seed(0)
 
@@ -133,7 +132,7 @@ class OwnParametersForward(UnitForward):
         repeats = pair.rows // 2
         own, control = random(parameter, 2), random(parameter, 2)
         alike = control[:1].expand_as(control)
-        with torch.no_grad(), deterministic(self.module), self.capture.paused():
+        with torch.no_grad(), deterministic(self.module), self.session.paused():
             try:
                 together, changed, same = (
                     run(pair, _laid_out(v.repeat_interleave(repeats, 0), parameter, layout))
@@ -141,7 +140,7 @@ class OwnParametersForward(UnitForward):
                 )
                 plain = run(pair, control[0])
                 alone = [run(pair.only(b), own[b]) for b in range(2)]
-            except (RuntimeError, ValueError, IndexError):
+            except Exception:  # a forward may raise anything for a parameter of another shape
                 return None
         joined = [torch.cat(parts) for parts in zip(*alone) if parts[0].ndim]
         pairs = [*zip(joined, [t for t in together if t.ndim]), *zip(plain, same)]
@@ -160,13 +159,18 @@ def _owners(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _layouts_of(parameter: torch.Tensor) -> list[int]:
-    """Candidates: -1 where the parameter's own leading axis of 1 becomes the samples'."""
+    """Candidate layouts of a parameter.
+
+    A layout is the number of size-1 axes between the sample axis and the parameter's own. -1: the
+    parameter starts with a size-1 axis itself (a class token [1, 1, D]); the sample axis replaces
+    that axis.
+    """
     leading = [-1] if parameter.ndim and parameter.shape[0] == 1 else []
     return [*leading, *range(_MOST_AXES)]
 
 
 def _laid_out(rows: torch.Tensor, parameter: torch.Tensor, layout: int) -> torch.Tensor:
-    """[rows, *shape] with `layout` axes of 1 behind the first; -1 drops the leading 1 of shape."""
+    """[rows, *shape] -> [rows, 1, ..., *shape], see :func:`_layouts_of`."""
     between = [1] * max(layout, 0)
     own = parameter.shape[1:] if layout < 0 else parameter.shape
     return rows.reshape(rows.shape[0], *between, *own)

@@ -1,9 +1,9 @@
-"""The generic fallback: a module that owns parameters no rule knows, with everything below it.
+"""The generic fallback: a unit is a module that owns parameters no rule knows, with its subtree.
 
 The unit's forward runs once per sample under ``torch.func.vmap`` with each trained parameter
-expanded along the samples; ordinary autograd then returns per-sample gradients. What vmap cannot
-trace (data-dependent control flow, recurrent kernels) runs as a loop over samples, which is the
-definition itself.
+expanded along the samples; ordinary autograd then returns per-sample gradients. A unit that raises
+anything under vmap (data-dependent control flow, recurrent kernels) runs as a loop over samples,
+which is the definition of a per-sample gradient itself.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dpkernels.engine.capture.layer import (
     CapturedForward,
-    PerSample,
+    OncePerSample,
     own_parameter,
     refuse_packed,
     swapped,
 )
-from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.engine.capture.refusals import NotPerSample
+from dpkernels.engine.capture.session import Session
 from dpkernels.layers.operands import StoredOperand
 from dpkernels.layers.sequence import sample_axes
 
@@ -37,7 +38,14 @@ Slot = tuple[nn.Module, str, nn.Parameter]
 
 @dataclass(frozen=True)
 class UnitCall:
-    """One call of a unit, taken apart: its leaves, their sample axes, and how to repeat it."""
+    """One call of a unit, taken apart.
+
+    Attributes:
+        leaves: the leaves of the call's nested arguments.
+        axes: each leaf's sample axis, None for a leaf that is the same for every sample.
+        run: calls the unit on leaves.
+        samples: number of samples.
+    """
 
     leaves: list[Any]
     axes: list[int | None]
@@ -46,8 +54,18 @@ class UnitCall:
 
     @property
     def rows(self) -> int:
-        """Rows of its batched tensors."""
+        """Rows of the batched leaves."""
         return next(t.shape[a] for t, a in zip(self.leaves, self.axes) if a is not None)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What calls that compute alike share: each leaf's axes, sample axis, type, or truth."""
+        return tuple(
+            (leaf.ndim, axis)
+            if torch.is_tensor(leaf)
+            else (leaf if isinstance(leaf, bool) else type(leaf))
+            for leaf, axis in zip(self.leaves, self.axes)
+        )
 
     def first(self, samples: int) -> UnitCall:
         """The call with the first `samples` samples only."""
@@ -75,7 +93,7 @@ class UnitCall:
         ]
 
     def with_inputs(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
-        """The leaves with others in the place of the batched ones."""
+        """The leaves with `tensors` in the place of the batched ones."""
         values = iter(tensors)
         return [
             leaf if axis is None else next(values) for leaf, axis in zip(self.leaves, self.axes)
@@ -85,20 +103,21 @@ class UnitCall:
 class UnitForward(CapturedForward):
     """Capture for a module without a rule, sample by sample, over its whole subtree."""
 
-    def __init__(self, module: nn.Module, name: str, capture: Session, axis: int):
-        super().__init__(module, name, capture)
+    def __init__(self, module: nn.Module, name: str, session: Session, axis: int):
+        super().__init__(module, name, session)
         self.axis = axis
-        self.loop_reason: str | None = None
-        #: by the sample axes of the arguments and the numbers of axes of the outputs of one sample:
-        #: the sample axis of each output
+        #: False once vmap could not run the unit, or returned other gradients than autograd
+        self._vectorised = True
+        #: by a call's kind and the outputs' numbers of axes, the sample axis of each output
         self._output_axes: dict[tuple[Any, ...], list[int | None]] = {}
-        #: places of arguments, among how many, whose first axis had another length than the batch:
-        #: a mask [T, T] stays everybody's in a batch of T samples
+        #: (index, number of arguments) of arguments once seen with a first axis that was not the
+        #: batch size: they are not batched. Remembered, because a [T, T] mask looks batched in a
+        #: batch of T.
         self._shared: set[tuple[int, int]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        capture = self.capture
-        sink = capture.open_sink
+        session = self.session
+        sink = session.open_sink
         if sink is None:
             return self.original(*args, **kwargs)
         slots = self._slots()
@@ -109,22 +128,22 @@ class UnitForward(CapturedForward):
             if axis is not None:
                 sink.saw(self.name, "activations", leaf.movedim(axis, 0), call.samples)
         parameters = {id(p): self._per_sample(p, call.samples) for _, _, p in slots}
-        capture.marked = True
         outputs, others, spec = self._outputs(call, slots, parameters)
-        vectorised = self.loop_reason is None
+        vectorised = self._vectorised
         axes = self._axes_of(outputs, call, slots)
-        if vectorised and self.loop_reason is not None:
+        if vectorised != self._vectorised:
             outputs, others, spec = self._outputs(call, slots, parameters)
         merged = (_merge(t, axis) for t, axis in zip(outputs, axes))
         return tree_unflatten([next(merged) if o is None else o[0] for o in others], spec)
 
     def _outputs(
-        self,
-        call: UnitCall,
-        slots: list[Slot],
-        parameters: dict[int, torch.Tensor],
+        self, call: UnitCall, slots: list[Slot], parameters: dict[int, torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[tuple[Any] | None], Any]:
-        """Tensors of all samples, [samples, ...]; what else is returned; the nesting of both."""
+        """Tensors of all samples, [samples, ...]; other returned values; the nesting of both.
+
+        Samples run under vmap. Where the unit raises anything under vmap, samples run in a loop,
+        and an exception in the loop is the unit's own.
+        """
         others: list[tuple[Any] | None] = []
         spec: Any = None
 
@@ -132,15 +151,30 @@ class UnitForward(CapturedForward):
             parameters: dict[int, torch.Tensor], tensors: list[torch.Tensor]
         ) -> list[torch.Tensor]:
             nonlocal others, spec
-            with swapped((m, n, parameters[id(p)]) for m, n, p in slots), self.capture.paused():
+            with swapped((m, n, parameters[id(p)]) for m, n, p in slots), self.session.paused():
                 flat, spec = tree_flatten(call.run(call.with_inputs(tensors)))
             others = [None if isinstance(t, torch.Tensor) else (t,) for t in flat]
             return [t for t in flat if isinstance(t, torch.Tensor)]
 
-        return self._run(one_sample, parameters, call.inputs(), call.samples), others, spec
+        inputs = call.inputs()
+        if call.samples > 1 and self._vectorised:
+            with contextlib.suppress(Exception), _PaddingKept():
+                vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
+                return vectorised(parameters, inputs), others, spec
+        split = {key: value.unbind(0) for key, value in parameters.items()}
+        rows = [
+            one_sample({key: value[b] for key, value in split.items()}, [t[b] for t in inputs])
+            for b in range(call.samples)
+        ]
+        self._vectorised = self._vectorised and call.samples == 1
+        return [torch.stack(column) for column in zip(*rows)], others, spec
 
     def _take_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitCall:
-        """The call's leaves and their sample axes: stated by the module's kind, or told by size."""
+        """The call's leaves and sample axes, as the module's class states them, or by size.
+
+        Raises:
+            NotPerSample: no argument has a sample axis, or rows cannot be assigned to samples.
+        """
         refuse_packed(self.module, self.name, (*args, *kwargs.values()))
         known = sample_axes(self.module, args, kwargs, self.axis)
         if known is None:
@@ -169,10 +203,10 @@ class UnitForward(CapturedForward):
             def run(values: list[Any]) -> Any:
                 return self.original(**tree_unflatten(values, spec))
 
-        return UnitCall(leaves, axes, run, self.capture.samples_for(rows, self.name))
+        return UnitCall(leaves, axes, run, self.session.samples_for(rows, self.name))
 
     def _axis_of(self, leaf: Any, rows: int, place: tuple[int, int]) -> int | None:
-        """The sample axis of an argument; None where it is the same for every sample."""
+        """The sample axis of an argument; None for one that is the same for every sample."""
         if not torch.is_tensor(leaf) or leaf.ndim <= self.axis:
             return None
         length = leaf.shape[self.axis]
@@ -181,28 +215,28 @@ class UnitForward(CapturedForward):
         return self.axis if length == rows and place not in self._shared else None
 
     def _axes_of(
-        self,
-        outputs: list[torch.Tensor],
-        call: UnitCall,
-        slots: list[Slot],
+        self, outputs: list[torch.Tensor], call: UnitCall, slots: list[Slot]
     ) -> list[int | None]:
-        """The sample axis of each output, found out by the first call that has two samples."""
+        """The sample axis of each output, found by the first call of a kind with two samples."""
         if call.samples == 1:
             return [None] * len(outputs)
-        kind = (*call.axes, *(t.ndim for t in outputs))
+        kind = (*call.kind, *(t.ndim for t in outputs))
         if kind not in self._output_axes:
             self._output_axes[kind] = self._verify(call, slots)
         return self._output_axes[kind]
 
     def _verify(self, call: UnitCall, slots: list[Slot]) -> list[int | None]:
-        """The sample axis of each output; refuses a unit that is not its samples put together.
+        """The sample axis of each output.
 
         Outputs and the sum of the per-sample gradients are compared with an ordinary forward and
-        backward pass. Where vmap's gradient differs, the unit runs as a loop.
+        backward pass. A unit whose gradient under vmap differs runs as a loop.
+
+        Raises:
+            NotPerSample: the batch's outputs or gradient are not the samples' put together.
         """
         axes, same_gradients = self._compare(call, slots)
-        if not same_gradients and self.loop_reason is None:
-            self.loop_reason = "the gradients of torch.func.vmap differ from autograd's"
+        if not same_gradients and self._vectorised:
+            self._vectorised = False
             axes, same_gradients = self._compare(call, slots)
         if _APART in axes or not same_gradients:
             raise NotPerSample(
@@ -214,7 +248,7 @@ class UnitForward(CapturedForward):
         return axes
 
     def _compare(self, call: UnitCall, slots: list[Slot]) -> tuple[list[int | None], bool]:
-        """The sample axis of each output, and whether gradients add up to the ordinary one."""
+        """The sample axis of each output, and whether per-sample gradients sum to autograd's."""
         plain = {id(p): p.detach().clone().requires_grad_() for _, _, p in slots}
         own = {
             key: p.detach().expand(call.samples, *p.shape).clone().requires_grad_()
@@ -222,7 +256,7 @@ class UnitForward(CapturedForward):
         }
         inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in call.leaves]
         call = replace(call, leaves=inputs)
-        with torch.enable_grad(), deterministic(self.module), self.capture.paused():
+        with torch.enable_grad(), deterministic(self.module), self.session.paused():
             with swapped((m, n, plain[id(p)]) for m, n, p in slots):
                 whole = [t for t in tree_leaves(call.run(call.leaves)) if torch.is_tensor(t)]
             apart, _, _ = self._outputs(call, slots, own)
@@ -235,22 +269,22 @@ class UnitForward(CapturedForward):
         return axes, all(_same(a.sum(0), e) for a, e in zip(actual, expected))
 
     def _per_sample(self, parameter: nn.Parameter, samples: int) -> torch.Tensor:
-        """[samples, *shape]: the parameter expanded; its gradient goes to the sink."""
+        """[samples, *shape]: the parameter expanded, whose gradient goes to the sink."""
 
         def receive(grad_sample: torch.Tensor) -> None:
-            sink = self.capture.sink
-            if sink is not None and self.capture.wants_this_backward():
+            sink = self.session.sink
+            if sink is not None and self.session.wants_this_backward():
                 sink.begin(samples)
                 sink.add(parameter, StoredOperand(grad_sample), samples, self.name)
 
-        return PerSample.apply(self.capture.anchor, parameter.detach(), receive, samples)
+        return OncePerSample.apply(self.session.anchor, parameter.detach(), receive, samples)
 
     def _slots(self) -> list[Slot]:
-        """Every place below the unit where a trained parameter sits."""
+        """The trained parameters of the unit's subtree; a tied one in every place."""
         return [
             (module, name, own_parameter(module, name))
             for module in self.module.modules()
-            for name in sorted(self.capture.wanted(module))
+            for name in sorted(self.session.guards.wanted(module))
         ]
 
     def _rows(self, leaves: list[Any]) -> int:
@@ -262,30 +296,9 @@ class UnitForward(CapturedForward):
             "batched tensor, so its samples cannot be told apart; pass it the batch, or freeze it"
         )
 
-    def _run(
-        self,
-        one_sample: Callable[..., list[torch.Tensor]],
-        parameters: dict[int, torch.Tensor],
-        inputs: list[torch.Tensor],
-        samples: int,
-    ) -> list[torch.Tensor]:
-        if samples > 1 and self.loop_reason is None:
-            try:
-                vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
-                with _PaddingKept():
-                    return vectorised(parameters, inputs)
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                self.loop_reason = str(error).splitlines()[0]
-        split = {key: value.unbind(0) for key, value in parameters.items()}
-        rows = [
-            one_sample({key: value[b] for key, value in split.items()}, [t[b] for t in inputs])
-            for b in range(samples)
-        ]
-        return [torch.stack(column) for column in zip(*rows)]
-
 
 class _PaddingKept(TorchFunctionMode):
-    """vmap forgets ``padding_idx``: positions that hold it must get no gradient."""
+    """Stops gradients at positions that hold ``padding_idx``, which vmap forgets."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         output = function(*args, **(kwargs or {}))
@@ -303,19 +316,19 @@ class _PaddingKept(TorchFunctionMode):
 
 #: no axis puts the samples' outputs together to the batch's output
 _APART = -1
-#: the samples' outputs stand side by side already (a ``squeeze`` took their own axis away)
+#: the samples' outputs, stacked, are the batch's (a ``squeeze`` took the sample axis of each away)
 _STACKED = -2
 
 
 def _merge(output: torch.Tensor, axis: int | None) -> torch.Tensor:
-    """[samples, ...] -> the batch's output, whose sample axis is `axis` (None: it has none)."""
+    """[samples, ...] -> the batch's output, whose sample axis is `axis` (None: no sample axis)."""
     if axis == _STACKED:
         return output
     return output[0] if axis is None else output.movedim(0, axis).flatten(axis, axis + 1)
 
 
 def _axis_between(apart: torch.Tensor, whole: torch.Tensor, first: int) -> int | None:
-    """The axis on which `whole` holds the samples of `apart`; None if they are all `whole`."""
+    """The axis on which `whole` holds the samples of `apart`; None if each sample is `whole`."""
     axes = sorted(range(apart.ndim - 1), key=lambda axis: axis != first)
     for axis in axes:
         if _same(_merge(apart, axis), whole):
@@ -327,7 +340,7 @@ def _axis_between(apart: torch.Tensor, whole: torch.Tensor, first: int) -> int |
 
 
 def _gradients(outputs: list[torch.Tensor], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients of a fixed curved function of the outputs; zeros where there is none."""
+    """Gradients of a fixed curved function of the outputs; zeros where autograd finds none."""
     curved = []
     for t in outputs:
         if t.requires_grad:

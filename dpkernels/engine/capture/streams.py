@@ -1,9 +1,10 @@
-"""CUDA streams: what one backward pass has worked on, and who must wait for whom.
+"""CUDA streams of one backward pass, and which must wait for which.
 
-PyTorch runs the backward of a layer on the stream of its forward, and what comes at the end of the
-backward pass on the stream from which ``backward()`` was called, provided that some leaf on the GPU
-took part (:meth:`dpkernels.engine.capture.session.Session.place_anchor` sees to that). Norms formed
-on one stream are read on another, and memory freed on one is taken again on another, so both wait.
+PyTorch runs the backward of a layer on the stream of the layer's forward. Callbacks at the end of
+the backward pass run on the stream from which ``backward()`` was called, provided that a leaf on
+the GPU took part: the anchor's (:meth:`dpkernels.engine.capture.session.Session.place_anchor`).
+Norms formed on one stream are read on another, and memory freed on one stream is taken again on
+another, so both wait.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import torch
 
 
 class Streams:
-    """The streams of one backward pass, by device; it costs nothing on a CPU."""
+    """The streams of one backward pass, by device; without a GPU there is nothing to do."""
 
     def __init__(self) -> None:
         #: by device: the streams on which contributions were formed, in order
         self._worked: dict[torch.device, dict[torch.cuda.Stream, None]] = {}
-        #: by device: recorded when the gradients of the last backward pass were complete
+        #: by device: an event recorded when the last backward pass' gradients were complete
         self._complete: dict[torch.device, torch.cuda.Event] = {}
 
     def note(self, device: torch.device) -> None:
@@ -26,8 +27,10 @@ class Streams:
             self._worked.setdefault(device, {})[torch.cuda.current_stream(device)] = None
 
     def gather(self) -> None:
-        """Let the current stream of every device wait for all that was noted, and for the sums of
-        the passes before."""
+        """Let the current stream of every device wait for all streams that were noted.
+
+        The current stream also waits for the sums of the backward passes before.
+        """
         self.wait()
         for device, streams in self._worked.items():
             current = torch.cuda.current_stream(device)
@@ -36,9 +39,9 @@ class Streams:
                     current.wait_stream(stream)
 
     def complete(self) -> None:
-        """The current streams have read all there is; what was noted waits and is forgotten.
+        """The current streams have read all contributions: noted streams wait and are forgotten.
 
-        A stream that formed contributions may take their memory again only after they were read.
+        A stream may take the memory of contributions again only after they were read.
         """
         for device, streams in self._worked.items():
             current = torch.cuda.current_stream(device)
@@ -52,8 +55,8 @@ class Streams:
     def several(self) -> bool:
         """Whether contributions were formed on another stream than the current one.
 
-        Their memory must then be kept until :meth:`complete`: freed before, it would be taken
-        again on its own stream while the current one still reads.
+        The memory of contributions must then be kept until :meth:`complete`: their own stream would
+        take memory freed before again, while the current stream still reads.
         """
         return any(
             stream != torch.cuda.current_stream(device)
@@ -62,13 +65,13 @@ class Streams:
         )
 
     def forget(self) -> None:
-        """A backward pass failed half-way."""
+        """Forget the streams of a backward pass that failed half-way."""
         self._worked.clear()
 
     def wait(self) -> None:
         """Let the current streams wait until the gradients of the last backward pass are complete.
 
-        For a step on another stream than that of ``backward()``.
+        A step on another stream than the stream of ``backward()`` needs this.
         """
         for device, event in self._complete.items():
             torch.cuda.current_stream(device).wait_event(event)

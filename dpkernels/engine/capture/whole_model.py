@@ -10,63 +10,62 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
+from dpkernels.engine.capture.batch import Batch
 from dpkernels.engine.capture.layer import CapturedForward, leaves_of
 from dpkernels.engine.capture.layer_in_parts import PartsForward
-from dpkernels.engine.capture.session import NotPerSample, Session, Untried
+from dpkernels.engine.capture.refusals import NotPerSample, Untried
+from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.streams import refuse_graph_capture
 
 
 class WholeModelForward(CapturedForward):
-    """Finds the batch, arms capture, watches the outputs."""
+    """The model's forward: finds the batch, opens it for the layers, hooks the outputs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        capture = self.capture
-        sink = capture.open_sink
+        session = self.session
+        sink = session.open_sink
         if sink is None:
             return self.original(*args, **kwargs)
         if not self.module.training:
-            with capture.paused():
+            with session.paused():
                 return self.original(*args, **kwargs)
         if torch._C._current_graph_task_id() == -1:
             sink.reset()
         refuse_graph_capture(f"{type(self.module).__name__}.forward()")
-        capture.refresh()
-        capture.check_batch_norms()
+        session.refresh()
+        session.guards.check_batch_norms()
         rows = self._rows(args, kwargs)
         args, kwargs = tree_map(_plain, (args, kwargs))
-        capture.empty = rows == 0
-        if capture.empty:
-            rows = capture.views
+        empty = rows == 0
+        if empty:
+            rows = session.views
             args, kwargs = tree_map(self._one_blank_sample, (args, kwargs))
-        if rows % capture.views:
+        if rows % session.views:
             raise ValueError(
-                f"views_per_sample={capture.views}: the model's input has {rows} rows, "
+                f"views_per_sample={session.views}: the model's input has {rows} rows, "
                 "expected a multiple of views_per_sample"
             )
-        capture.samples = rows // capture.views
+        batch = session.batch = Batch(rows, rows // session.views, empty)
+        trial = (batch.samples, self._trial, (args, kwargs), rows)
         try:
-            if capture.due():
-                self._try((args, kwargs), rows)
-            capture.marked, capture.folded = False, None
+            if session.trials.due(batch.samples):
+                session.trials.run(*trial)
+                batch.marked = False
             try:
                 output = self.original(*args, **kwargs)
             except Untried:
-                self._try((args, kwargs), rows)
+                session.trials.run(*trial)
                 output = self.original(*args, **kwargs)
         finally:
-            samples, capture.samples = capture.samples, None
-        if capture.empty:
+            session.batch = None
+        session.backward_batch = batch
+        if empty:
             output = self._no_rows(output, rows)
-        begin = _Begin(capture, samples, capture.marked)
+        hook = _OutputHook(session, batch)
         for leaf in _returned(output):
             if leaf.requires_grad:
-                leaf.register_hook(begin)
+                leaf.register_hook(hook)
         return output
-
-    def _try(self, batch: Any, rows: int) -> None:
-        """Refuse a model in which the samples of this batch mix."""
-        if self.capture.probe is not None:
-            self.capture.trial(self.capture.probe, self._trial, batch, rows)
 
     def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
         """The tensors that a forward pass over `batch` returns."""
@@ -74,7 +73,7 @@ class WholeModelForward(CapturedForward):
         return list(_returned(self.original(*args, **kwargs)))
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        axis = self.capture.axis
+        axis = self.session.axis
         if isinstance(self.inner, PartsForward):
             return self.inner.rows(*args, **kwargs)
         for leaf in leaves_of((args, kwargs)):
@@ -88,15 +87,15 @@ class WholeModelForward(CapturedForward):
         )
 
     def _one_blank_sample(self, leaf: Any) -> Any:
-        axis = self.capture.axis
+        axis = self.session.axis
         if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != 0:
             return leaf
         shape = list(leaf.shape)
-        shape[axis] = self.capture.views
+        shape[axis] = self.session.views
         return leaf.new_zeros(shape)
 
     def _no_rows(self, output: Any, rows: int) -> Any:
-        axis = self.capture.axis
+        axis = self.session.axis
 
         def one(leaf: Any) -> Any:
             if _is_record(leaf):
@@ -109,7 +108,7 @@ class WholeModelForward(CapturedForward):
 
 
 def _is_record(leaf: Any) -> bool:
-    """Whether a leaf is a dataclass, which PyTorch does not look into."""
+    """Whether a leaf is a dataclass, whose fields PyTorch's pytrees do not show."""
     return is_dataclass(leaf) and not isinstance(leaf, type)
 
 
@@ -118,7 +117,7 @@ def _fields(record: Any) -> list[tuple[str, Any]]:
 
 
 def _returned(output: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an output."""
+    """The tensors in an output, those in dataclasses and PackedSequences too."""
     for leaf in leaves_of(output):
         if isinstance(leaf, PackedSequence):
             yield leaf.data
@@ -128,24 +127,24 @@ def _returned(output: Any) -> Iterator[torch.Tensor]:
             yield from _returned([value for _, value in _fields(leaf)])
 
 
-class _Begin:
-    """Tensor hook on the outputs of one forward pass: a backward pass has reached it."""
+class _OutputHook:
+    """Tensor hook on the outputs of one forward pass, called once a backward pass reaches them."""
 
-    def __init__(self, capture: Session, samples: int, marked: bool):
-        self.capture = capture
-        self.samples = samples
-        self.marked = marked
-        self.folded = capture.folded
+    def __init__(self, session: Session, batch: Batch):
+        self.session = session
+        self.batch = batch
+        #: id of the backward pass that has reached the outputs
         self._pass: int | None = None
 
     def __call__(self, grad: torch.Tensor) -> None:
-        sink, axis = self.capture.sink, self.capture.axis
-        if sink is None or (self.marked and not self.capture.wants_this_backward()):
+        session, batch = self.session, self.batch
+        sink, axis = session.sink, session.axis
+        if sink is None or (batch.marked and not session.wants_this_backward()):
             return
-        if self.folded is not None:
+        if batch.folded is not None:
             raise NotPerSample(
-                f"layer {self.folded!r}: it has several rows for each sample, and no trial run can "
-                "tell which rows are whose, as the samples of the model's first tensor are all "
+                f"layer {batch.folded!r}: it has several rows for each sample, and no trial run "
+                "can tell which rows are whose, as the samples of the model's first tensor are all "
                 "alike; pass the batch as the first tensor, and train on samples that differ"
             )
         under_way = torch._C._current_graph_task_id()
@@ -155,14 +154,15 @@ class _Begin:
                 "add every sample twice; call backward() once, on the sum of the losses"
             )
         self._pass = under_way
-        sink.begin(self.samples)
+        session.backward_batch = batch
+        sink.begin(batch.samples)
         rows = grad.movedim(axis, 0) if grad.ndim > axis else grad
-        if rows.ndim and len(rows) and len(rows) % self.samples == 0:
-            sink.saw("", "criterion", rows, self.samples)
+        if rows.ndim and len(rows) and len(rows) % batch.samples == 0:
+            sink.saw("", "criterion", rows, batch.samples)
 
 
 def _plain(leaf: Any) -> Any:
-    """MONAI's MetaTensor and other data-carrying subclasses as the tensors they hold."""
+    """The plain tensor of a MONAI MetaTensor or of a like subclass; any other leaf as it is."""
     if isinstance(leaf, torch.Tensor) and hasattr(leaf, "as_tensor"):
         return leaf.as_tensor()
     return leaf

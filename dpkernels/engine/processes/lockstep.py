@@ -1,4 +1,4 @@
-"""What DDP and FSDP2 do around a model's forward, and what capture needs there."""
+"""The wrappers DDP and FSDP2 around a model's forward, as capture needs them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture.layer import CapturedForward, is_packed, leaves_of
-from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.session import NoGradients, Session
 from dpkernels.engine.processes.collectives import Processes
 from dpkernels.engine.trial.mixing import refuse_mixing
-from dpkernels.layers.operands import Operand
 
 
 class DirectForward(CapturedForward):
     """A DDP model's forward without DDP, which has nothing to reduce: autograd forms no gradient.
 
-    What DDP does at every forward (it broadcasts buffers, and marks unused parameters as reduced)
-    would wait for a process that has fewer physical batches.
+    At every forward DDP broadcasts buffers and marks unused parameters as reduced. Both would wait
+    for a process that has fewer physical batches.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -40,17 +39,17 @@ class DirectForward(CapturedForward):
         return ddp.module(*args, **kwargs)
 
 
-def wrapper_forwards(module: nn.Module, capture: Session) -> list[CapturedForward]:
-    """Install what stands before the wrapper's own forward."""
+def wrapper_forwards(module: nn.Module, session: Session) -> list[CapturedForward]:
+    """Install a :class:`DirectForward` on a DDP model; other models have no wrapper's forward."""
     if not isinstance(module, DistributedDataParallel):
         return []
-    forward = DirectForward(module, "", capture)
+    forward = DirectForward(module, "", session)
     forward.install()
     return [forward]
 
 
 def sharded_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
-    """By module (its id) and name, what the optimizer holds of a parameter that FSDP2 gathers."""
+    """By a module's id and a parameter's name, the shard of every parameter that FSDP2 gathers."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -62,37 +61,19 @@ def sharded_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
     }
 
 
-class _Nobody:
-    """A sink that takes nothing: the gradients of a pass that stands in for one elsewhere."""
-
-    trains = False
-    samples: int | None = None
-
-    def reset(self) -> None:
-        """There is nothing to forget."""
-
-    def begin(self, samples: int) -> None:
-        """Nothing will be reported."""
-
-    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
-        """Nothing is looked at."""
-
-    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
-        """Nothing is kept."""
-
-
 class Lockstep:
-    """Keeps the processes of an FSDP2 model together, whose every pass gathers parameters.
+    """Keeps the processes of an FSDP2 model together: every pass gathers parameters from all.
 
-    Before each training pass the processes tell each other whether it is the last of their logical
-    batch. One that has come to its last while others have not runs a pass on a blank sample in the
-    meantime, whose gradients nobody takes, so that the others find their parameters. The trial for
-    mixed samples runs here too, as soon as every process has two samples.
+    Before each training pass the processes tell each other whether the pass is the last of their
+    logical batch. A process that has come to its last pass while others have not runs stand-in
+    passes on a blank sample, so that the others can gather; the gradients of a stand-in pass are
+    dropped. The trial for mixed samples runs here too, as soon as every process has two samples.
 
     Args:
-        model: the FSDP2 root; one backward pass follows each of its training passes, from the same
-            of its outputs every time (before the first, from all).
-        capture: its capture.
+        model: the FSDP2 root. Each training forward must be followed by one backward, always from
+            the same outputs: a stand-in pass differentiates those (all outputs, before the first
+            real backward).
+        session: the model's session.
         processes: the processes.
         is_last: whether the pass to come is the last of this process's logical batch.
     """
@@ -100,15 +81,15 @@ class Lockstep:
     def __init__(
         self,
         model: nn.Module,
-        capture: Session,
+        session: Session,
         processes: Processes,
         is_last: Callable[[], bool],
     ):
-        self.model, self.capture, self.processes, self.is_last = model, capture, processes, is_last
+        self.model, self.session, self.processes, self.is_last = model, session, processes, is_last
         self._inside = False
-        self._probed = False
+        self._tried = False
         self._refuse_mixing = torch.compiler.disable(refuse_mixing)
-        #: places among the model's outputs from which the last backward pass came
+        #: indices of the model's outputs from which the last backward pass came
         self._used: set[int] = set()
         self._handles = [
             model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
@@ -124,18 +105,18 @@ class Lockstep:
             handle.remove()
 
     def _guard(self, module: nn.Module, args: Any) -> None:
-        """Guard parameters as they are gathered, whether or not their layers run."""
-        if self.capture.open_sink is not None:
+        """Guard parameters as FSDP2 gathers them, whether or not their layers run."""
+        if self.session.open_sink is not None:
             for below in module.modules():
-                self.capture.wanted(below)
+                self.session.guards.wanted(below)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
-        sink = self.capture.open_sink
+        sink = self.session.open_sink
         training = sink is not None and sink.trains and module.training
         if self._inside or in_backward or not training:
             return
-        axis, views = self.capture.axis, self.capture.views
+        axis, views = self.session.axis, self.session.views
         leaves = leaves_of((args, kwargs))
         if any(is_packed(leaf) for leaf in leaves):
             raise ValueError(
@@ -147,16 +128,16 @@ class Lockstep:
         while True:
             last = self.is_last()
             others_go_on, too_few = self.processes.largest([float(not last), rows < 2 * views])
-            if not self._probed and not too_few:
-                self._alone(self._refuse_mixing, self.capture, self._outputs, (args, kwargs), rows)
-                self._probed = True
+            if not self._tried and not too_few:
+                self._alone(self._refuse_mixing, self.session, self._outputs, (args, kwargs), rows)
+                self._tried = True
             if not (last and others_go_on):
                 return
             empty = tree_map(lambda leaf: _without_rows(leaf, axis, rows), (args, kwargs))
             self._alone(self._stand_in, empty)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._inside or self.capture.open_sink is None or not module.training:
+        if self._inside or self.session.open_sink is None or not module.training:
             return
         used: set[int] = set()
 
@@ -169,15 +150,15 @@ class Lockstep:
                 leaf.register_hook(lambda _, place=place: note(place))
 
     def _alone(self, run: Callable[..., object], *args: Any) -> None:
-        """Run what makes passes of its own, whose gradients are not the training's."""
-        sink, self._inside = self.capture.sink, True
+        """Call `run`, whose passes do not train the model, and put the sink back."""
+        sink, self._inside = self.session.sink, True
         try:
             run(*args)
         finally:
-            self.capture.sink, self._inside = sink, False
+            self.session.sink, self._inside = sink, False
 
     def _stand_in(self, batch: tuple[Any, Any]) -> None:
-        self.capture.sink = _Nobody()
+        self.session.sink = NoGradients()
         args, kwargs = batch
         sums = [
             leaf.double().sum()
@@ -189,7 +170,7 @@ class Lockstep:
         torch.stack(sums).sum().backward()
 
     def _outputs(self, batch: tuple[Any, Any]) -> list[torch.Tensor]:
-        """What the trial for mixed samples differentiates."""
+        """The model's outputs, which the trial for mixed samples differentiates."""
         args, kwargs = batch
         return [t for t in leaves_of(self.model(*args, **kwargs)) if isinstance(t, torch.Tensor)]
 

@@ -96,7 +96,7 @@ class PendingGradients:
         streams: Streams,
     ):
         self.planner = planner
-        self.names = capture.names
+        self.names = capture.guards.names
         self._capture = capture
         self._done = done
         self._streams = streams
@@ -106,7 +106,8 @@ class PendingGradients:
     @property
     def empty(self) -> bool:
         """Whether the model's batch had no sample (and a blank one stood in for it)."""
-        return self._capture.empty
+        batch = self._capture.backward_batch
+        return batch is not None and batch.empty
 
     def begin(self, samples: int) -> None:
         """A backward pass over `samples` samples is under way; its end will be reported."""
@@ -124,7 +125,7 @@ class PendingGradients:
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         """One parameter's contribution from one call of one layer."""
-        parameter = self._capture.held_as(parameter)
+        parameter = self._capture.guards.held_as(parameter)
         self._streams.note(parameter.device)
         gradient = self.gradients.setdefault(parameter, ParameterGradient())
         name = self.names.get(id(parameter), "?")

@@ -1,26 +1,25 @@
-"""What a trial run sees of each tensor that passes a layer: two sums per sample."""
+"""Fingerprints of the tensors that pass a layer in a trial: two sums per sample."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from dpkernels import ops
+from dpkernels.engine.capture.session import NoGradients
 from dpkernels.layers.fold import merge_rows
-from dpkernels.layers.operands import Operand
 from dpkernels.ops.checks import FLOAT_DTYPES
 
-#: sums of squares above this, and finite, lose nothing to float32's range
+#: finite sums of squares above this bound lose nothing to float32's range
 _SMALLEST_SQUARES = 1e-30
-#: values that are summed up in float64 at a time where others do
+#: number of values that are summed up in float64 at a time where the squares lose range
 _PIECE = 2**16
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One tensor that passed by, and where its fingerprint stands: a row for each sample."""
+    """One tensor that passed by; `rows` of the fingerprints are the tensor's, one per sample."""
 
     layer: str
     kind: str
@@ -29,30 +28,20 @@ class Seen:
     rows: slice
 
 
-class Observer:
-    """A sink that only looks: it keeps fingerprints and no gradients.
+class Fingerprints(NoGradients):
+    """A sink that keeps fingerprints of the tensors that pass by, and no gradients.
 
-    Fingerprints stand in one block. Small blocks of their own would lie between those of a pass'
-    activations, and when these are freed the heap could neither shrink nor serve the next pass.
+    All fingerprints stand in one block of memory. Small blocks, one a fingerprint, would lie
+    between a pass' activations: once the activations are freed, the heap could neither shrink nor
+    serve the next pass.
     """
 
-    trains = False
-
     def __init__(self) -> None:
-        self.samples: int | None = None
+        super().__init__()
         self.seen: list[Seen] = []
         #: by name, what the pass left in each buffer
         self.buffers: dict[str, torch.Tensor] = {}
         self._moments = torch.empty(0, 2, dtype=torch.float64)
-
-    def reset(self) -> None:
-        self.samples = None
-
-    def begin(self, samples: int) -> None:
-        self.samples = samples
-
-    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
-        """Gradients are of no interest here."""
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
         in_memory = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)
@@ -76,7 +65,7 @@ def _moments(values: torch.Tensor) -> torch.Tensor:
     rows = values if values.dtype in FLOAT_DTYPES else values.double()
     channel, zero = rows.unsqueeze(1), rows.new_zeros(len(rows), 1)
     with ops.use_backend("auto"):
-        # the gradients of scale and shift where the input is the gradient itself
+        # of (x, x, mean 0, rstd 1): sum(x * x) and sum(x), both in one fused pass
         squares, sums = ops.normalization_grad_sample(channel, channel, zero, zero + 1)
     in_range = (squares > _SMALLEST_SQUARES) & squares.isfinite()
     if squares.dtype == torch.float64 or bool(in_range.all()):

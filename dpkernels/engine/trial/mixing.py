@@ -1,13 +1,13 @@
-"""Do samples mix? One sample of a batch is replaced; nothing that belongs to the others may move.
+"""Do samples mix? One sample of a batch is replaced; no value of another sample may move.
 
-Run once before training starts, this finds what no list of layer types can: a transposed batch
+A trial before training starts finds faults that no list of layer types can: a transposed batch
 axis, positions embedded once for the whole batch, statistics over the batch, a loss that
-normalises by the whole batch. Both runs draw the same random numbers, of torch, numpy and Python,
-so dropout and randomly skipped layers do not matter.
+normalises by the whole batch. All passes of a trial draw the same random numbers, of torch, numpy
+and Python, so dropout and randomly skipped layers do not matter.
 
-Each run is a forward and a backward pass over the whole batch, without weight gradients. A few of
-its samples would not do: statistics over groups of ``batch / groups`` samples mix nobody in a batch
-of ``groups``, and everybody in a larger one.
+A trial makes forward and backward passes over the whole batch, without weight gradients. A few
+samples of the batch would not do: statistics over groups of ``batch / groups`` samples mix nobody
+in a batch of ``groups``, and everybody in a larger one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,88 +25,114 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture.layer import is_packed, leaves_of
-from dpkernels.engine.capture.session import NotPerSample, Session
-from dpkernels.engine.trial.fingerprints import Observer, Seen
+from dpkernels.engine.capture.refusals import NotPerSample
+from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.trial_book import TrialBook
+from dpkernels.engine.trial.fingerprints import Fingerprints, Seen
 
 #: relative change of another sample's values that counts as rounding, by significand
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 3e-2
-#: the same where a repeated run gives the same bits
+#: the same, once a repeated pass has given the same bits
 _FINE_TOLERANCE = 1e-3
-#: below this, float32 has fewer digits
+#: the smallest float32 with all digits
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def find_mixing(
-    capture: Session,
+@dataclass(frozen=True)
+class BatchRows:
+    """Where a batch has its samples: `rows` rows on `axis`, each sample `views` adjacent ones.
+
+    A tensor of the batch is batched if and only if it has `rows` rows on `axis`.
+    """
+
+    rows: int
+    views: int
+    axis: int
+
+    @property
+    def samples(self) -> int:
+        return self.rows // self.views
+
+    def holds(self, leaf: Any) -> bool:
+        """Whether a leaf of the batch is a batched tensor."""
+        tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > self.axis
+        return tensor and leaf.shape[self.axis] == self.rows
+
+
+def refuse_mixing(
+    session: Session,
     run: Callable[[Any], list[torch.Tensor]],
     batch: Any,
     rows: int,
     source: int = -1,
-) -> str | None:
-    """Where another sample's values move when the first or the last is replaced; None if nowhere.
+) -> bool:
+    """Replace the first, then the last sample of a batch; refuse a model if another one's move.
 
-    Both, because a row that takes everybody's gradient (``positions(ids)[0]``) hides behind the
-    sample that owns it.
+    One of the two would not do: a row that takes everybody's gradient (``positions(ids)[0]``) hides
+    behind the sample that owns the row.
 
     Args:
-        capture: the model's capture.
+        session: the model's session.
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
-        batch: nested arguments that :func:`can_tell`; every tensor with `rows` rows on the sample
-            axis is batched.
+        batch: nested arguments of `run`.
         rows: rows of the batch.
-        source: the sample that takes the place of the replaced one, where it differs from it.
+        source: the sample that takes the place of the replaced one, where the two differ.
 
     Returns:
-        A sentence that names the layer, or None.
+        Whether the batch could tell.
+
+    Raises:
+        NotPerSample: samples mix; the message names the layer.
     """
-    views = capture.views
-    samples = rows // views
+    at = BatchRows(rows, session.views, session.axis)
+    if not can_tell(batch, at):
+        return False
+    samples = at.samples
     source %= samples
     batch = tree_map(_apart, batch, is_leaf=is_packed)
     replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
-    with _own_random_numbers(capture.root):
+    with _own_random_numbers(session.root):
         seed = int(torch.randint(2**31, ()))
-        first = _observe(capture, run, batch, seed)
+        first = _watched(session, run, batch, seed)
         for target, preferred in replaced:
-            others = _unlike(batch, rows, views, capture.axis, target)
+            others = _unlike(batch, at, target)
             other = preferred if preferred in others else others[-1]
-            twin = _twin(batch, rows, views, capture.axis, target, other)
             try:
-                second = _observe(capture, run, twin, seed)
-            except RuntimeError:
-                kept = _twin(batch, rows, views, capture.axis, target, other, keep_lengths=True)
-                second = _observe(capture, run, kept, seed)
+                second = _watched(session, run, _twin(batch, at, target, other), seed)
+            except NotPerSample:
+                raise
+            except Exception:  # the model may want lengths sorted
+                kept = _twin(batch, at, target, other, keep_lengths=True)
+                second = _watched(session, run, kept, seed)
             fault = _compare(first, second, target)
             faint = _compare(first, second, target, _FINE_TOLERANCE)
-            if fault is None and faint is not None and _same_shapes(first, second):
-                again = _observe(capture, run, batch, seed)
+            shapes = [[seen.shape for seen in found.seen] for found in (first, second)]
+            if fault is None and faint is not None and shapes[0] == shapes[1]:
+                again = _watched(session, run, batch, seed)
                 fault = faint if _compare(first, again, None, 0.0) is None else None
             if fault is not None:
-                return fault
-    return None
+                raise NotPerSample(fault)
+    return True
 
 
-def can_tell(batch: Any, rows: int, views: int, axis: int) -> bool:
+def can_tell(batch: Any, at: BatchRows) -> bool:
     """Whether replacing the first or the last sample of a batch can show that samples mix.
 
-    Not so in a batch of one, or one that is all alike, such as the zeros of a trial by hand.
+    A batch of one sample cannot tell, nor one whose samples are all alike, such as the zeros of a
+    forward pass by hand.
     """
-    samples = rows // views
-    return samples > 1 and all(
-        _unlike(batch, rows, views, axis, target) for target in (0, samples - 1)
-    )
+    return at.samples > 1 and all(_unlike(batch, at, target) for target in (0, at.samples - 1))
 
 
-def _unlike(batch: Any, rows: int, views: int, axis: int, target: int) -> list[int]:
+def _unlike(batch: Any, at: BatchRows, target: int) -> list[int]:
     """Samples that differ from sample `target`."""
-    samples = rows // views
-    unlike = torch.zeros(samples, dtype=torch.bool)
+    unlike = torch.zeros(at.samples, dtype=torch.bool)
     for leaf in leaves_of(batch):
         if is_packed(leaf):
             unlike[:] = True
-        elif isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
-            values = leaf.detach().movedim(axis, 0).reshape(samples, -1)
+        elif at.holds(leaf):
+            values = leaf.detach().movedim(at.axis, 0).reshape(at.samples, -1)
             unlike |= (values != values[target]).any(1).cpu()
     unlike[target] = False
     return unlike.nonzero().flatten().tolist()
@@ -113,7 +140,7 @@ def _unlike(batch: Any, rows: int, views: int, axis: int, target: int) -> list[i
 
 @contextlib.contextmanager
 def _own_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Give every generator that a forward pass may draw from its state back afterwards."""
+    """Restore the state of torch's, numpy's and Python's generators afterwards."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - models use it
     try:
@@ -124,43 +151,50 @@ def _own_random_numbers(model: nn.Module) -> Iterator[None]:
         np.random.set_state(arrays)  # noqa: NPY002
 
 
-def _observe(
-    capture: Session, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
-) -> Observer:
-    sink, observer = capture.sink, Observer()
-    capture.sink = observer
+def _watched(
+    session: Session, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
+) -> Fingerprints:
+    """Fingerprints of one forward and backward pass."""
+    sink = session.sink
+    session.sink = found = Fingerprints()
     try:
-        with _kept_buffers(capture.root):
+        with _kept_buffers(session.root):
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             outputs = [t for t in run(batch) if t.requires_grad]
             torch.manual_seed(seed + 1)
-            slopes = [_slopes(t) if t.ndim > capture.axis else torch.ones_like(t) for t in outputs]
+            slopes = [_slopes(t) if t.ndim > session.axis else torch.ones_like(t) for t in outputs]
             if outputs:
                 torch.autograd.backward(outputs, slopes)
-            if capture.anchor.is_cuda:  # a model may work on streams of its own
-                torch.cuda.synchronize(capture.anchor.device)
-            buffers = capture.root.named_buffers()
-            observer.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
+            if session.anchor.is_cuda:  # a model may work on streams of its own
+                torch.cuda.synchronize(session.anchor.device)
+            buffers = session.root.named_buffers()
+            found.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
     finally:
-        capture.sink = sink
-    return observer
+        session.sink = sink
+    return found
 
 
 def _slopes(output: torch.Tensor) -> torch.Tensor:
-    """The gradient of a stand-in loss: a sum over samples, and not the same wherever it is."""
+    """The gradient of a stand-in loss, which is a sum over samples, with another slope everywhere.
+
+    A constant slope would not do: behind a normalisation, a constant slope's gradient is zero.
+    """
     return torch.rand_like(output).add_(output.detach())
 
 
-def _same_shapes(first: Observer, second: Observer) -> bool:
-    return [s.shape for s in first.seen] == [s.shape for s in second.seen]
-
-
 def _compare(
-    first: Observer, second: Observer, replaced: int | None, most: float = _COARSE_TOLERANCE
+    first: Fingerprints, second: Fingerprints, replaced: int | None, most: float = _COARSE_TOLERANCE
 ) -> str | None:
-    """What moved between two runs, beyond a relative tolerance of at most `most`."""
+    """A sentence on the first tensor that moved between two passes; None if none did.
+
+    Args:
+        first: fingerprints of one pass.
+        second: fingerprints of the other pass.
+        replaced: the sample that was replaced, which may move; None: no sample may.
+        most: largest relative change that counts as rounding.
+    """
     if [(s.layer, s.kind) for s in first.seen] != [(s.layer, s.kind) for s in second.seen]:
         return "the model takes another path through its layers when one sample is replaced"
     for a, b in zip(first.seen, second.seen):
@@ -193,7 +227,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _moved(buffer: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Whether two runs left a buffer different, beyond rounding."""
+    """Whether two passes left different values in a buffer, beyond rounding."""
     if other is None or buffer.shape != other.shape:
         return True
     if not buffer.is_floating_point():
@@ -221,31 +255,29 @@ def _sentence(seen: Seen, sample: int, replaced: int | None) -> str:
 
 
 def _twin(
-    batch: Any,
-    rows: int,
-    views: int,
-    axis: int,
-    target: int,
-    source: int,
-    *,
-    keep_lengths: bool = False,
+    batch: Any, at: BatchRows, target: int, source: int, *, keep_lengths: bool = False
 ) -> Any:
-    """The batch with sample `target` replaced by `source`.
+    """The batch with sample `target` replaced by sample `source`.
 
-    With `keep_lengths`, one integer per sample stays: a model may want lengths sorted.
+    With `keep_lengths`, a vector of one integer per sample stays: a model may want lengths sorted.
     """
 
     def one(leaf: Any) -> Any:
-        tensor = isinstance(leaf, torch.Tensor)
-        if keep_lengths and tensor and leaf.ndim == 1 and not leaf.is_floating_point():
+        if isinstance(leaf, PackedSequence):
+            return _replace_packed(leaf, target, source)
+        lengths = keep_lengths and isinstance(leaf, torch.Tensor) and leaf.ndim == 1
+        if not at.holds(leaf) or (lengths and not leaf.is_floating_point()):
             return leaf
-        return _replace(leaf, rows, views, axis, target, source)
+        twin = leaf.detach().clone()
+        rows_of_source = leaf.detach().narrow(at.axis, source * at.views, at.views)
+        twin.narrow(at.axis, target * at.views, at.views).copy_(rows_of_source)
+        return twin.requires_grad_(leaf.requires_grad)
 
     return tree_map(one, batch, is_leaf=is_packed)
 
 
 def _apart(leaf: Any) -> Any:
-    """The same values with a graph of their own, so that a trial's gradients end with them."""
+    """The leaf detached, so that a trial's gradients do not reach the graph behind the leaf."""
     if isinstance(leaf, PackedSequence):
         return PackedSequence(_apart(leaf.data), *leaf[1:])
     if not isinstance(leaf, torch.Tensor):
@@ -253,21 +285,11 @@ def _apart(leaf: Any) -> Any:
     return leaf.detach().requires_grad_(leaf.requires_grad)
 
 
-def _replace(leaf: Any, rows: int, views: int, axis: int, target: int, source: int) -> Any:
-    """The tensor with the rows of sample `target` replaced by those of sample `source`."""
-    if isinstance(leaf, PackedSequence):
-        return _replace_packed(leaf, target, source)
-    if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != rows:
-        return leaf
-    twin = leaf.detach().clone()
-    rows_of_source = leaf.detach().narrow(axis, source * views, views)
-    twin.narrow(axis, target * views, views).copy_(rows_of_source)
-    return twin.requires_grad_(leaf.requires_grad)
-
-
 def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedSequence:
-    """The sequence with the steps of sample `target` replaced by those of `source`, over again
-    where it is shorter: all lengths stay."""
+    """The sequence with the steps of sample `target` replaced by those of sample `source`.
+
+    All lengths stay: the steps of a shorter `source` are repeated.
+    """
     places = packed.unsorted_indices
     to, of = (target, source) if places is None else (int(places[target]), int(places[source]))
     steps = packed.data.detach().clone().split(packed.batch_sizes.tolist())
@@ -281,7 +303,7 @@ def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedS
 
 @contextlib.contextmanager
 def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Give buffers their values back afterwards: a trial run leaves no trace."""
+    """Restore all buffers' values afterwards."""
     kept = [
         (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
@@ -299,7 +321,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 
 def check_criterion(
     model: nn.Module,
-    capture: Session,
+    session: Session,
     criterion: Callable[..., torch.Tensor],
     batch: Sequence[Any],
 ) -> None:
@@ -307,43 +329,22 @@ def check_criterion(
 
     Args:
         model: the captured model, in training mode.
-        capture: its capture.
+        session: the model's session.
         criterion: called as ``criterion(model(*inputs), target)``.
         batch: inputs, then the target; at least two samples.
     """
-    rows = batch[0].shape[capture.axis]
-    if not can_tell(list(batch), rows, capture.views, capture.axis):
+    rows = batch[0].shape[session.axis]
+    at = BatchRows(rows, session.views, session.axis)
+    if not can_tell(list(batch), at):
         raise ValueError(f"batch: it holds {rows} rows, expected two samples or more that differ")
 
     def run(batch: Sequence[Any]) -> list[torch.Tensor]:
         *inputs, target = batch
         return [criterion(model(*inputs), target)]
 
-    probe, capture.probe = capture.probe, None
-    tried, capture.tried = capture.tried, None
-    samples = rows // capture.views
+    trials, session.trials = session.trials, TrialBook()
     try:
-        for source in sorted({1, samples // 2, samples - 1}):
-            refuse_mixing(capture, run, list(batch), rows, source)
+        for source in sorted({1, at.samples // 2, at.samples - 1}):
+            refuse_mixing(session, run, list(batch), rows, source)
     finally:
-        capture.probe, capture.tried = probe, tried
-
-
-def refuse_mixing(
-    capture: Session,
-    run: Callable[[Any], list[torch.Tensor]],
-    batch: Any,
-    rows: int,
-    source: int = -1,
-) -> bool:
-    """Raise :class:`NotPerSample` where :func:`find_mixing` finds mixing.
-
-    Returns:
-        Whether the batch could tell.
-    """
-    if not can_tell(batch, rows, capture.views, capture.axis):
-        return False
-    fault = find_mixing(capture, run, batch, rows, source)
-    if fault is not None:
-        raise NotPerSample(fault)
-    return True
+        session.trials = trials

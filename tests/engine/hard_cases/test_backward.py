@@ -208,3 +208,17 @@ def test_an_empty_batch_is_noise_alone(name: str) -> None:
     assert noise.isfinite().all()
     assert abs(float(noise.std()) - 1.0) < 5 / math.sqrt(2 * len(noise))
     optimizer.step()
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_a_backward_pass_is_judged_by_its_own_batch(samples: int) -> None:
+    """Another forward pass in between, empty or not, does not decide whether this one is."""
+    torch.manual_seed(0)
+    x = values(1, 4).float() * 100
+    loss = Call(nn.Linear(4, 3), lambda layer, x: layer(x).square().mean())
+    _, model, _, _ = made_private(loss, x)
+    own, other = model(x[:samples]), model(x[: 1 - samples])
+    own.backward()
+    assert other.shape == ()
+    norm = torch.sqrt(sum(p.summed_grad.square().sum() for p in model.parameters()))
+    assert float(norm) == pytest.approx(float(samples), abs=0.01)

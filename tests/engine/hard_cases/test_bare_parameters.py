@@ -51,6 +51,90 @@ def test_bare_parameters_that_do_not_broadcast(shape: tuple[int, ...]) -> None:
     assert_private(Shared().double(), squared_loss, (values(*shape),))
 
 
+class Scaled(nn.Module):
+    """A bare parameter that broadcasts over inputs of any number of axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x * self.scale)
+
+
+class Particular(Scaled):
+    """Raises where its parameter has another shape than it was made with."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale.shape != (5,):
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError, TypeError, KeyError, ZeroDivisionError, AttributeError, RuntimeError]
+)
+def test_a_forward_that_refuses_an_expanded_parameter_is_a_unit(error: type[Exception]) -> None:
+    torch.manual_seed(0)
+    assert_private(Particular(error).double(), squared_loss, (values(4, 3, 5),))
+
+
+class Untraceable(nn.Module):
+    """A unit whose forward reads a value, which vmap refuses, and then raises an error of its own.
+
+    A negative first value is an error in any case.
+    """
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(5, 5))
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            first = x.flatten()[0].item()
+        except RuntimeError as refused:
+            raise self.error from refused
+        if first < 0.0:
+            raise OverflowError(f"first value {first}")
+        return x @ self.mixing
+
+
+@pytest.mark.parametrize("error", [AssertionError, TypeError, KeyError, RuntimeError])
+def test_a_unit_that_raises_anything_under_vmap_runs_as_a_loop(error: type[Exception]) -> None:
+    torch.manual_seed(0)
+    assert_private(Untraceable(error).double(), squared_loss, (values(4, 3, 5).abs(),))
+
+
+def test_an_error_of_a_units_own_is_shown() -> None:
+    torch.manual_seed(0)
+    x = values(4, 5).abs()
+    _, model, _, _ = made_private(Untraceable(TypeError).double(), x)
+    with pytest.raises(OverflowError, match="first value -"):
+        model(-x)
+
+
+@pytest.mark.parametrize("shapes", [((4, 7, 5), (4, 5)), ((4, 5), (4, 7, 5)), ((4, 5), (4, 4, 5))])
+def test_inputs_with_another_number_of_axes_are_tried_again(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    """[samples, 1, features] fits sequences; of single vectors it would pair every two samples."""
+    torch.manual_seed(0)
+    model, x = Scaled().double(), values(*shapes[1])
+    _, wrapped, optimizer, _ = made_private(model, values(*shapes[0]))
+    squared_loss(wrapped, (values(*shapes[0]),)).backward()
+    optimizer.zero_grad()
+    squared_loss(wrapped, (x,)).backward()
+    wrapped.to_standard_module()
+    expected = microbatching(model, squared_loss, (x,), 1.0)
+    for name, p in model.named_parameters():
+        assert relative_error(p.grad, expected.gradients[name]) < 1e-9
+
+
 class Masked(nn.Module):
     """A unit that takes a mask [T, T] beside the batch."""
 

@@ -69,6 +69,31 @@ def test_three_samples_are_tried_after_two() -> None:
         model(ids(3, 5), torch.tensor([4, 3, 2]))
 
 
+@pytest.mark.parametrize("error", [AssertionError, ValueError, KeyError, RuntimeError])
+def test_a_model_that_wants_lengths_sorted_is_tried_with_its_lengths(
+    error: type[Exception],
+) -> None:
+    """The last sample in the place of the first unsorts them; mixing is found all the same."""
+
+    class WantsSorted(nn.Module):
+        def __init__(self, mixes: bool) -> None:
+            super().__init__()
+            self.layer, self.mixes = nn.Linear(5, 3), mixes
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            if not torch.equal(lengths, lengths.sort(descending=True).values):
+                raise error
+            return self.layer(x - x.mean(0, keepdim=True) if self.mixes else x)
+
+    torch.manual_seed(0)
+    x, lengths = values(4, 5).float(), torch.tensor([4, 3, 2, 1])
+    _, model, _, _ = made_private(WantsSorted(mixes=False), x)
+    assert model(x, lengths).shape == (4, 3)
+    _, model, _, _ = made_private(WantsSorted(mixes=True), x)
+    with pytest.raises(ValueError, match="'layer': the activations of sample 1 move"):
+        model(x, lengths)
+
+
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
 def test_layers_skipped_by_other_generators(draw: Callable[[], float]) -> None:
     """The runs of a trial draw the same numbers, and leave every generator where it was."""
