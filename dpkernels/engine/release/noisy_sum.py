@@ -99,7 +99,12 @@ class NoisySum:
         # buffers, and by then the other layers' factors have been freed.
         terms = [self._term(p, taken) for p in reversed(taken.parameters)][::-1]
         own_std = self._processes.own_noise(taken.noise_std)
-        self._finish(terms, own_std, scale if finished else 1.0, taken.generator)
+        if taken.generator is None or not own_std:
+            self._finish(terms, own_std, scale if finished else 1.0)
+        else:
+            self._finish(terms, 0.0, 1.0)
+            for term in terms:
+                draw(term.total, own_std, self._source, taken.generator).mul_(scale)
         for parameter, term in zip(taken.parameters, terms, strict=True):
             parameter.summed_grad = None if finished else term.total  # type: ignore[attr-defined]
         if not taken.last:
@@ -136,19 +141,8 @@ class NoisySum:
             total = torch.empty(parameter.shape, dtype=_sum_dtype(parameter), device=device)
         return _Term(total, stored, factor.to(device), accumulate)
 
-    def _finish(
-        self,
-        terms: list[_Term],
-        noise_std: float,
-        scale: float,
-        generator: torch.Generator | None,
-    ) -> None:
+    def _finish(self, terms: list[_Term], noise_std: float, scale: float) -> None:
         """total = scale * ((total if accumulate) + sum_b factor[b] stored[b] + noise), for each."""
-        if generator is not None and noise_std:
-            self._finish(terms, 0.0, 1.0, None)
-            for term in terms:
-                draw(term.total, noise_std, self._source, generator).mul_(scale)
-            return
         for device in dict.fromkeys(term.total.device for term in terms):
             here = [term for term in terms if term.total.device == device]
             totals = [term.total for term in here]

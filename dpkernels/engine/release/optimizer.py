@@ -143,7 +143,9 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         if caller.f_code.co_flags & CO_GENERATOR:
             if caller is not self._signals_from:
                 if self._signals_from is not None:
-                    self._abandon()
+                    self._step_skip_queue.clear()
+                    if self.logical_batch.abandon():
+                        self.zero_grad(set_to_none=True)
                 self._signals_from, self._ahead = caller, None
             elif self._ahead is not None and len(self._step_skip_queue) > self._ahead:
                 raise ValueError(
@@ -153,12 +155,6 @@ class FusedDPOptimizer(ScaledLossOptimizer):
                     "where there is nothing to learn from"
                 )
         super().signal_skip_step(do_skip)
-
-    def _abandon(self) -> None:
-        """Drop a logical batch that is under way, and the signals for the rest of it."""
-        self._step_skip_queue.clear()
-        if self.logical_batch.abandon():
-            self.zero_grad(set_to_none=True)
 
     def is_last_physical_batch(self) -> bool:
         """Whether the backward pass to come ends a logical batch."""
@@ -215,17 +211,13 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         if self.logical_batch.was_cleared_by_hand(self.params):
             self.zero_grad(set_to_none=True)
 
-    def _sample_scale(self, samples: int) -> float:
-        """What a captured gradient is multiplied by to be the gradient of one sample's loss."""
-        rows = float(samples) if self.loss_reduction == "mean" else 1.0 / self.views_per_sample
-        return rows / self.loss_scale()
-
     def _clip(self, gradients: PendingGradients) -> tuple[dict[nn.Parameter, torch.Tensor], float]:
-        """By parameter, [B]: clip factors; and the scale that makes gradients those of samples."""
+        """By parameter, [B]: clip factors; and what makes a captured gradient a sample's own."""
         samples = gradients.samples
         if samples is None:
             raise ValueError("gradients: expected those of a backward pass under way, got none")
-        scale = self._sample_scale(samples)
+        rows = float(samples) if self.loss_reduction == "mean" else 1.0 / self.views_per_sample
+        scale = rows / self.loss_scale()
         norm_sq = [self.private_sum.norm_sq(gradient) for gradient in gradients.gradients.values()]
         if not norm_sq or gradients.empty:
             self.last_step = None
@@ -377,15 +369,9 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "logical_batch": copy(self.logical_batch),
-            "private_sum": copy(self.private_sum),
-            "last_step": None,
-            "_signals_from": None,
-            "_ahead": None,
-            "streams": Streams(),
-        }
+        own = {"logical_batch": copy(self.logical_batch), "private_sum": copy(self.private_sum)}
+        anew = {"last_step": None, "_signals_from": None, "_ahead": None, "streams": Streams()}
+        return {**self.__dict__, **own, **anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
