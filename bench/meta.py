@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpkernels
 from bench import cases, work
 from dpkernels.engine.capture.trial_book import TrialBook
-from dpkernels.engine.plan import planner
+from dpkernels.engine.plan import planner, ridge_point
 from dpkernels.engine.release.pending import PendingGradients
 from dpkernels.layers import norm
 from dpkernels.ops import native, registry, triton_support
@@ -234,7 +234,7 @@ def _engine_as_on_gpu(half: bool) -> Iterator[None]:
     def kind_of_products(_: torch.device, *about: Any) -> str:
         return ridge_point.kind_of_products(_GPU, *about)
 
-    def ridge_point(_: torch.device, kind: str) -> float:
+    def ridge_point_of_gpu(_: torch.device, kind: str) -> float:
         return ridge_point._TABLE["cuda"][kind]
 
     def budget(_: torch.device) -> int:
@@ -243,7 +243,7 @@ def _engine_as_on_gpu(half: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (planner, "kind_of_products", kind_of_products),
-            (planner, "ridge_point", ridge_point),
+            (planner, "ridge_point", ridge_point_of_gpu),
             (planner, "default_memory_budget", budget),
             (TrialBook, "due", lambda *_: False),
             (PendingGradients, "refuse_not_finite", lambda *_: None),

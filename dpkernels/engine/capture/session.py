@@ -188,10 +188,10 @@ class Session:
                 "be assigned to samples. Give it an input whose first axis is the sample axis "
                 "(batch_first=False if it is the second), or freeze the layer"
             )
-        if samples > 1 and self.trials.passed is not None:
+        if samples > 1:
             self.trials.check(layer, rows // samples)
         if batch is not None:
             batch.marked = True
-            if samples > 1 and rows > batch.rows and self.trials.untold:
+            if rows > batch.rows and samples > 1 and self.trials.untold:
                 batch.folded = layer
         return samples

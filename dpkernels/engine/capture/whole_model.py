@@ -145,7 +145,8 @@ class _OutputHook:
             raise NotPerSample(
                 f"layer {batch.folded!r}: it has several rows for each sample, and no trial run "
                 "can tell which rows are whose, as the samples of the model's first tensor are all "
-                "alike; pass the batch as the first tensor, and train on samples that differ"
+                "alike, or not finite; pass the batch as the first tensor, and train on finite "
+                "samples that differ"
             )
         under_way = torch._C._current_graph_task_id()
         if self._pass not in (None, under_way):

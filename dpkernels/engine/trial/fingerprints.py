@@ -55,6 +55,11 @@ class Fingerprints(NoGradients):
             self._moments = torch.cat([self._moments, room])
         self._moments[own] = moments
 
+    @property
+    def finite(self) -> bool:
+        """Whether all fingerprints are finite."""
+        return all(bool(self.fingerprint(seen).isfinite().all()) for seen in self.seen)
+
     def fingerprint(self, seen: Seen) -> torch.Tensor:
         """[samples, 2]: sums and sums of squares per sample."""
         return self._moments[seen.rows]

@@ -80,7 +80,7 @@ def refuse_mixing(
         source: the sample that takes the place of the replaced one, where the two differ.
 
     Returns:
-        Whether the batch could tell.
+        Whether the batch could tell; a value that is not finite hides what moves.
 
     Raises:
         NotPerSample: samples mix; the message names the layer.
@@ -111,9 +111,9 @@ def refuse_mixing(
             if fault is None and faint is not None and shapes[0] == shapes[1]:
                 again = _watched(session, run, batch, seed)
                 fault = faint if _compare(first, again, None, 0.0) is None else None
-            if fault is not None:
+            if fault is not None and first.finite:
                 raise NotPerSample(fault)
-    return True
+    return first.finite
 
 
 def can_tell(batch: Any, at: BatchRows) -> bool:
@@ -206,7 +206,7 @@ def _compare(
         # a sum may cancel (behind a LayerNorm it is 0 but for rounding): its terms do not
         sum_scale = torch.maximum(sum_scale, norm_sq_scale.sqrt())
         scale = torch.stack([sum_scale + _TINY, norm_sq_scale + _TINY**2])
-        samples = (moved > min(_tolerance(a.dtype), most) * scale).any(1).nonzero()
+        samples = (~(moved <= min(_tolerance(a.dtype), most) * scale)).any(1).nonzero()
         if len(samples):
             return _sentence(a, int(samples[0]), replaced)
     for name, buffer in first.buffers.items():

@@ -32,6 +32,20 @@ def test_a_batch_that_is_all_alike_is_not_the_trial() -> None:
         model(x)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_is_not_the_trial(value: float) -> None:
+    """One such sample moves everybody to the same NaN, and hides that samples mix."""
+    torch.manual_seed(0)
+    x = values(4, 5).float()
+    broken = x.clone()
+    broken[2, 0] = value
+    _, model, _, _ = made_private(Call(_two_layers(), _centred), x)
+    with pytest.raises(ValueError, match="not finite"):
+        squared_loss(model, (broken,)).backward()
+    with pytest.raises(ValueError, match="sample 1 move"):
+        model(x)
+
+
 def test_first_and_last_sample_alike_are_replaced_by_others() -> None:
     torch.manual_seed(0)
     x = values(4, 5).float()
