@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from dpkernels.engine.capture.session import NotPerSample, Session
+from dpkernels.engine.capture.refusals import NotPerSample
+from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.streams import Streams, refuse_graph_capture
 from dpkernels.engine.plan.planner import Planner
 from dpkernels.engine.plan.strategies import Factored, held_by
@@ -81,7 +82,7 @@ class PendingGradients:
 
     Args:
         planner: chooses how each parameter's norm is computed.
-        capture: the model's capture, for names and for whether the batch was empty.
+        session: the model's: names of parameters, and whether the batch was empty.
         done: called once at the end of each backward pass with this object.
         streams: on which contributions are formed.
     """
@@ -91,13 +92,13 @@ class PendingGradients:
     def __init__(
         self,
         planner: Planner,
-        capture: Session,
+        session: Session,
         done: Callable[[PendingGradients], None],
         streams: Streams,
     ):
         self.planner = planner
-        self.names = capture.guards.names
-        self._capture = capture
+        self.names = session.guards.names
+        self._session = session
         self._done = done
         self._streams = streams
         self.samples: int | None = None
@@ -106,7 +107,7 @@ class PendingGradients:
     @property
     def empty(self) -> bool:
         """Whether the model's batch had no sample (and a blank one stood in for it)."""
-        batch = self._capture.backward_batch
+        batch = self._session.backward_batch
         return batch is not None and batch.empty
 
     def begin(self, samples: int) -> None:
@@ -125,7 +126,7 @@ class PendingGradients:
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         """One parameter's contribution from one call of one layer."""
-        parameter = self._capture.guards.held_as(parameter)
+        parameter = self._session.guards.held_as(parameter)
         self._streams.note(parameter.device)
         gradient = self.gradients.setdefault(parameter, ParameterGradient())
         name = self.names.get(id(parameter), "?")
