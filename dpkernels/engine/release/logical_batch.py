@@ -217,9 +217,9 @@ class LogicalBatch:
         """Raise ``ValueError`` where the logical batch can only be dropped."""
         if self.state is State.BROKEN:
             raise ValueError(
-                "optimizer: a backward pass failed while its sums were written, or the optimizer "
-                "was copied in the middle of a logical batch, so some sums hold samples that "
-                "others do not; call optimizer.zero_grad(), which drops the whole logical batch"
+                "optimizer: its logical batch is broken, so some sums hold samples that others do "
+                "not: a backward pass failed while sums were written, or the optimizer was copied "
+                "half-way; call optimizer.zero_grad(), which drops the whole logical batch"
             )
 
     def _refuse_uncleared(self) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
+from dpkernels import PrivacyEngine
+from dpkernels.engine.release import secure
 from dpkernels.engine.release.optimizer import FusedDPOptimizer
+from dpkernels.layers.operands import LinearOperand
 from tests.engine.support import made_private, private, squared_loss, values
 from tests.engine.truth import microbatching, relative_error
 
@@ -118,3 +122,116 @@ def test_a_sum_of_a_parameter_frozen_meanwhile_is_dropped() -> None:
     net[0].requires_grad_(True)
     squared_loss(model, (x[:1],)).backward()
     assert _norm_of_sum(optimizer) <= 1.0 + 1e-6
+
+
+def _half_way(secure_mode: bool) -> tuple[nn.Module, nn.Module, FusedDPOptimizer, torch.Tensor]:
+    """A logical batch whose first physical batch is in the sum, and the rows of the second."""
+    torch.manual_seed(0)
+    x = values(8, 5).float() * 100
+    net = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 3, bias=False))
+    model, optimizer, _ = PrivacyEngine(secure_mode=secure_mode).make_private(
+        module=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.0),
+        data_loader=DataLoader(TensorDataset(x), batch_size=8), max_grad_norm=1.0,
+        noise_multiplier=1e-4 if secure_mode else 0.0, memory_budget=0,
+    )  # fmt: skip
+    optimizer.signal_skip_step(True)
+    squared_loss(model, (x[:4],)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.signal_skip_step(False)
+    return net, model, optimizer, x[4:]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("secure_mode", [False, True])
+def test_an_error_while_sums_are_written_breaks_the_logical_batch(
+    secure_mode: bool, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some sums hold the physical batch, others do not: to go on would count its samples twice."""
+    net, model, optimizer, x = _half_way(secure_mode)
+    owner, name = (secure, "rounded_sum") if secure_mode else (LinearOperand, "clipped_grad")
+    real, calls = getattr(owner, name), []
+
+    def second_fails(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return real(*args)
+
+    loss = squared_loss(model, (x,))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, second_fails)
+        with pytest.raises(error):
+            loss.backward()
+    for goes_on in (squared_loss(model, (x,)).backward, optimizer.step):
+        with pytest.raises(ValueError, match=r"logical batch is broken.*zero_grad\(\)"):
+            goes_on()
+    optimizer.zero_grad()
+    squared_loss(model, (x,)).backward()
+    optimizer.step()
+    alone = microbatching(copy.deepcopy(net), squared_loss, (x,), 1.0, expected_batch_size=8)
+    for parameter, expected in zip(net.parameters(), alone.gradients.values()):
+        assert relative_error(parameter.grad, expected) < (1e-2 if secure_mode else 1e-5)
+
+
+def test_what_is_refused_before_sums_are_written_breaks_nothing() -> None:
+    """A sample that is not finite is found first, so the physical batch can be tried again."""
+    net, model, optimizer, x = _half_way(False)
+    with pytest.raises(ValueError, match="not finite"):
+        squared_loss(model, (x * torch.inf,)).backward()
+    squared_loss(model, (x,)).backward()
+    whole = values(8, 5).float() * 100
+    truth = microbatching(copy.deepcopy(net), squared_loss, (whole,), 1.0, expected_batch_size=8)
+    for parameter, expected in zip(net.parameters(), truth.gradients.values()):
+        assert relative_error(parameter.grad, expected) < 1e-5
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("secure_mode", [False, True])
+def test_a_copy_of_a_logical_batch_under_way_is_broken(
+    secure_mode: bool, copied: Callable[[FusedDPOptimizer], FusedDPOptimizer]
+) -> None:
+    """Sums and noise do not all travel, so a copy cannot go on where this one stands."""
+    _, model, optimizer, x = _half_way(secure_mode)
+    squared_loss(model, (x,)).backward()
+    twin = copied(optimizer)
+    with pytest.raises(ValueError, match="broken"):
+        twin.step()
+    optimizer.step()
+    twin.zero_grad()
+    twin.make_private_noise_only()
+    twin.step()
+
+
+def test_noise_drawn_for_another_multiplier_is_not_passed_off_as_this_one() -> None:
+    """The second of two accumulated passes draws none, so it cannot change how much there is."""
+    x = values(4, 5).float()
+    _, model, optimizer, _ = made_private(nn.Linear(5, 3), x, 1.0, poisson_sampling=False)
+    squared_loss(model, (x,)).backward()
+    optimizer.noise_multiplier = 20.0
+    with pytest.raises(ValueError, match="drawn in backward.* with 1.0"):
+        squared_loss(model, (x,)).backward()
+    with pytest.raises(ValueError, match="drawn in backward.* with 1.0"):
+        optimizer.step()
+
+
+def test_a_skip_signal_after_the_noise_is_refused_at_the_next_backward_pass() -> None:
+    """The pass would enter a sum that the noise has left, and be lost."""
+    x = values(4, 5).float()
+    _, model, optimizer, _ = made_private(nn.Linear(5, 3), x, poisson_sampling=False)
+    squared_loss(model, (x,)).backward()
+    optimizer.signal_skip_step(True)
+    with pytest.raises(ValueError, match="had already added the noise"):
+        squared_loss(model, (x,)).backward()
+
+
+def test_a_noised_logical_batch_can_be_dropped_whole() -> None:
+    """Also one of several physical batches: nothing of it stays behind."""
+    net, model, optimizer, x = _half_way(False)
+    squared_loss(model, (x,)).backward()
+    optimizer.zero_grad()
+    squared_loss(model, (x,)).backward()
+    optimizer.step()
+    alone = microbatching(copy.deepcopy(net), squared_loss, (x,), 1.0, expected_batch_size=8)
+    for parameter, expected in zip(net.parameters(), alone.gradients.values()):
+        assert relative_error(parameter.grad, expected) < 1e-5
