@@ -80,7 +80,7 @@ def refuse_mixing(
         source: the sample that takes the place of the replaced one, where the two differ.
 
     Returns:
-        Whether the batch could tell; a value that is not finite hides what moves.
+        Whether the batch could tell: a sample that is not finite may have spread to the others.
 
     Raises:
         NotPerSample: samples mix; the message names the layer.
@@ -111,9 +111,15 @@ def refuse_mixing(
             if fault is None and faint is not None and shapes[0] == shapes[1]:
                 again = _watched(session, run, batch, seed)
                 fault = faint if _compare(first, again, None, 0.0) is None else None
-            if fault is not None and first.finite:
+            if fault is not None:
                 raise NotPerSample(fault)
-    return first.finite
+    return first.finite or _finite(batch)
+
+
+def _finite(batch: Any) -> bool:
+    """Whether all values of a batch are finite; infinities of a model's own hide no mixing."""
+    tensors = (leaf.data if is_packed(leaf) else leaf for leaf in leaves_of(batch))
+    return all(bool(t.isfinite().all()) for t in tensors if isinstance(t, torch.Tensor))
 
 
 def can_tell(batch: Any, at: BatchRows) -> bool:
@@ -198,10 +204,12 @@ def _compare(
     if [(s.layer, s.kind) for s in first.seen] != [(s.layer, s.kind) for s in second.seen]:
         return "the model takes another path through its layers when one sample is replaced"
     for a, b in zip(first.seen, second.seen):
-        before = first.fingerprint(a)
-        moved = (before - second.fingerprint(b)).abs()
+        before, after = first.fingerprint(a), second.fingerprint(b)
+        moved = (before - after).abs()
+        moved[~before.isfinite() & ~after.isfinite()] = 0.0
         if replaced is not None:
             moved[replaced] = 0.0
+        before = before.where(before.isfinite(), 0.0)
         sum_scale, norm_sq_scale = before.abs().amax(0)
         # a sum may cancel (behind a LayerNorm it is 0 but for rounding): its terms do not
         sum_scale = torch.maximum(sum_scale, norm_sq_scale.sqrt())

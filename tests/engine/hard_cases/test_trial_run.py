@@ -46,6 +46,25 @@ def test_a_batch_that_is_not_finite_is_not_the_trial(value: float) -> None:
         model(x)
 
 
+def test_a_model_with_infinities_of_its_own_is_tried_once() -> None:
+    """No batch brings them: waiting for one without would mean a trial in every step."""
+    calls: list[int] = []
+
+    def unbounded(layers: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        hidden = layers["first"](x)
+        hidden = torch.cat([hidden[:, 1:], torch.full_like(hidden[:, :1], torch.inf)], 1)
+        return layers["second"](hidden).nan_to_num(posinf=0.0, neginf=0.0)
+
+    x = values(4, 5).float()
+    model = made_private(Call(_two_layers(), unbounded), x)[1]
+    model(x)
+    assert len(calls) > 1
+    calls.clear()
+    model(x)
+    assert len(calls) == 1
+
+
 def test_first_and_last_sample_alike_are_replaced_by_others() -> None:
     torch.manual_seed(0)
     x = values(4, 5).float()
