@@ -1,0 +1,486 @@
+"""One logical batch: noise exactly once, and counted, whatever a training loop calls in what order.
+
+A state machine of hypothesis drives a private model and its optimizer, and a model of the logical
+batch in plain words beside them. ``DPKERNELS_LOGICAL_BATCHES=5000`` tries that many courses instead
+of the fixed few.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from dpkernels import ops
+from dpkernels.layers.operands import LinearOperand
+from tests.engine.support import private, values
+from tests.engine.truth import microbatching
+
+#: records, and the expected number of them in one backward pass
+RECORDS, EXPECTED = 40, 4
+LEARNING_RATE = 0.05
+#: whether the machine puts errors into the middle of the sums
+FAULTS = os.environ.get("T_FAULTS", "1") == "1"
+#: whether the noise multiplier changes between backward passes that accumulate
+RESCHEDULES = os.environ.get("T_RESCHEDULES", "1") == "1"
+NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
+#: what a refused call says, one pattern for each reason
+REFUSALS = "|".join(
+    (
+        "haven't been cleared since the last optimizer step",
+        "not compatible with grad accumulation",
+        "no noise, from the backward pass before",
+        "change it after optimizer.step",
+        "not initialized",
+        "step the noise scheduler after optimizer.step",
+        "signal_skip_step.* came after backward",
+        "broken",
+    )
+)
+
+Values = dict[str, torch.Tensor]
+
+
+class Refused(Exception):
+    """The optimizer must raise ValueError, and leave everything as it was."""
+
+
+@dataclass
+class LogicalBatch:
+    """What the optimizer promises of the logical batch under way.
+
+    Attributes:
+        accumulation: whether several backward passes may come before one step.
+        state: "fresh" (nobody in it), "accumulating" (a sum without noise), "noised" (the sum and
+            its noise are in ``p.grad``), "stepped", "skipped" (a physical batch was stepped that
+            is not the last), "broken" (an error left sums half written).
+        signals: from ``signal_skip_step``, for the physical batches to come.
+        kept: whether ``zero_grad()`` leaves the sum, as physical batches before it were skipped.
+        passes: backward passes of the physical batch under way.
+        iterations: backward passes in ``p.grad``.
+        total: the clipped sum by parameter.
+        noise: what was added to it.
+        bound: the largest ``max_grad_norm`` of all its backward passes.
+        drawn: the noise multiplier that the noise was drawn for.
+    """
+
+    accumulation: bool
+    state: str = "fresh"
+    signals: list[bool] = field(default_factory=list)
+    kept: bool = False
+    passes: int = 0
+    iterations: int = 0
+    total: Values = field(default_factory=dict)
+    noise: Values = field(default_factory=dict)
+    bound: float = 0.0
+    drawn: float | None = None
+
+    def check_backward(self, cleared: list[bool], bound: float) -> None:
+        """Whether a backward pass may come; `cleared`: which trained parameters have no grad."""
+        if self.state == "stepped" and all(cleared):
+            self.drop()
+        if self.state in ("stepped", "skipped", "broken"):
+            raise Refused
+        if self.passes and not self.accumulation:
+            raise Refused
+        if self.state == "noised" and (any(cleared) or bound > self.bound):
+            raise Refused
+
+    def add(self, clipped: Values, bound: float, sigma: float, draw: Callable[..., Values]) -> None:
+        """A backward pass; the first over a last physical batch draws the noise."""
+        self.passes += 1
+        self.bound = max(self.bound, bound)
+        for name, each in clipped.items():
+            self.total[name] = self.total.get(name, 0.0) + each
+        if self.signals and self.signals[0]:
+            self.state = "accumulating"
+            return
+        self.iterations += 1
+        if self.state != "noised":
+            self.state, self.drawn = "noised", sigma
+            self.noise = draw(clipped, sigma * self.bound)
+
+    def step(self, cleared: list[bool], sigma: float) -> bool:
+        """Whether the wrapped optimizer steps, and the accountant counts."""
+        if self.state == "broken":
+            raise Refused
+        if self.signals and self.signals.pop(0):
+            if self.iterations:
+                raise Refused
+            self.state, self.kept, self.passes = "skipped", True, 0
+            return False
+        if self.state == "stepped" and all(cleared):
+            self.drop()
+        if self.state != "noised" or sigma != self.drawn:
+            raise Refused
+        self.state, self.kept, self.passes = "stepped", False, 0
+        return True
+
+    def zero_grad(self) -> None:
+        """The sum of skipped physical batches stays, unless it is broken."""
+        if self.kept and self.state != "broken":
+            self.state = "accumulating"
+        else:
+            self.drop()
+
+    def drop(self) -> None:
+        """Begin anew; signals stay, as they are for the physical batches to come."""
+        self.__init__(self.accumulation, signals=self.signals)  # type: ignore[misc]
+
+
+class OutOfMemory(Exception):
+    """What a fault that is put in raises."""
+
+
+@contextmanager
+def failing(place: str, call: int) -> Iterator[list[int]]:
+    """The `call`-th call of a function raises; the list counts the calls that were made.
+
+    Args:
+        place: "sum" (of one parameter), "finish" (all are summed), "noise" (of one parameter).
+        call: 1 for the first.
+    """
+    owner, name = {
+        "sum": (LinearOperand, "clipped_grad"),
+        "finish": (ops, "finish_grads_"),
+        "noise": (torch, "normal"),
+    }[place]
+    real, calls = getattr(owner, name), [0]
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and place != "finish":
+            raise OutOfMemory
+        result = real(*args, **kwargs)
+        if calls[0] == call:
+            raise OutOfMemory
+        return result
+
+    with mock.patch.object(owner, name, function):
+        yield calls
+
+
+def squared_error(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A loss that an empty batch has too."""
+    return (model(batch[0]) - 0.3).square().sum(1).mean()
+
+
+def _in_order(machine: TrainingLoop) -> bool:
+    """Not where noise was drawn, yet the next signal says that more physical batches follow."""
+    batch = machine.batch
+    return not (batch.state == "noised" and batch.signals and batch.signals[0])
+
+
+class TrainingLoop(RuleBasedStateMachine):
+    """Calls of a training loop in any order, each checked against :class:`LogicalBatch`."""
+
+    @initialize(accumulation=st.booleans(), sigma=st.sampled_from([0.0, 0.7]))
+    def make(self, accumulation: bool, sigma: float) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        #: the same without the engine, for the ground truth
+        self.plain = copy.deepcopy(net)
+        self.net = net
+        self.generator = torch.Generator().manual_seed(5)
+        self.engine, self.model, self.optimizer, _ = private(
+            net, TensorDataset(values(RECORDS, 3)), EXPECTED, sigma,
+            poisson_sampling=not accumulation, noise_generator=self.generator, memory_budget=0,
+        )  # fmt: skip
+        self.parameters = dict(net.named_parameters())
+        # the trial run, so that it comes in the middle of nothing
+        squared_error(self.model, (values(3, 3),)).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        #: draws what the engine must have drawn
+        self.twin = torch.Generator()
+        self.twin.set_state(self.generator.get_state())
+        self.batch = LogicalBatch(accumulation)
+        self.grads: dict[str, torch.Tensor | None] = dict.fromkeys(NAMES)
+        self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.counted: list[tuple[float, float]] = []
+        self.seed = 0
+        #: parameters whose ``p.grad`` is that of fewer backward passes than the others'
+        self.stale: set[str] = set()
+
+    # what there is
+
+    def trained(self) -> list[str]:
+        return [name for name, p in self.parameters.items() if p.requires_grad]
+
+    def cleared(self) -> list[bool]:
+        return [self.grads[name] is None for name in self.trained()]
+
+    def records(self, count: int) -> torch.Tensor:
+        """Other records every time, half of them so large that clipping shortens them."""
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(count, 3, dtype=torch.float64, generator=generator) * 2
+
+    def clipped(self, x: torch.Tensor) -> Values:
+        """The sum over the records, each clipped on its own, of parameters that are trained."""
+        for mine, own in zip(self.plain.parameters(), self.net.parameters(), strict=True):
+            mine.data.copy_(own.data)
+            mine.requires_grad_(own.requires_grad)
+        bound = float(self.optimizer.max_grad_norm)
+        return microbatching(
+            self.plain, squared_error, (x,), bound, expected_batch_size=1.0
+        ).gradients
+
+    def draw(self, like: Values, std: float) -> Values:
+        if not std:
+            return {name: torch.zeros_like(each) for name, each in like.items()}
+        return {
+            name: torch.normal(0.0, std, each.shape, generator=self.twin, dtype=each.dtype)
+            for name, each in like.items()
+        }
+
+    # what is expected of one call
+
+    def backward(self, x: torch.Tensor | None) -> None:
+        """Of these records; None for noise alone."""
+
+        def run() -> None:
+            if x is None:
+                self.optimizer.make_private_noise_only()
+            else:
+                squared_error(self.model, (x,)).backward()
+
+        before = self.batch.state
+        bound, sigma = float(self.optimizer.max_grad_norm), float(self.optimizer.noise_multiplier)
+        clipped = self.clipped(torch.zeros(0, 3, dtype=torch.float64) if x is None else x)
+        try:
+            self.check_backward()
+        except Refused:
+            self.refuses(run)
+            return
+        if self.batch.state == "noised" and sigma != self.batch.drawn:
+            # it may be refused already here; that it never counts, `step` checks
+            try:
+                run()
+            except ValueError:
+                return
+        else:
+            run()
+        self.batch.add(clipped, bound, sigma, self.draw)
+        if self.batch.state != "noised":
+            return
+        if before == "noised":
+            self.stale |= {name for name in NAMES if self.grads[name] is not None}
+        for name in clipped:
+            self.stale.discard(name)
+            noisy = self.batch.total[name] + self.batch.noise[name]
+            self.grads[name] = noisy / (EXPECTED * self.batch.iterations)
+
+    def check_backward(self) -> None:
+        stepped = self.batch.state == "stepped"
+        try:
+            self.batch.check_backward(self.cleared(), float(self.optimizer.max_grad_norm))
+        finally:
+            if stepped and self.batch.state == "fresh":
+                self.cleared_to(None)
+
+    def refuses(self, call: Callable[[], Any]) -> None:
+        with pytest.raises(ValueError, match=REFUSALS if self.batch.state != "broken" else "broken"):
+            call()
+
+    def cleared_to(self, zero: float | None) -> None:
+        """After ``zero_grad``: frozen parameters have no gradient in either way."""
+        self.stale.clear()
+        for name, p in self.parameters.items():
+            grad = self.grads[name]
+            kept = zero is not None and grad is not None and p.requires_grad
+            self.grads[name] = torch.zeros_like(p) if kept else None
+
+    # the calls
+
+    @precondition(lambda self: len(self.batch.signals) < 2)
+    @rule(skip=st.booleans())
+    def signals(self, skip: bool) -> None:
+        """Before its backward pass, as a loop over physical batches does."""
+        if self.batch.state == "noised" and not self.batch.signals:
+            skip = False  # `signals_too_late`
+        self.optimizer.signal_skip_step(skip)
+        self.batch.signals.append(skip)
+
+    @precondition(lambda self: self.batch.state == "noised" and not self.batch.signals)
+    @rule()
+    def signals_too_late(self) -> None:
+        self.optimizer.signal_skip_step(True)
+        self.batch.signals.append(True)
+        self.steps()
+
+    @precondition(_in_order)
+    @rule(count=st.integers(0, 3))
+    def goes_backward(self, count: int) -> None:
+        self.backward(self.records(count))
+
+    @precondition(_in_order)
+    @rule()
+    def goes_on_without_records(self) -> None:
+        self.backward(None)
+
+    @precondition(_in_order)
+    @rule(count=st.integers(1, 3))
+    def meets_a_record_that_is_not_finite(self, count: int) -> None:
+        """Nothing was added: other records may follow."""
+        x = self.records(count)
+        x[-1] = float("nan")
+        say = rf"sample {count - 1} .* not finite"
+        try:
+            self.check_backward()
+        except Refused:
+            say += "|" + REFUSALS
+        with pytest.raises(ValueError, match="broken" if self.batch.state == "broken" else say):
+            squared_error(self.model, (x,)).backward()
+
+    @precondition(_in_order)
+    @rule(
+        count=st.integers(1, 3), place=st.sampled_from(["sum", "finish", "noise"]),
+        call=st.integers(1, 2),
+    )  # fmt: skip
+    def fails_while_sums_are_written(self, count: int, place: str, call: int) -> None:
+        """An error (of memory, or Ctrl-C) where some parameters' sums have the records already."""
+        x = self.records(count)
+        weights = sum(name.endswith("weight") for name in self.trained())
+        most = {"sum": weights, "finish": 1, "noise": len(self.trained())}[place]
+        quiet = self.optimizer.noise_multiplier == 0.0 or self.batch.state == "noised"
+        if place == "noise" and (quiet or (self.batch.signals and self.batch.signals[0])):
+            return
+        if not most or not FAULTS:
+            return
+        try:
+            self.check_backward()
+        except Refused:
+            self.refuses(squared_error(self.model, (x,)).backward)
+            return
+        if self.batch.state == "noised" and self.optimizer.noise_multiplier != self.batch.drawn:
+            return
+        loss = squared_error(self.model, (x,))
+        with failing(place, min(call, most)) as calls, pytest.raises(OutOfMemory):
+            loss.backward()
+        assert calls == [min(call, most)]
+        self.batch.state = "broken"
+        self.twin.set_state(self.generator.get_state())
+
+    @rule()
+    def steps(self) -> None:
+        before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        stepped, cleared = self.batch.state == "stepped", self.cleared()
+        sigma = float(self.optimizer.noise_multiplier)
+        try:
+            counts = self.batch.step(cleared, sigma)
+        except Refused:
+            self.refuses(self.optimizer.step)
+            if stepped and self.batch.state == "fresh":
+                self.cleared_to(None)
+            if self.batch.state == "broken":
+                self.follow_signals()
+            return
+        self.optimizer.step()
+        if counts:
+            self.counted.append((sigma, EXPECTED / RECORDS * self.batch.iterations))
+            for name, grad in self.grads.items():
+                if grad is not None:
+                    self.weights[name] = before[name] - LEARNING_RATE * grad
+
+    @precondition(lambda self: not (self.batch.state == "noised" and self.batch.kept))
+    @rule(set_to_none=st.booleans(), of=st.sampled_from(["optimizer", "model"]))
+    def zeroes(self, set_to_none: bool, of: str) -> None:
+        {"optimizer": self.optimizer, "model": self.model}[of].zero_grad(set_to_none=set_to_none)
+        broken = self.batch.state == "broken"
+        self.batch.zero_grad()
+        self.cleared_to(None if set_to_none else 0.0)
+        if broken:
+            self.follow_signals()
+
+    def follow_signals(self) -> None:
+        """A broken logical batch may take its signals along, or leave them to what comes."""
+        left = list(self.optimizer._step_skip_queue)
+        assert left in ([], self.batch.signals, self.batch.signals[1:])
+        self.batch.signals[:] = left
+
+    @rule()
+    def clears_by_hand(self) -> None:
+        """Through the model that is wrapped, of which the optimizer hears nothing."""
+        self.net.zero_grad(set_to_none=True)
+        self.grads = dict.fromkeys(NAMES)
+        self.stale.clear()
+
+    @rule(name=st.sampled_from(NAMES))
+    def freezes_or_unfreezes(self, name: str) -> None:
+        """Always some stay trained: an optimizer without any is an ordinary one."""
+        parameter = self.parameters[name]
+        if parameter.requires_grad and self.trained() == [name]:
+            return
+        if not parameter.requires_grad and name in self.stale:
+            return
+        parameter.requires_grad_(not parameter.requires_grad)
+        if self.batch.state not in ("noised", "stepped", "broken"):
+            parameter.grad = self.grads[name] = None
+
+    @rule(bound=st.sampled_from([0.5, 1.0, 2.0]), sigma=st.sampled_from([0.7, 1.4]))
+    def follows_schedulers(self, bound: float, sigma: float) -> None:
+        """Of the bound and of the noise, also at the wrong time."""
+        self.optimizer.max_grad_norm = bound
+        if self.optimizer.noise_multiplier and (RESCHEDULES or self.batch.state != "noised"):
+            self.optimizer.noise_multiplier = sigma
+
+    @precondition(lambda self: self.batch.state in ("fresh", "stepped") and not self.batch.signals)
+    @rule(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=3))
+    def takes_physical_batches(self, sizes: list[int]) -> None:
+        """A whole logical batch as ``BatchMemoryManager`` cuts it, to get farther."""
+        for place, size in enumerate(sizes, 1):
+            self.zeroes(set_to_none=False, of="optimizer")
+            self.signals(place < len(sizes))
+            self.backward(self.records(size))
+            self.steps()
+
+    # what holds after every call
+
+    @invariant()
+    def noise_was_drawn_once(self) -> None:
+        assert torch.equal(self.generator.get_state(), self.twin.get_state())
+
+    @invariant()
+    def gradients_are_private(self) -> None:
+        for name, p in self.parameters.items():
+            expected = self.grads[name]
+            if p.grad is None:
+                assert expected is None or self.batch.state == "broken", name
+            else:
+                assert expected is not None, name
+                torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-12, msg=name)
+        if self.batch.state == "noised":
+            assert self.optimizer.accumulated_iterations == self.batch.iterations
+
+    @invariant()
+    def steps_were_counted_once(self) -> None:
+        history = [(sigma, rate) for sigma, rate, n in self.engine.accountant.history
+                   for _ in range(n)]  # fmt: skip
+        assert history == self.counted
+
+    @invariant()
+    def weights_moved_by_steps_alone(self) -> None:
+        for name, p in self.parameters.items():
+            torch.testing.assert_close(p.detach(), self.weights[name], rtol=1e-12, atol=1e-12)
+            self.weights[name] = p.detach().clone()
+
+
+TestLogicalBatch = TrainingLoop.TestCase
+TestLogicalBatch.settings = settings(
+    max_examples=int(os.environ.get("DPKERNELS_LOGICAL_BATCHES", "60")),
+    stateful_step_count=30,
+    deadline=None,
+    derandomize="DPKERNELS_LOGICAL_BATCHES" not in os.environ,
+)
