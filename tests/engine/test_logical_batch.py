@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,8 +20,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dpkernels import ops
-from dpkernels.layers.operands import LinearOperand
+from tests.engine.logical_batch import (
+    REFUSALS,
+    Interrupted,
+    LogicalBatch,
+    Refused,
+    Values,
+    failing,
+)
 from tests.engine.support import private, values
 from tests.engine.truth import microbatching
 
@@ -36,140 +39,6 @@ FAULTS = True
 #: whether the noise multiplier changes between the backward pass that drew the noise and the step
 RESCHEDULES = True
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
-#: what a refused call says, one pattern for each reason
-REFUSALS = "|".join(
-    (
-        "haven't been cleared since the last optimizer step",
-        "not compatible with grad accumulation",
-        "no noise, from the backward pass before",
-        "change it after optimizer.step",
-        "not initialized",
-        "step the noise scheduler after optimizer.step",
-        "signal_skip_step.* came after backward",
-        "broken",
-    )
-)
-
-Values = dict[str, torch.Tensor]
-
-
-class Refused(Exception):
-    """The optimizer must raise ValueError, and leave everything as it was."""
-
-
-@dataclass
-class LogicalBatch:
-    """What the optimizer promises of the logical batch under way.
-
-    Attributes:
-        accumulation: whether several backward passes may come before one step.
-        state: "fresh" (nobody in it), "accumulating" (a sum without noise), "noised" (the sum and
-            its noise are in ``p.grad``), "stepped", "skipped" (a physical batch was stepped that
-            is not the last), "broken" (an error left sums half written).
-        signals: from ``signal_skip_step``, for the physical batches to come.
-        kept: whether ``zero_grad()`` leaves the sum, as physical batches before it were skipped.
-        passes: backward passes of the physical batch under way.
-        iterations: backward passes in ``p.grad``.
-        total: the clipped sum by parameter.
-        noise: what was added to it.
-        bound: the largest ``max_grad_norm`` of all its backward passes.
-        drawn: the noise multiplier that the noise was drawn for.
-    """
-
-    accumulation: bool
-    state: str = "fresh"
-    signals: list[bool] = field(default_factory=list)
-    kept: bool = False
-    passes: int = 0
-    iterations: int = 0
-    total: Values = field(default_factory=dict)
-    noise: Values = field(default_factory=dict)
-    bound: float = 0.0
-    drawn: float | None = None
-
-    def check_backward(self, cleared: list[bool], bound: float) -> None:
-        """Whether a backward pass may come; `cleared`: which trained parameters have no grad."""
-        if self.state == "stepped" and all(cleared):
-            self.drop()
-        if self.state in ("stepped", "skipped", "broken"):
-            raise Refused
-        if self.passes and not self.accumulation:
-            raise Refused
-        if self.state == "noised" and (any(cleared) or bound > self.bound):
-            raise Refused
-
-    def add(self, clipped: Values, bound: float, sigma: float, draw: Callable[..., Values]) -> None:
-        """A backward pass; the first over a last physical batch draws the noise."""
-        self.passes += 1
-        self.bound = max(self.bound, bound)
-        for name, each in clipped.items():
-            self.total[name] = self.total.get(name, 0.0) + each
-        if self.signals and self.signals[0]:
-            self.state = "accumulating"
-            return
-        self.iterations += 1
-        if self.state != "noised":
-            self.state, self.drawn = "noised", sigma
-            self.noise = draw(clipped, sigma * self.bound)
-
-    def step(self, cleared: list[bool], sigma: float) -> bool:
-        """Whether the wrapped optimizer steps, and the accountant counts."""
-        if self.state == "broken":
-            raise Refused
-        if self.signals and self.signals.pop(0):
-            if self.iterations:
-                raise Refused
-            self.state, self.kept, self.passes = "skipped", True, 0
-            return False
-        if self.state == "stepped" and all(cleared):
-            self.drop()
-        if self.state != "noised" or sigma != self.drawn:
-            raise Refused
-        self.state, self.kept, self.passes = "stepped", False, 0
-        return True
-
-    def zero_grad(self) -> None:
-        """The sum of skipped physical batches stays, unless it is broken."""
-        if self.kept and self.state != "broken":
-            self.state = "accumulating"
-        else:
-            self.drop()
-
-    def drop(self) -> None:
-        """Begin anew; signals stay, as they are for the physical batches to come."""
-        self.__init__(self.accumulation, signals=self.signals)  # type: ignore[misc]
-
-
-class OutOfMemory(Exception):
-    """What a fault that is put in raises."""
-
-
-@contextmanager
-def failing(place: str, call: int) -> Iterator[list[int]]:
-    """The `call`-th call of a function raises; the list counts the calls that were made.
-
-    Args:
-        place: "sum" (of one parameter), "finish" (all are summed), "noise" (of one parameter).
-        call: 1 for the first.
-    """
-    owner, name = {
-        "sum": (LinearOperand, "clipped_grad"),
-        "finish": (ops, "finish_grads_"),
-        "noise": (torch, "normal"),
-    }[place]
-    real, calls = getattr(owner, name), [0]
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call and place != "finish":
-            raise OutOfMemory
-        result = real(*args, **kwargs)
-        if calls[0] == call:
-            raise OutOfMemory
-        return result
-
-    with mock.patch.object(owner, name, function):
-        yield calls
 
 
 def squared_error(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -178,13 +47,13 @@ def squared_error(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Te
 
 
 def _in_order(machine: TrainingLoop) -> bool:
-    """Not where noise was drawn, yet the next signal says that more physical batches follow."""
+    """Whether a backward pass may follow: not if noise was drawn and the next signal is to skip."""
     batch = machine.batch
     return not (batch.state == "noised" and batch.signals and batch.signals[0])
 
 
 def _may_zero(machine: TrainingLoop) -> bool:
-    """Not between the last physical batch's backward pass and its step."""
+    """Whether ``zero_grad()`` may follow: not between the last physical batch and its step."""
     return not (machine.batch.state == "noised" and machine.batch.kept)
 
 
@@ -218,8 +87,6 @@ class TrainingLoop(RuleBasedStateMachine):
         #: parameters whose ``p.grad`` is that of fewer backward passes than the others'
         self.stale: set[str] = set()
 
-    # what there is
-
     def trained(self) -> list[str]:
         return [name for name, p in self.parameters.items() if p.requires_grad]
 
@@ -227,13 +94,13 @@ class TrainingLoop(RuleBasedStateMachine):
         return [self.grads[name] is None for name in self.trained()]
 
     def records(self, count: int) -> torch.Tensor:
-        """Other records every time, half of them so large that clipping shortens them."""
+        """Other records at every call; the norms of their gradients lie around the bounds."""
         self.seed += 1
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(count, 3, dtype=torch.float64, generator=generator) * 2
 
     def clipped(self, x: torch.Tensor) -> Values:
-        """The sum over the records, each clipped on its own, of parameters that are trained."""
+        """The clipped sum over the records, for each parameter that is trained now."""
         for mine, own in zip(self.plain.parameters(), self.net.parameters(), strict=True):
             mine.data.copy_(own.data)
             mine.requires_grad_(own.requires_grad)
@@ -250,10 +117,8 @@ class TrainingLoop(RuleBasedStateMachine):
             for name, each in like.items()
         }
 
-    # what is expected of one call
-
     def backward(self, x: torch.Tensor | None) -> None:
-        """Of these records; None for noise alone."""
+        """A backward pass over the records `x`; None makes the gradient private by noise alone."""
 
         def run() -> None:
             if x is None:
@@ -270,7 +135,7 @@ class TrainingLoop(RuleBasedStateMachine):
             self.refuses(run)
             return
         if self.batch.state == "noised" and sigma != self.batch.drawn:
-            # it may be refused already here; that it never counts, `step` checks
+            # the optimizer may refuse here or in step(), where the model refuses in any case
             try:
                 run()
             except ValueError:
@@ -293,30 +158,27 @@ class TrainingLoop(RuleBasedStateMachine):
             self.batch.check_backward(self.cleared(), float(self.optimizer.max_grad_norm))
         finally:
             if stepped and self.batch.state == "fresh":
-                self.cleared_to(None)
+                self.cleared_to(True)
 
     def refuses(self, call: Callable[[], Any]) -> None:
-        with pytest.raises(
-            ValueError, match=REFUSALS if self.batch.state != "broken" else "broken"
-        ):
+        broken = self.batch.state == "broken"
+        with pytest.raises(ValueError, match="broken" if broken else REFUSALS):
             call()
 
-    def cleared_to(self, zero: float | None) -> None:
-        """After ``zero_grad``: frozen parameters have no gradient in either way."""
+    def cleared_to(self, set_to_none: bool) -> None:
+        """Expect what ``zero_grad`` leaves: a frozen parameter has no gradient in either way."""
         self.stale.clear()
         for name, p in self.parameters.items():
             grad = self.grads[name]
-            kept = zero is not None and grad is not None and p.requires_grad
+            kept = not set_to_none and grad is not None and p.requires_grad
             self.grads[name] = torch.zeros_like(p) if kept else None
-
-    # the calls
 
     @precondition(lambda self: len(self.batch.signals) < 2)
     @rule(skip=st.booleans())
     def signals(self, skip: bool) -> None:
-        """Before its backward pass, as a loop over physical batches does."""
+        """A loop over physical batches signals before each backward pass."""
         if self.batch.state == "noised" and not self.batch.signals:
-            skip = False  # `signals_too_late`
+            skip = False  # signals_too_late() has the other case
         self.optimizer.signal_skip_step(skip)
         self.batch.signals.append(skip)
 
@@ -340,7 +202,7 @@ class TrainingLoop(RuleBasedStateMachine):
     @precondition(_in_order)
     @rule(count=st.integers(1, 3))
     def meets_a_record_that_is_not_finite(self, count: int) -> None:
-        """Nothing was added: other records may follow."""
+        """The optimizer raises before it adds anything, so that other records may follow."""
         x = self.records(count)
         x[-1] = float("nan")
         say = rf"sample {count - 1} .* not finite"
@@ -357,7 +219,7 @@ class TrainingLoop(RuleBasedStateMachine):
         call=st.integers(1, 2),
     )  # fmt: skip
     def fails_while_sums_are_written(self, count: int, place: str, call: int) -> None:
-        """An error (of memory, or Ctrl-C) where some parameters' sums have the records already."""
+        """Ctrl-C, or too little memory, when some parameters' sums hold the records already."""
         x = self.records(count)
         weights = sum(name.endswith("weight") for name in self.trained())
         most = {"sum": weights, "finish": 1, "noise": len(self.trained())}[place]
@@ -374,7 +236,7 @@ class TrainingLoop(RuleBasedStateMachine):
         if self.batch.state == "noised" and self.optimizer.noise_multiplier != self.batch.drawn:
             return
         loss = squared_error(self.model, (x,))
-        with failing(place, min(call, most)) as calls, pytest.raises(OutOfMemory):
+        with failing(place, min(call, most)) as calls, pytest.raises(Interrupted):
             loss.backward()
         assert calls == [min(call, most)]
         self.batch.state = "broken"
@@ -390,7 +252,7 @@ class TrainingLoop(RuleBasedStateMachine):
         except Refused:
             self.refuses(self.optimizer.step)
             if stepped and self.batch.state == "fresh":
-                self.cleared_to(None)
+                self.cleared_to(True)
             if self.batch.state == "broken":
                 self.follow_signals()
             return
@@ -407,7 +269,7 @@ class TrainingLoop(RuleBasedStateMachine):
         {"optimizer": self.optimizer, "model": self.model}[of].zero_grad(set_to_none=set_to_none)
         broken = self.batch.state == "broken"
         self.batch.zero_grad()
-        self.cleared_to(None if set_to_none else 0.0)
+        self.cleared_to(set_to_none)
         if broken:
             self.follow_signals()
 
@@ -419,14 +281,18 @@ class TrainingLoop(RuleBasedStateMachine):
 
     @rule()
     def clears_by_hand(self) -> None:
-        """Through the model that is wrapped, of which the optimizer hears nothing."""
+        """The wrapped model's own ``zero_grad()`` tells the optimizer nothing."""
         self.net.zero_grad(set_to_none=True)
         self.grads = dict.fromkeys(NAMES)
         self.stale.clear()
 
     @rule(name=st.sampled_from(NAMES))
     def freezes_or_unfreezes(self, name: str) -> None:
-        """Always some stay trained: an optimizer without any is an ordinary one."""
+        """One parameter; the last that is trained stays so.
+
+        An optimizer with nothing to train steps as an ordinary one. A parameter that was frozen
+        while other parameters accumulated stays frozen until its gradient is cleared.
+        """
         parameter = self.parameters[name]
         if parameter.requires_grad and self.trained() == [name]:
             return
@@ -438,7 +304,7 @@ class TrainingLoop(RuleBasedStateMachine):
 
     @rule(bound=st.sampled_from([0.5, 1.0, 2.0]), sigma=st.sampled_from([0.7, 1.4]))
     def follows_schedulers(self, bound: float, sigma: float) -> None:
-        """Of the bound and of the noise, also at the wrong time."""
+        """Schedulers set the bound and the noise multiplier, also between two backward passes."""
         self.optimizer.max_grad_norm = bound
         if self.optimizer.noise_multiplier and (RESCHEDULES or self.batch.state != "noised"):
             self.optimizer.noise_multiplier = sigma
@@ -454,7 +320,9 @@ class TrainingLoop(RuleBasedStateMachine):
         self, sizes: list[int], again: int | None, bound: float, sigma: float, fault: str | None,
         name: str | None,
     ) -> None:  # fmt: skip
-        """As ``BatchMemoryManager`` cuts it: states that calls drawn one by one reach too rarely.
+        """Physical batches as ``BatchMemoryManager`` cuts them.
+
+        Calls that are drawn one by one come through a whole logical batch too rarely.
 
         Args:
             sizes: of its physical batches.
@@ -475,6 +343,7 @@ class TrainingLoop(RuleBasedStateMachine):
                 self.fails_while_sums_are_written(2, fault, 2)
             else:
                 self.backward(self.records(size))
+            self.gradients_are_private()
             if place == 1 and name:
                 self.freezes_or_unfreezes(name)
             if last and again is not None:
@@ -483,8 +352,6 @@ class TrainingLoop(RuleBasedStateMachine):
             self.steps()
         if name:
             self.freezes_or_unfreezes(name)
-
-    # what holds after every call
 
     @invariant()
     def noise_was_drawn_once(self) -> None:
