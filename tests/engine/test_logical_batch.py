@@ -316,14 +316,14 @@ class LoopWithoutNoise(AccumulatingLoop):
 
 
 COURSES = os.environ.get("DPKERNELS_LOGICAL_BATCHES")
-TestPoisson = TrainingLoop.TestCase
-TestAccumulation = AccumulatingLoop.TestCase
+FEW = settings(
+    max_examples=int(COURSES or 25),
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=COURSES is None,
+    phases=set(Phase) if COURSES else {Phase.generate},
+)
+TestPoisson, TestAccumulation = TrainingLoop.TestCase, AccumulatingLoop.TestCase
+TestPoisson.settings = TestAccumulation.settings = FEW
 TestWithoutNoise = LoopWithoutNoise.TestCase
-for each in (TestPoisson, TestAccumulation, TestWithoutNoise):
-    each.settings = settings(
-        max_examples=int(COURSES or 25),
-        stateful_step_count=40,
-        deadline=None,
-        derandomize=COURSES is None,
-        phases=set(Phase) if COURSES else {Phase.generate},
-    )
+TestWithoutNoise.settings = settings(FEW, max_examples=int(COURSES or 10))
