@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,10 +10,19 @@ from typing import Any
 from unittest import mock
 
 import torch
+from hypothesis.stateful import RuleBasedStateMachine, invariant
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from dpkernels import ops
 from dpkernels.layers.operands import LinearOperand
+from tests.engine.support import private, values
+from tests.engine.truth import microbatching
 
+#: records, and the expected number of them in one backward pass
+RECORDS, EXPECTED = 40, 4
+LEARNING_RATE = 0.05
+NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 #: what a refused call says unless the logical batch is broken, one pattern for each reason
 REFUSALS = "|".join(
     (
@@ -146,3 +156,100 @@ def failing(place: str, call: int) -> Iterator[list[int]]:
 
     with mock.patch.object(owner, name, function):
         yield calls
+
+
+def squared_error(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A loss that an empty batch has too."""
+    return (model(batch[0]) - 0.3).square().sum(1).mean()
+
+
+class Loop(RuleBasedStateMachine):
+    """A private model, its optimizer, what is expected of them, and what holds after every call."""
+
+    #: whether several backward passes may come before one step, and the noise multiplier at first
+    accumulation, sigma = False, 0.7
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        #: the same without the engine, for the ground truth
+        self.plain = copy.deepcopy(net)
+        self.net = net
+        self.generator = torch.Generator().manual_seed(5)
+        self.engine, self.model, self.optimizer, _ = private(
+            net, TensorDataset(values(RECORDS, 3)), EXPECTED, self.sigma,
+            poisson_sampling=not self.accumulation, noise_generator=self.generator, memory_budget=0,
+        )  # fmt: skip
+        self.parameters = dict(net.named_parameters())
+        # the trial run, so that it comes in the middle of nothing
+        squared_error(self.model, (values(3, 3),)).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        #: draws what the engine must have drawn
+        self.twin = torch.Generator()
+        self.twin.set_state(self.generator.get_state())
+        self.batch = LogicalBatch(self.accumulation)
+        self.grads: dict[str, torch.Tensor | None] = dict.fromkeys(NAMES)
+        self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.counted: list[tuple[float, float]] = []
+        self.seed = 0
+        #: parameters whose ``p.grad`` is that of fewer backward passes than the others'
+        self.stale: set[str] = set()
+
+    def trained(self) -> list[str]:
+        return [name for name, p in self.parameters.items() if p.requires_grad]
+
+    def cleared(self) -> list[bool]:
+        return [self.grads[name] is None for name in self.trained()]
+
+    def records(self, count: int) -> torch.Tensor:
+        """Other records at every call; the norms of their gradients lie around the bounds."""
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(count, 3, dtype=torch.float64, generator=generator) * 2
+
+    def clipped(self, x: torch.Tensor) -> Values:
+        """The clipped sum over the records, for each parameter that is trained now."""
+        for mine, own in zip(self.plain.parameters(), self.net.parameters(), strict=True):
+            mine.data.copy_(own.data)
+            mine.requires_grad_(own.requires_grad)
+        bound = float(self.optimizer.max_grad_norm)
+        return microbatching(
+            self.plain, squared_error, (x,), bound, expected_batch_size=1.0
+        ).gradients
+
+    def draw(self, like: Values, std: float) -> Values:
+        if not std:
+            return {name: torch.zeros_like(each) for name, each in like.items()}
+        return {
+            name: torch.normal(0.0, std, each.shape, generator=self.twin, dtype=each.dtype)
+            for name, each in like.items()
+        }
+
+    @invariant()
+    def noise_was_drawn_once(self) -> None:
+        assert torch.equal(self.generator.get_state(), self.twin.get_state())
+
+    @invariant()
+    def gradients_are_private(self) -> None:
+        for name, p in self.parameters.items():
+            expected = self.grads[name]
+            if p.grad is None:
+                assert expected is None or self.batch.state == "broken", name
+            else:
+                assert expected is not None, name
+                assert torch.allclose(p.grad, expected, rtol=1e-9, atol=1e-12), name
+        if self.batch.state == "noised":
+            assert self.optimizer.accumulated_iterations == self.batch.iterations
+
+    @invariant()
+    def steps_were_counted_once(self) -> None:
+        history = [(sigma, rate) for sigma, rate, n in self.engine.accountant.history
+                   for _ in range(n)]  # fmt: skip
+        assert history == self.counted
+
+    @invariant()
+    def weights_moved_by_steps_alone(self) -> None:
+        for name, p in self.parameters.items():
+            assert torch.allclose(p, self.weights[name], rtol=1e-12, atol=1e-12), name
+            self.weights[name] = p.detach().clone()

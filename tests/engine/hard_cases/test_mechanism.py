@@ -56,6 +56,24 @@ def test_the_mechanism_that_is_counted_is_the_one_that_was_drawn() -> None:
         squared_loss(model, (x,)).backward()
 
 
+def test_a_noise_multiplier_set_while_accumulating_is_not_counted() -> None:
+    """The first backward pass draws the noise; the second must not pass for the one that did."""
+    x = values(4, 5).float()
+    engine, model, optimizer, _ = made_private(
+        nn.Linear(5, 3), x, noise=1.0, poisson_sampling=False
+    )
+    squared_loss(model, (x,)).backward()
+    optimizer.noise_multiplier = 2.0
+
+    def goes_on() -> None:
+        squared_loss(model, (x,)).backward()
+        optimizer.step()
+
+    with pytest.raises(ValueError, match="noise_multiplier"):
+        goes_on()
+    assert engine.accountant.history == []
+
+
 def test_the_largest_bound_of_a_logical_batch_rules_its_noise() -> None:
     x = values(4, 50).float()
     model = nn.Linear(50, 100)
