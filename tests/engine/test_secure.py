@@ -258,6 +258,27 @@ def test_training_runs_and_no_two_noises_are_alike() -> None:
     assert abs(float((first[: count // 2] * first[-(count // 2) :]).mean())) < 10 / count**0.5
 
 
+class Scaled(nn.Module):
+    """Owns a parameter without axes, and one without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.none = nn.Parameter(torch.zeros(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale + self.none.sum()
+
+
+@pytest.mark.usefixtures("no_noise")
+def test_a_parameter_without_axes() -> None:
+    model = Scaled()
+    truth = microbatching(Scaled().double(), squared_loss, (X.double(),), BOUND)
+    wrapped, _, _, _ = private(model)
+    squared_loss(wrapped, (X,)).backward()
+    assert relative_error(model.scale.grad.double(), truth.gradients["scale"]) < 1e-5
+
+
 def test_copies_draw_noise_of_their_own() -> None:
     model = nn.Linear(3, 2)
     _, optimizer, _, _ = private(model, X[:, 0, :3])

@@ -60,7 +60,7 @@ class LogicalBatch:
         passes: number of backward passes since the last ``step()`` or dropped sum.
         carried: whether the sums hold physical batches whose step was skipped.
         mechanism: noise multiplier and largest bound of the passes so far; None before the first.
-        private: by parameter, the gradient that the engine wrote.
+        private: by parameter, the gradient that the engine wrote, and that gradient's version.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class LogicalBatch:
         self.passes = 0
         self.carried = False
         self.mechanism: Mechanism | None = None
-        self.private: dict[nn.Parameter, torch.Tensor] = {}
+        self.private: dict[nn.Parameter, tuple[torch.Tensor, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         own = self.state in (State.FRESH, State.STEPPED)
@@ -97,10 +97,11 @@ class LogicalBatch:
             )
         if self.state is State.NOISED and not last:
             raise ValueError(_SIGNAL_TOO_LATE)
-        if self.state is State.NOISED and any(p.grad is None for p in parameters):
+        if self.state is State.NOISED and not all(map(self._holds_its_noise, parameters)):
             raise ValueError(
                 "backward(): a parameter has no gradient, so no noise, from the backward pass "
-                "before: it was cleared or unfrozen while accumulating; call optimizer.zero_grad()"
+                "before, or another one: it was cleared, changed or unfrozen while accumulating; "
+                "call optimizer.zero_grad()"
             )
 
     def note_mechanism(self, noise_multiplier: float, bound: float) -> Mechanism:
@@ -139,7 +140,7 @@ class LogicalBatch:
         """
         self.passes += 1
         self.iterations += last
-        self.private.update(gradients)
+        self.private.update({p: (g, g._version) for p, g in gradients.items()})
         self.state = State.NOISED if last else State.ACCUMULATING
 
     def skip(self) -> None:
@@ -170,7 +171,7 @@ class LogicalBatch:
         self._check_noise(self.mechanism, noise_multiplier)
         for group in param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad is not self.private.get(p):
+                if p.grad is not None and p.grad is not self.private.get(p, (None,))[0]:
                     raise ValueError(
                         f"optimizer.step(): the gradient of a parameter of shape {tuple(p.shape)} "
                         "was not made private by the engine; leave p.grad as backward() wrote it "
@@ -204,6 +205,11 @@ class LogicalBatch:
         else:
             self._drop()
         return not waiting
+
+    def _holds_its_noise(self, parameter: nn.Parameter) -> bool:
+        """Whether ``p.grad`` is what the last backward pass wrote, bit for bit."""
+        gradient, version = self.private.get(parameter, (None, 0))
+        return gradient is not None and parameter.grad is gradient and gradient._version == version
 
     def _check_noise(self, drawn: Mechanism, noise_multiplier: float) -> None:
         """Raise where the noise was drawn for another noise multiplier than is asked for now."""

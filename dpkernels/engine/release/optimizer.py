@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from dpkernels.engine.capture.streams import Streams, refuse_graph_capture
 from dpkernels.engine.processes.collectives import Processes
 from dpkernels.engine.release.clipping import make_clipping, total_norm_sq
-from dpkernels.engine.release.logical_batch import LogicalBatch
+from dpkernels.engine.release.logical_batch import LogicalBatch, State
 from dpkernels.engine.release.loss_scale import ScaledLossOptimizer, warn_of_overflow
 from dpkernels.engine.release.noisy_sum import NoisySum, Pass, PrivateSum, draw
 from dpkernels.engine.release.pending import ParameterGradient, PendingGradients
@@ -346,7 +346,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         """
         refuse_graph_capture("optimizer.step()")
         self.streams.wait()
-        if not any(p.requires_grad for p in self.params):
+        if not self.params and self.logical_batch.state is State.FRESH:
             return True
         if self._ahead is None and self._step_skip_queue:
             self._ahead = len(self._step_skip_queue) - 1

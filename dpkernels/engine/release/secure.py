@@ -111,7 +111,8 @@ class GridSum:
 
     def norm_sq(self, gradient: ParameterGradient) -> torch.Tensor:
         stored = gradient.materialize()
-        norm = torch.linalg.vector_norm(stored.flatten(1), dim=1, dtype=torch.float64)
+        rows = stored.reshape(len(stored), stored[0].numel())
+        norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         return norm.square()
 
     def clear(self) -> None:
@@ -202,6 +203,6 @@ def rounded_sum(stored: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tenso
     for rows in weight.nonzero().flatten().split(at_a_time):
         shape = (-1, *(1 for _ in total.shape))
         integers = (stored[rows].double() * weight[rows].double().reshape(shape)).round_()
-        squares[rows] = integers.square().flatten(1).sum(1)
+        squares[rows] = integers.square().reshape(len(integers), total.numel()).sum(1)
         total += integers.to(torch.int64).sum(0)
     return total, squares

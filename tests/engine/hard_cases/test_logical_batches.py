@@ -235,3 +235,31 @@ def test_a_noised_logical_batch_can_be_dropped_whole() -> None:
     alone = microbatching(copy.deepcopy(net), squared_loss, (x,), 1.0, expected_batch_size=8)
     for parameter, expected in zip(net.parameters(), alone.gradients.values()):
         assert relative_error(parameter.grad, expected) < 1e-5
+
+
+def test_a_gradient_changed_between_accumulated_passes_is_refused() -> None:
+    """The noise is in it: zeros in its place would be released without any."""
+    x = values(4, 5).float()
+    net = nn.Linear(5, 3)
+    _, model, optimizer, _ = made_private(net, x, 1.0, poisson_sampling=False)
+    squared_loss(model, (x,)).backward()
+    net.zero_grad(set_to_none=False)
+    with pytest.raises(ValueError, match="changed or unfrozen while accumulating"):
+        squared_loss(model, (x,)).backward()
+    optimizer.zero_grad()
+    squared_loss(model, (x,)).backward()
+    net.weight.grad.mul_(0.5)
+    optimizer.step()
+
+
+def test_a_step_counts_although_every_parameter_was_frozen_after_backward() -> None:
+    """Their gradients are there, and the wrapped optimizer uses them."""
+    x = values(4, 5).float()
+    net = nn.Linear(5, 3)
+    engine, model, optimizer, _ = made_private(net, x, 1.0)
+    squared_loss(model, (x,)).backward()
+    net.requires_grad_(False)
+    before = net.weight.clone()
+    optimizer.step()
+    assert not torch.equal(net.weight, before)
+    assert engine.accountant.history == [(1.0, 1.0, 1)]
