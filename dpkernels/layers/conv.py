@@ -16,19 +16,17 @@ from dpkernels.layers.rule import Rule
 
 def _pad(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """The input as the convolution saw it, and the symmetric zero padding still to be applied."""
-    axes = x.ndim - 2
+    none = [0] * (x.ndim - 2)
     if module.padding == "valid":
-        return x, [0] * axes
+        return x, none
     if module.padding_mode != "zeros":
-        return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), [
-            0
-        ] * axes
+        return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), none
     if module.padding != "same":
         return x, list(module.padding)
     total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
     if all(t % 2 == 0 for t in total):
         return x, [t // 2 for t in total]
-    return F.pad(x, module._reversed_padding_repeated_twice), [0] * axes
+    return F.pad(x, module._reversed_padding_repeated_twice), none
 
 
 class ConvRule(Rule):

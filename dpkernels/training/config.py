@@ -133,20 +133,14 @@ class RunConfig:
 
     #: of the task; it has `views_per_patient`
     data: Any
-    network: dict
-    loss: dict
     training: TrainingConfig
     privacy: PrivacyConfig
     preset: str
 
     def __post_init__(self) -> None:
         for name in ("network", "loss"):
-            require(
-                "_target_" in getattr(self, name),
-                name,
-                getattr(self, name),
-                "a block with `_target_` naming a class",
-            )
+            block = getattr(self, name)
+            require("_target_" in block, name, block, "a block with `_target_` naming a class")
 
     @property
     def views_per_patient(self) -> int:

@@ -59,7 +59,8 @@ class LogicalBatch:
         iterations: number of backward passes in ``p.grad``; 0 before NOISED.
         passes: number of backward passes since the last ``step()`` or dropped sum.
         carried: whether the sums hold physical batches whose step was skipped.
-        mechanism: noise multiplier and largest bound of the passes so far; None before the first.
+        mechanism: noise multiplier and largest bound of the passes so far, on the last physical
+            batch those of all processes; None before the first pass.
         private: by parameter, the gradient that the engine wrote, and that gradient's version.
     """
 
@@ -122,10 +123,6 @@ class LogicalBatch:
             bound = max(bound, self.mechanism.bound)
         self.mechanism = Mechanism(noise_multiplier, bound)
         return self.mechanism
-
-    def agree(self, mechanism: Mechanism) -> None:
-        """Other processes have clipped at a larger bound: the mechanism of all of them."""
-        self.mechanism = mechanism
 
     def begin_writing(self) -> None:
         """Sums change from here on: the logical batch is BROKEN until :meth:`wrote` is called."""

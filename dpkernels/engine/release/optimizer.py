@@ -172,8 +172,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         """
         if not self.params:
             return
-        self._check_backward()
-        self._note_devices()
+        self._begin_pass()
         factors, scale = self._clip(gradients)
         self._release({} if gradients.empty else gradients.gradients, factors, scale)
 
@@ -185,26 +184,22 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         """
         refuse_graph_capture("make_private_noise_only()")
         self.processes.check_noise_only()
-        self._check_backward()
+        self._begin_pass()
         self.last_step = None
-        self._note_devices()
         self.streams.gather()
         self._release({}, {}, 1.0)
         self.streams.complete()
 
-    def _note_devices(self) -> None:
-        """Noise is added on every device, also where no contribution was formed."""
-        for device in {p.device for p in self.params}:
-            self.streams.note(device)
-
-    def _check_backward(self) -> None:
-        """Raise where no backward pass may come next."""
+    def _begin_pass(self) -> None:
+        """Raise where no backward pass may come next; note every device, as each gets noise."""
         self._follow_cleared_gradients()
         self.logical_batch.check_backward(
             self.params,
             last=self.is_last_physical_batch(),
             accumulation_allowed=self.grad_accumulation_allowed,
         )
+        for device in {p.device for p in self.params}:
+            self.streams.note(device)
 
     def _follow_cleared_gradients(self) -> None:
         """A loop that sets every ``p.grad`` to None has no other need of ``zero_grad()``."""
@@ -252,8 +247,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         batch, last = self.logical_batch, self.is_last_physical_batch()
         mechanism = batch.note_mechanism(float(self.noise_multiplier), float(self.max_grad_norm))
         if last:
-            mechanism = self._agreed(mechanism)
-            batch.agree(mechanism)
+            mechanism = batch.mechanism = self._agreed(mechanism)
         taken = Pass(
             parameters=self.params,
             gradients=gradients,

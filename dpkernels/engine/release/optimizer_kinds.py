@@ -23,14 +23,6 @@ class FusedDistributedAdaClipDPOptimizer(FusedDistributedDPOptimizer, FusedAdaCl
     """In several processes, with ``clipping="adaptive"``."""
 
 
-_KINDS: dict[tuple[bool, bool], type[FusedDPOptimizer]] = {
-    (False, False): FusedDPOptimizer,
-    (True, False): FusedAdaClipDPOptimizer,
-    (False, True): FusedDistributedDPOptimizer,
-    (True, True): FusedDistributedAdaClipDPOptimizer,
-}
-
-
 def optimizer_class(clipping: str, processes: Processes) -> type[FusedDPOptimizer]:
     """The class of the private optimizer.
 
@@ -38,4 +30,7 @@ def optimizer_class(clipping: str, processes: Processes) -> type[FusedDPOptimize
         clipping: as in ``make_private``.
         processes: the processes that train together.
     """
-    return _KINDS[clipping == "adaptive", type(processes) is not Processes]
+    adaptive, several = clipping == "adaptive", type(processes) is not Processes
+    if several:
+        return FusedDistributedAdaClipDPOptimizer if adaptive else FusedDistributedDPOptimizer
+    return FusedAdaClipDPOptimizer if adaptive else FusedDPOptimizer

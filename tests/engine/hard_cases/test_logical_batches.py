@@ -263,3 +263,16 @@ def test_a_step_counts_although_every_parameter_was_frozen_after_backward() -> N
     optimizer.step()
     assert not torch.equal(net.weight, before)
     assert engine.accountant.history == [(1.0, 1.0, 1)]
+
+
+def test_a_first_physical_batch_cleared_before_its_step_is_dropped() -> None:
+    """No step was skipped yet, so no sum waits: run again, its samples count once."""
+    torch.manual_seed(0)
+    x = values(4, 5).float() * 100
+    net = nn.Linear(5, 3)
+    _, model, optimizer, _ = made_private(net, x, poisson_sampling=False)
+    optimizer.signal_skip_step(True)
+    squared_loss(model, (x,)).backward()
+    optimizer.zero_grad()
+    squared_loss(model, (x[:1],)).backward()
+    assert float(torch.sqrt(sum(p.summed_grad.square().sum() for p in net.parameters()))) <= 1.0
