@@ -18,15 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["gradient_matching", "imprint", "linear_optimal", "trap_weights"]
 
-_MODULES = {
-    "gradient_matching": "inversion",
-    "imprint": "malicious",
-    "linear_optimal": "optimal",
-    "trap_weights": "malicious",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    for module in ("inversion", "malicious", "optimal") if name in __all__ else ():
+        found = importlib.import_module(f"{__name__}.{module}")
+        if hasattr(found, name):
+            return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -96,7 +96,7 @@ class _FusedCapture:
         if self._lockstep is not None:
             self._lockstep.remove()
         self.session.guards.remove()
-        self.session.sink = None
+        self.session.sink = self.session.trials.trial = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_lockstep": None}

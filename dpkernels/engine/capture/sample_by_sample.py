@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import _StopRecomputationError
 
 from dpkernels.engine.capture.layer import (
     CapturedForward,
@@ -158,9 +159,14 @@ class UnitForward(CapturedForward):
 
         inputs = call.inputs()
         if call.samples > 1 and self._vectorised:
-            with contextlib.suppress(Exception), _PaddingKept():
-                vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
-                return vectorised(parameters, inputs), others, spec
+            vectorised = torch.func.vmap(one_sample, in_dims=(0, 0), randomness="different")
+            try:
+                with _PaddingKept():
+                    return vectorised(parameters, inputs), others, spec
+            except _StopRecomputationError:  # a checkpoint has recomputed all it needs
+                raise
+            except Exception:
+                pass
         split = {key: value.unbind(0) for key, value in parameters.items()}
         rows = [
             one_sample({key: value[b] for key, value in split.items()}, [t[b] for t in inputs])

@@ -105,8 +105,8 @@ class LogicalBatch:
                 "call optimizer.zero_grad()"
             )
 
-    def note_mechanism(self, noise_multiplier: float, bound: float) -> Mechanism:
-        """The mechanism with the pass under way: this noise multiplier, the largest bound so far.
+    def mechanism_with(self, noise_multiplier: float, bound: float) -> Mechanism:
+        """The mechanism once a pass is added: its noise multiplier, the largest bound so far.
 
         Raises:
             ValueError: the noise is drawn, for another noise multiplier or a smaller bound.
@@ -121,12 +121,11 @@ class LogicalBatch:
                         "accumulating"
                     )
             bound = max(bound, self.mechanism.bound)
-        self.mechanism = Mechanism(noise_multiplier, bound)
-        return self.mechanism
+        return Mechanism(noise_multiplier, bound)
 
-    def begin_writing(self) -> None:
+    def begin_writing(self, mechanism: Mechanism) -> None:
         """Sums change from here on: the logical batch is BROKEN until :meth:`wrote` is called."""
-        self.state = State.BROKEN
+        self.state, self.mechanism = State.BROKEN, mechanism
 
     def wrote(self, gradients: Mapping[nn.Parameter, torch.Tensor], *, last: bool) -> None:
         """A backward pass is complete: its sums hold its samples.

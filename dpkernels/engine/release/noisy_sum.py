@@ -118,8 +118,6 @@ class NoisySum:
 
     def _term(self, parameter: nn.Parameter, taken: Pass) -> _Term:
         """What one parameter's sum is made of, in this pass and in those before."""
-        total: torch.Tensor | None
-        device = parameter.device
         if taken.earlier_divisor is None:
             total = getattr(parameter, "summed_grad", None)
         else:
@@ -135,11 +133,13 @@ class NoisySum:
         if gradient is not None and gradient.stored is not None:
             stored = gradient.stored
         else:
-            stored, factor = torch.empty((0, *parameter.shape), device=device), factor[:0]
+            stored, factor = torch.empty((0, *parameter.shape), device=parameter.device), factor[:0]
         accumulate = total is not None
         if total is None:
-            total = torch.empty(parameter.shape, dtype=_sum_dtype(parameter), device=device)
-        return _Term(total, stored, factor.to(device), accumulate)
+            total = torch.empty(
+                parameter.shape, dtype=_sum_dtype(parameter), device=parameter.device
+            )
+        return _Term(total, stored, factor.to(total.device), accumulate)
 
     def _finish(self, terms: list[_Term], noise_std: float, scale: float) -> None:
         """total = scale * ((total if accumulate) + sum_b factor[b] stored[b] + noise), for each."""

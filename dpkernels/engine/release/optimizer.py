@@ -245,9 +245,9 @@ class FusedDPOptimizer(ScaledLossOptimizer):
     ) -> None:
         """Add the clipped sum to the logical batch; after its last pass, noise and ``p.grad``."""
         batch, last = self.logical_batch, self.is_last_physical_batch()
-        mechanism = batch.note_mechanism(float(self.noise_multiplier), float(self.max_grad_norm))
+        mechanism = batch.mechanism_with(float(self.noise_multiplier), float(self.max_grad_norm))
         if last:
-            mechanism = batch.mechanism = self._agreed(mechanism)
+            mechanism = self._agreed(mechanism)
         taken = Pass(
             parameters=self.params,
             gradients=gradients,
@@ -261,7 +261,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             keep_factors=self.streams.several,
         )
         self.private_sum.begin(taken)
-        batch.begin_writing()
+        batch.begin_writing(mechanism)
         if factors:
             self.clipping.observe(factors)
         private = self.private_sum.write(taken)

@@ -55,10 +55,10 @@ class Fingerprints(NoGradients):
             self._moments = torch.cat([self._moments, room])
         self._moments[own] = moments
 
-    @property
-    def finite(self) -> bool:
-        """Whether all fingerprints are finite."""
-        return all(bool(self.fingerprint(seen).isfinite().all()) for seen in self.seen)
+    def finite(self) -> torch.Tensor:
+        """[samples]: whether all fingerprints of a sample are finite."""
+        each = [self.fingerprint(seen).isfinite().all(1) for seen in self.seen]
+        return torch.stack(each).all(0) if each else torch.tensor(True)
 
     def fingerprint(self, seen: Seen) -> torch.Tensor:
         """[samples, 2]: sums and sums of squares per sample."""

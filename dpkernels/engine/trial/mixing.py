@@ -80,7 +80,7 @@ def refuse_mixing(
         source: the sample that takes the place of the replaced one, where the two differ.
 
     Returns:
-        Whether the batch could tell: a sample that is not finite may have spread to the others.
+        Whether the batch could tell: not where a sample that is not finite spread to another.
 
     Raises:
         NotPerSample: samples mix; the message names the layer.
@@ -113,13 +113,21 @@ def refuse_mixing(
                 fault = faint if _compare(first, again, None, 0.0) is None else None
             if fault is not None:
                 raise NotPerSample(fault)
-    return first.finite or _finite(batch)
+    broken = _not_finite(batch, at)
+    kept_apart = int((~broken).sum()) > 1 and bool((first.finite() | broken).all())
+    return kept_apart or not bool(broken.any())
 
 
-def _finite(batch: Any) -> bool:
-    """Whether all values of a batch are finite; infinities of a model's own hide no mixing."""
-    tensors = (leaf.data if is_packed(leaf) else leaf for leaf in leaves_of(batch))
-    return all(bool(t.isfinite().all()) for t in tensors if isinstance(t, torch.Tensor))
+def _not_finite(batch: Any, at: BatchRows) -> torch.Tensor:
+    """[samples]: whether a sample of the batch has a value that is not finite."""
+    broken = torch.zeros(at.samples, dtype=torch.bool)
+    for leaf in leaves_of(batch):
+        if is_packed(leaf):
+            broken |= not bool(leaf.data.isfinite().all())
+        elif at.holds(leaf):
+            finite = leaf.detach().isfinite().movedim(at.axis, 0).reshape(at.samples, -1)
+            broken |= ~finite.all(1).cpu()
+    return broken
 
 
 def can_tell(batch: Any, at: BatchRows) -> bool:
@@ -187,7 +195,7 @@ def _slopes(output: torch.Tensor) -> torch.Tensor:
 
     A constant slope would not do: behind a normalisation, a constant slope's gradient is zero.
     """
-    return torch.rand_like(output).add_(output.detach())
+    return torch.rand_like(output).add_(output.detach().nan_to_num(0.0, 0.0, 0.0))
 
 
 def _compare(

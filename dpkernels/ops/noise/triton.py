@@ -218,16 +218,12 @@ def key_arguments(key: torch.Tensor, block: int, nonce: int = 0) -> tuple[int, .
     return (*draw.tolist(), *key.view(torch.int32).tolist())
 
 
-def why_not_gaussian_noise_(
-    tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int
-) -> str | None:
+def why_not_gaussian_noise_(tensor: torch.Tensor, *rest: object, **named: object) -> str | None:
     """Why this tensor is not for Triton."""
     return support.why_not(tensor)
 
 
-def why_not_chacha20_blocks_(
-    words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0
-) -> str | None:
+def why_not_chacha20_blocks_(words: torch.Tensor, *rest: object, **named: object) -> str | None:
     """Why this tensor is not for Triton."""
     return support.why_not_device(words)
 

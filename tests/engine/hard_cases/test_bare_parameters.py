@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.engine.support import (
     Tokens,
@@ -195,3 +196,41 @@ def test_a_penalty_on_a_bare_parameter_is_refused(
     _, model, _, _ = made_private(Penalised(penalty).double(), x)
     with pytest.raises(ValueError, match="is not what its samples give one by one"):
         model(x)
+
+
+class Product(nn.Module):
+    """A unit: no rule knows its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(values(5, 6))
+        self.second = nn.Parameter(values(6, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.first) @ self.second
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit, self.last = Product(), nn.Linear(3, 2).double()
+        self.recomputes = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.recomputes:
+            return self.last(checkpoint(self.unit, x, use_reentrant=False))
+        return self.last(self.unit(x))
+
+
+def test_a_unit_inside_a_checkpoint_is_recomputed() -> None:
+    """A checkpoint ends its recomputation by an exception, which is not the unit's."""
+    x = values(4, 5)
+    net = Checkpointed()
+    _, model, optimizer, _ = made_private(net, x)
+    released = []
+    for net.recomputes in (False, True):
+        optimizer.zero_grad()
+        squared_loss(model, (x.requires_grad_(),)).backward()
+        released.append([p.grad.clone() for p in net.parameters()])
+    for once, again in zip(*released):
+        torch.testing.assert_close(once, again)

@@ -276,3 +276,14 @@ def test_a_first_physical_batch_cleared_before_its_step_is_dropped() -> None:
     optimizer.zero_grad()
     squared_loss(model, (x[:1],)).backward()
     assert float(torch.sqrt(sum(p.summed_grad.square().sum() for p in net.parameters()))) <= 1.0
+
+
+def test_a_bound_that_was_refused_leaves_no_trace() -> None:
+    """``secure_mode=True`` fits its grid to the first bound; set back, training goes on."""
+    _, model, optimizer, x = _half_way(True)
+    optimizer.max_grad_norm = 2.0
+    with pytest.raises(ValueError, match="logical batch began with"):
+        squared_loss(model, (x,)).backward()
+    optimizer.max_grad_norm = 1.0
+    squared_loss(model, (x,)).backward()
+    optimizer.step()

@@ -65,6 +65,27 @@ def test_a_model_with_infinities_of_its_own_is_tried_once() -> None:
     assert len(calls) == 1
 
 
+def test_a_masked_class_hides_no_mixing() -> None:
+    """Its output is -inf for every sample of every batch."""
+
+    def masked(layers: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        return _centred(layers, x) + torch.tensor([0.0, 0.0, -torch.inf])
+
+    x = values(4, 5).float()
+    with pytest.raises(ValueError, match="sample 1 move"):
+        made_private(Call(_two_layers(), masked), x)[1](x)
+
+
+def test_a_sample_that_is_not_finite_and_stays_apart_is_no_obstacle() -> None:
+    """Layers with several rows for each sample could otherwise not train before a finite batch."""
+    x = values(4, 5).float()
+    x[2, 0] = torch.nan
+    net = Call(nn.Linear(1, 3), lambda layer, x: layer(x.reshape(-1, 1)).reshape(len(x), -1))
+    _, model, _, _ = made_private(net, x, grad_scaler=torch.amp.GradScaler("cpu"))
+    with pytest.warns(UserWarning, match="1 of 4 samples"):
+        squared_loss(model, (x,)).backward()
+
+
 def test_first_and_last_sample_alike_are_replaced_by_others() -> None:
     torch.manual_seed(0)
     x = values(4, 5).float()
