@@ -1,9 +1,10 @@
 """Attacks that reconstruct records from the very gradient that the engine releases.
 
-Each takes the records, poses as the server (or listens to it), runs real private steps through
-`dpkernels.PrivacyEngine`, and returns candidates read out of ``p.grad``. Nothing is simulated: what
-is attacked is what would have been sent (docs/math.md, section 6). They need torch, unlike the
-bounds; names resolve on first use, as the command line looks in here without it.
+Each attack takes the records, poses as the server (or listens to the server), runs real private
+steps through `dpkernels.PrivacyEngine`, and returns candidates read out of ``p.grad``. Nothing is
+simulated: the attacked gradient is the gradient that would have been sent (docs/math.md,
+section 6). The attacks need torch, unlike the bounds; names resolve on first use, as the command
+line imports this package without torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`dpkernels audit`: attack a training run of the engine, and compare with what is counted."""
+"""`dpkernels audit`: attack a training run, and compare with the accountant's epsilon."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def audit(
     Plants canaries in a small data set: records with a direction of their own, each present or
     absent by the flip of a coin. Trains once with this installation's engine, lets an attacker who
     sees every released gradient guess the coins, and turns the number of right guesses into a lower
-    bound on epsilon. If that exceeds the accountant's epsilon, something is broken: noise, clipping
-    or accounting. Exits with 1 then. The method is that of Steinke, Nasr and Jagielski (2023),
+    bound on epsilon. If the bound exceeds the accountant's epsilon, something is broken: noise,
+    clipping or accounting. Exits with 1 then. The method is by Steinke, Nasr and Jagielski (2023),
     "Privacy auditing with one (1) training run".
 
-    A bound far below the accountant's epsilon is normal: one run cannot show all that leaks.
+    A bound far below the accountant's epsilon is normal: one run cannot show the whole leak.
 
     Example: dpkernels audit --noise-multiplier 2 --sample-rate 0.5 --steps 3
     """

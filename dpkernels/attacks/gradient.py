@@ -1,4 +1,4 @@
-"""What the attacker sees: the gradient of real private steps, taken by the engine."""
+"""The attacker's view: the released gradient of real private steps by the engine."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch.utils.data import DataLoader
 
 from dpkernels import PrivacyEngine
 
-#: The mean over samples of a model's output [B, ...].
+#: A loss of a model's output [B, ...], as the mean over samples.
 LossOfOutput = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Server:
-    """Takes private steps with a model of the attacker's choice, and keeps what is released.
+    """Takes private steps with a model of the attacker's choice, and reads released gradients.
 
     The optimizer's learning rate is zero: a malicious server sends the same weights again and
     again, so that the updates that contain a record can be averaged.
 
     Args:
-        model: in place; put into training mode.
+        model: the attacker's model, not copied: put into training mode and made private.
         noise_multiplier: std of the noise divided by max_grad_norm, >= 0.
         max_grad_norm: bound C on one sample's gradient, > 0.
         batch_size: samples in each update.
@@ -60,12 +60,13 @@ class Server:
 
         Args:
             images: [B, ...], the samples of every update.
-            loss: of the model's output; a mean over samples.
+            loss: the loss of the model's output; a mean over samples.
             read: parameters to read.
             updates: number of private steps on these samples, >= 1.
 
         Returns:
-            For each parameter the clipped sum over the samples plus noise, float32 on its device.
+            For each parameter of `read`, the clipped sum over the samples plus noise, of the dtype
+            and on the device of the parameter.
         """
         if updates < 1:
             raise ValueError(f"updates={updates}: expected at least 1")

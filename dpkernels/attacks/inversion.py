@@ -1,4 +1,4 @@
-"""Gradient matching: an honest but curious server looks for data with the gradient it was sent."""
+"""Gradient matching: an honest but curious server seeks data with the received gradient."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ def gradient_matching(
 ) -> torch.Tensor:
     """Reconstruct a batch from the user's own, unchanged model [Geiping et al. 2020].
 
-    Starting from noise, the candidates are moved until the direction of their gradient is that of
-    the released one (one minus the cosine, plus total variation), by the sign of the descent
-    direction under Adam with a learning rate that falls to a tenth in steps. The labels are known.
+    The candidates start from noise. Each iteration turns the candidates' gradient towards the
+    released gradient: Adam moves the candidates by the sign of the descent direction of one minus
+    the cosine, plus total variation. The learning rate falls to a tenth in steps. The labels are
+    known.
 
     Args:
         images: [B, ...], the records of one batch, in [0, 1]; few of them.
         noise_multiplier: std of the noise divided by max_grad_norm, >= 0.
         max_grad_norm: bound C on one record's gradient, > 0.
-        model: the user's, copied; twice differentiable.
-        loss: of the model's output, a mean over samples.
+        model: the user's model, which is copied; twice differentiable.
+        loss: the loss of the model's output, a mean over samples.
         updates: private steps on these records; their gradients are averaged.
         iterations: steps of the search.
-        learning_rate: of the search.
+        learning_rate: learning rate of the search.
         total_variation: weight of the prior that pictures are smooth.
-        seed: of the starting point.
+        seed: seed of the candidates' starting point.
         noise_generator: replaces the engine's generator, for tests.
         on_progress: called after each iteration.
 

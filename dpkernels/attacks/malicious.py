@@ -1,4 +1,4 @@
-"""A malicious layer in front of the user's model: rows that each fire for few records."""
+"""A malicious layer in front of the user's model, in which each row fires for few records."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ _LEAST_SPREAD = 1e-3
 
 
 class MaliciousLayer(nn.Module):
-    """``x -> x + pattern * sum of relu(linear(x))``: the model behind it works almost as before.
+    """``x -> x + pattern * a * sum of relu(linear(x))``, a = `_AMPLIFICATION`.
 
-    What is added is of the order of `_GAIN`, but its gradient is multiplied by `_AMPLIFICATION`,
-    so a record's gradient in the linear layer outweighs that in the rest of the model, and the
-    clipping bound is spent on the record.
+    The linear layer has weight and bias times `_GAIN`, so the added term has the factor
+    `_GAIN * _AMPLIFICATION`, and the model behind works almost as before. The linear layer's
+    gradient has the factor `_AMPLIFICATION` alone, so a record's gradient in the linear layer
+    outweighs the record's gradient in the rest of the model, and the clipping bound is spent on
+    the record.
 
     Args:
-        weight: [R, D], its rows of any scale.
-        bias: [R].
-        seed: of the pattern, +1 or -1 for each value of x.
+        weight: [R, D], the linear layer's weight before `_GAIN`.
+        bias: [R], the linear layer's bias before `_GAIN`.
+        seed: seed of the pattern, which is +1 or -1 for each value of x.
     """
 
     pattern: torch.Tensor
@@ -65,18 +67,19 @@ def imprint(
     """Sort the records of a batch into bins of a linear layer [Fowl et al. 2022].
 
     All rows measure the mean of a record, with thresholds at the quantiles of a normal law that an
-    attacker knows from public data of the same kind. A row fires for every record above its
-    threshold, so the difference of neighbouring rows belongs to the records between two
-    thresholds, and its gradient over that of the bias is the record, if it is alone there.
+    attacker knows from public data of the same kind. A row fires for every record above the row's
+    threshold, so the difference of neighbouring rows' gradients belongs to the records between two
+    thresholds. Where only one record lies between two thresholds, the difference of the weight's
+    gradients divided by the difference of the bias's gradients is that record.
 
     Args:
         images: [B, ...], the records of one batch.
         noise_multiplier: std of the noise divided by max_grad_norm, >= 0.
         max_grad_norm: bound C on one record's gradient, > 0.
-        model: the user's, copied; behind the layer. None: nothing is behind it.
-        loss: of the model's output, a mean over samples; needed with `model`.
+        model: the user's model, of which a copy runs behind the layer; None: nothing runs there.
+        loss: the loss of the model's output, a mean over samples; needed with `model`.
         bins: rows of the layer.
-        known_means: mean and standard deviation of that law; None: those of `images`.
+        known_means: mean and standard deviation of the normal law; None: those of `images`' means.
         updates: private steps on these records; their gradients are averaged.
         noise_generator: replaces the engine's generator, for tests.
 
@@ -118,13 +121,13 @@ def trap_weights(
     """Rows with random weights that hardly fire [Boenisch et al. 2023, "trap weights"].
 
     Half of each row's weights, at random, is negative, the other half the same values times
-    -0.999: for data in [0, 1] a row stays just below zero for most records, and where it fires for
-    one record only, its gradient over that of its bias is the record.
+    -0.999: for data in [0, 1] a row stays just below zero for most records. Where a row fires for
+    one record only, the row's weight gradient divided by its bias gradient is that record.
 
     Args:
         images: [B, ...], the records of one batch, in [0, 1].
         bins: rows of the layer; default twice the batch.
-        seed: of the weights.
+        seed: seed of the weights.
         noise_multiplier, max_grad_norm, model, loss, updates, noise_generator: as in `imprint`.
 
     Returns:
@@ -184,7 +187,7 @@ def _attack(
 
 
 def _quotients(grad_weight: torch.Tensor, grad_bias: torch.Tensor) -> torch.Tensor:
-    """[R, D]: rows over their bias; zero where the bias is."""
+    """[R, D]: weight gradients of the rows over bias gradients; zero where the latter are zero."""
     seen = grad_bias != 0
     divisor = torch.where(seen, grad_bias, torch.ones_like(grad_bias))
     return torch.where(seen[:, None], grad_weight / divisor[:, None], 0.0)

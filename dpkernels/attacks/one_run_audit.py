@@ -1,8 +1,9 @@
-"""A one-run empirical audit: does the engine that runs keep the epsilon that is counted?
+"""A one-run empirical audit: does the engine, as it runs, keep the accountant's epsilon?
 
-Canaries are records whose gradient is a direction of its own, far longer than the clipping bound.
-Each is in the data set by a fair coin; the engine trains once, end to end; the released gradients,
-added up along a canary's direction, tell how likely it was in (docs/math.md, section 4, "Audit").
+A canary is a record whose gradient has a direction of its own, and is far longer than the clipping
+bound. A fair coin decides whether a canary is in the data set; the engine trains once, end to end;
+the released gradients, added up along a canary's direction, tell how likely the canary was in
+(docs/math.md, section 4, "Audit").
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from dpkernels.accounting.audit import audit_epsilon
 from dpkernels.engine.privacy_engine import PrivacyEngine
 
-#: shares of the canaries that are guessed; each bound gets an equal share of the failure
-#: probability, so that the best of them may be taken
+#: shares of the canaries that are guessed; each share's bound gets an equal part of the failure
+#: probability, so that the best bound may be taken
 _GUESSED = (0.1, 0.3, 1.0)
 #: ordinary records that train beside the canaries, and their features
 _ORDINARY, _FEATURES = 64, 8
@@ -30,14 +31,14 @@ class AuditReport:
     """Outcome of :func:`one_run_audit`.
 
     Attributes:
-        epsilon: what the accountant says about the run, at `delta`.
-        lower_bound: what the attack proves about it, at `delta` and `confidence`.
+        epsilon: the accountant's epsilon of the run, at `delta`.
+        lower_bound: the lower bound on epsilon that the attack proves, at `delta` and `confidence`.
         ceiling: the largest lower bound that so many canaries could have shown.
-        delta: of both.
+        delta: the delta of `epsilon`, `lower_bound` and `ceiling`.
         confidence: probability, at least, that a correct engine gets ``lower_bound <= epsilon``.
-        canaries: how many there were.
-        guesses: how many coins were guessed in the bound that is reported.
-        correct: how many of these guesses were right.
+        canaries: number of canaries.
+        guesses: number of coins guessed for `lower_bound`.
+        correct: number of right guesses among `guesses`.
     """
 
     epsilon: float
@@ -51,7 +52,7 @@ class AuditReport:
 
     @property
     def violated(self) -> bool:
-        """Whether the run leaked more than was counted."""
+        """Whether the run leaked more than the accountant's epsilon."""
         return self.lower_bound > self.epsilon
 
     def to_text(self) -> str:
@@ -111,20 +112,20 @@ def one_run_audit(
     generator: torch.Generator | None = None,
     noise_generator: torch.Generator | None = None,
 ) -> AuditReport:
-    """Train once with canaries under the engine, attack what it released, and compare.
+    """Train once with canaries under the engine, attack the released gradients, and compare.
 
     Args:
         noise_multiplier: std of the noise divided by `max_grad_norm`.
         sample_rate: probability with which a record joins a step, in (0, 1].
         steps: number of training steps.
         delta: in (0, 1).
-        canaries: number of canaries; more of them can show a larger epsilon.
+        canaries: number of canaries; more canaries can show a larger epsilon.
         max_grad_norm: clipping bound C.
         clipping: ``"flat"`` or ``"automatic"``.
         confidence: in (0, 1): how rarely a correct engine may be accused.
         engine: runs the training; None makes a new one.
-        generator: flips the coins and makes the data; None for PyTorch's global one. Batches are
-            drawn from PyTorch's global one in any case (but see ``secure_mode``).
+        generator: flips the coins and makes the data; None for PyTorch's global generator, which
+            draws the batches in any case (but see ``secure_mode``).
         noise_generator: seeds the noise, for tests.
 
     Returns:
@@ -182,7 +183,7 @@ def one_run_audit(
 def _dataset(
     coins: torch.Tensor, loudness: float, generator: torch.Generator | None
 ) -> TensorDataset:
-    """Ordinary records, then a row for each canary: a record without gradient where it is out.
+    """Ordinary records, then a row for each canary: without gradient where the canary is out.
 
     The number of records is public, so a canary that is out leaves an empty row behind.
     """
@@ -199,7 +200,7 @@ def _dataset(
 
 
 def _each(confidence: float) -> float:
-    """The confidence of each bound, if the best of them is to have `confidence`."""
+    """The confidence of each bound, if the best bound is to have `confidence`."""
     return 1.0 - (1.0 - confidence) / len(_GUESSED)
 
 

@@ -20,13 +20,14 @@ def linear_optimal(
     noise_generator: torch.Generator | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Reconstruct each record by itself, as well as anyone can who knows nothing of it.
+    """Reconstruct each record by itself, as well as possible without prior knowledge.
 
     The model is ``Linear(D -> M)`` without bias, the loss the sum of its outputs: every row of a
     record's gradient is the record. With ``M >= (C / |X|)^2`` rows the gradient always reaches the
     clipping bound, so the noise on the mean of the rows is ``noise_multiplier * |X|`` for each
-    value, and no readout can lower it. The attacker knows the norm of the record and all others of
-    the batch, whose share is taken as subtracted: each record is alone in its update.
+    value, and no readout can lower the noise. The attacker knows the record's norm and all other
+    records of the batch, and the others' contribution is taken as subtracted: each record is alone
+    in its update.
 
     Args:
         images: [B, ...], the records, none of them zero.

@@ -1,4 +1,4 @@
-"""What a model and the arguments of ``make_private`` must satisfy."""
+"""Checks of a model and of the arguments of ``make_private``."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def check_arguments(
 
 
 def check_opacus_mode(grad_sample_mode: str, **stated: bool) -> None:
-    """Raise ``ValueError`` for a mode that Opacus does not have, or what it does not take.
+    """Raise ``ValueError`` for a mode that Opacus lacks, or an argument that only "fused" takes.
 
     Args:
         grad_sample_mode: the mode.
-        **stated: by argument that only mode "fused" has, whether it was stated.
+        **stated: by argument that only mode "fused" takes, whether the caller stated a value.
     """
     if grad_sample_mode not in _OPACUS_MODES:
         raise ValueError(
@@ -90,8 +90,8 @@ def check_same_parameters(module: nn.Module, optimizer: optim.Optimizer) -> None
 def warn_of_lone_channels(before: nn.Module, after: nn.Module) -> None:
     """Name every batch normalisation that became a GroupNorm with one channel in each group.
 
-    That is an instance normalisation: it takes every channel's mean away, and of a map of one
-    position it leaves nothing. Opacus' rule gcd(32, channels) does so up to 32 channels.
+    Such a GroupNorm is an instance normalisation: every channel loses its mean, and nothing is left
+    of a map of one position. Opacus' rule gcd(32, channels) gives one where channels divides 32.
     """
     replaced = dict(before.named_modules())
     lone = [

@@ -1,4 +1,4 @@
-"""The wrapped model in mode ``"fused"``, and the same without a wrapper."""
+"""The private model of mode ``"fused"``: capture installed, with Opacus' wrapper or without."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dpkernels.engine.trial.mixing import refuse_mixing
 
 
 class _FusedCapture:
-    """What the wrapped module and the wrapper-less hooks share.
+    """The common part of :class:`FusedGradSampleModule` and :class:`FusedGradSampleHooks`.
 
     Args:
         m: the model.
@@ -42,7 +42,7 @@ class _FusedCapture:
         memory_budget: int | None = None,
         plan: str = "auto",
     ):
-        # the Opacus class beside this one
+        # super() is Opacus' class, the second base of both subclasses
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)  # type: ignore[call-arg]
         self.planner = Planner(memory_budget, plan)
         inner = inner_model(m)
@@ -54,7 +54,7 @@ class _FusedCapture:
         self._optimizer: FusedDPOptimizer | None = None
 
     def connect(self, optimizer: FusedDPOptimizer) -> None:
-        """Hand the gradients of `optimizer`'s parameters to it at the end of each backward pass."""
+        """Hand the pending gradients to `optimizer` at the end of each backward pass."""
         keep_compiler_out()
         self._optimizer = optimizer
         optimizer.grad_accumulation_allowed = self._allow_accumulation
@@ -76,7 +76,7 @@ class _FusedCapture:
         session.refresh()
 
     def forbid_grad_accumulation(self) -> None:
-        """Refuse a second backward pass before ``optimizer.step()``: Poisson sampling needs it."""
+        """Refuse a second backward pass before ``optimizer.step()``, as Poisson sampling needs."""
         self._set_accumulation(False)
 
     def allow_grad_accumulation(self) -> None:
@@ -113,20 +113,20 @@ class FusedGradSampleModule(_FusedCapture, AbstractGradSampleModule):
 
 
 class FusedGradSampleHooks(_FusedCapture, AbstractGradSampleHooks):
-    """The same without a wrapper (``wrap_model=False``): go on using your own model."""
+    """Capture installed without a wrapper (``wrap_model=False``): go on using your own model."""
 
 
 def make_module(
     module: nn.Module, *, wrap_model: bool, batch_first: bool, loss_reduction: str, **kwargs: Any
 ) -> FusedGradSampleModule | FusedGradSampleHooks:
-    """Capture installed on a model; one that was made private before stays as it is.
+    """Install capture on a model; a :class:`FusedGradSampleModule` is returned as it is.
 
     Args:
-        module: the model, or what :func:`make_module` made of it.
+        module: the model, or a :class:`FusedGradSampleModule` from an earlier call.
         wrap_model: whether the result wraps the model.
         batch_first: as in :class:`FusedGradSampleModule`.
-        loss_reduction: as there.
-        **kwargs: its other arguments.
+        loss_reduction: as in :class:`FusedGradSampleModule`.
+        **kwargs: other arguments of :class:`FusedGradSampleModule`.
 
     Raises:
         ValueError: the model was wrapped before, by Opacus or with other arguments.

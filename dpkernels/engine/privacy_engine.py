@@ -59,8 +59,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
         accountant: ``"tight"`` (ours, an upper bound within 1 % of exact), ``"prv"``, ``"rdp"``,
             ``"gdp"`` or any mechanism registered with Opacus.
         secure_mode: in mode "fused", noise that floating-point arithmetic cannot give away
-            (docs/math.md, section 3), and batches drawn by the operating system's generator. Noise
-            is keyed by it in any case. Opacus' modes need ``torchcsprng`` for theirs.
+            (docs/math.md, section 3), and batches drawn by the operating system's generator, which
+            keys the noise in any case. Opacus' modes need ``torchcsprng`` for secure mode.
 
     Guarantees:
         In mode "fused" with Poisson sampling, each step releases the Poisson-subsampled Gaussian
@@ -103,9 +103,9 @@ class PrivacyEngine(OpacusPrivacyEngine):
         """A copy of the model with batch normalisations replaced by ``nn.GroupNorm``.
 
         Args:
-            module: the model; what has per-sample gradients stays as it is.
-            num_groups: of every GroupNorm, a divisor of its channels; None takes Opacus'
-                gcd(32, channels), and warns where that leaves one channel in each group.
+            module: the model; a module for which Opacus has no replacement stays as it is.
+            num_groups: of every new GroupNorm, a divisor of its channels; None takes Opacus'
+                gcd(32, channels), and warns where each group then has a single channel.
 
         Raises:
             UnsupportedModuleError: a module mixes samples and has no replacement.
@@ -155,7 +155,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             max_grad_norm: bound C on the norm of each sample's gradient; a list, one for each
                 trained parameter, with ``clipping="per_layer"``.
             batch_first: whether the first axis of the model's inputs is the sample axis; False if
-                it is the second.
+                the second axis is.
             loss_reduction: ``"mean"`` or ``"sum"``, as the loss reduces over the batch.
             poisson_sampling: draw batches as the accountant counts them; False keeps the loader,
                 and epsilon does not hold.
@@ -165,9 +165,9 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 operating system.
             grad_sample_mode: ``"fused"``, or one of Opacus': ``"hooks"``, ``"functorch"``,
                 ``"ew"``, ``"ghost"``, ``"ghost_fsdp"``, ``"no_op"``.
-            wrap_model: False leaves the model itself as it is and returns what holds the hooks.
-            rand_on_empty: for Opacus' modes; refused in mode "fused", where empty batches run as
-                they are.
+            wrap_model: False leaves the model itself as it is and returns the holder of the hooks.
+            rand_on_empty: for Opacus' modes; refused in mode "fused", where an empty batch is run
+                without a random row.
             memory_budget: bytes for stored per-sample gradients; None takes a quarter of the memory
                 that is free at the first step.
             plan: ``"auto"`` counts operations and bytes, ``"measured"`` times every strategy on the
@@ -175,7 +175,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             views_per_sample: rows of the model's input that belong to one sample (adjacent);
                 their gradients are averaged before clipping.
             materialize_grad_samples: also leave ``p.grad_sample`` after ``backward()``.
-            grad_scaler: what scales the loss in fp16 training; its scale stays fixed.
+            grad_scaler: the scaler of the loss in fp16 training; its scale stays fixed.
 
         Returns:
             ``(module, optimizer, data_loader)`` in mode "fused".
@@ -282,10 +282,10 @@ class PrivacyEngine(OpacusPrivacyEngine):
 
         Args:
             target_epsilon: the budget at the end of training.
-            target_delta: its delta.
+            target_delta: the budget's delta.
             epochs: passes over the data loader; steps = epochs * len(data_loader).
-            epsilon_tolerance: how far below the target Opacus' accountants may stop ("tight" does
-                not need it).
+            epsilon_tolerance: how far below the target Opacus' accountants may stop; ignored by
+                "tight".
         """
         mechanism = self.accountant.mechanism()
         if mechanism == "tight" or grad_sample_mode == _FUSED:
@@ -324,7 +324,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
 
         Args:
             delta: in (0, 1).
-            dataset_size: number of training records; default: of the data loader made private.
+            dataset_size: number of training records; None takes those of the loader made private.
             **kwargs: further arguments of :func:`dpkernels.reconstruction.risk_report`
                 (`dimension`, `data_norm`, `data_range`, `kappa`).
 
@@ -348,10 +348,10 @@ class PrivacyEngine(OpacusPrivacyEngine):
     ) -> None:
         """Check on one batch that neither the model nor the criterion mixes samples.
 
-        One sample is replaced by another; no activation and no gradient of the others may move.
+        One sample is replaced by another: activations and gradients of all others must not move.
 
         Args:
-            model: the private model, or one that is still ordinary.
+            model: the private model, or an ordinary model.
             criterion: called as ``criterion(model(*inputs), target)``.
             batch: ``(*inputs, target)`` with at least two samples that differ.
 

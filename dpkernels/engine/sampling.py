@@ -32,9 +32,10 @@ _POISSON = (UniformWithReplacementSampler, DistributedUniformWithReplacementSamp
 def sample_rate_of(data_loader: DataLoader) -> float:
     """The rate q at which one record enters a batch.
 
-    A Poisson loader states it. Otherwise it is ``batch_size / len(dataset)``, at most 1: not
-    ``1 / len(data_loader)``, which differs where the batch size does not divide the dataset. The
-    batch of a ``DistributedSampler`` is one of ``num_replicas`` that make a step.
+    A Poisson loader states q. Otherwise q is ``batch_size / len(dataset)``, at most 1, and not
+    ``1 / len(data_loader)``, which differs where the batch size does not divide the dataset; a
+    batch sampler without ``batch_size`` leaves only the latter. Under a ``DistributedSampler`` one
+    step consists of ``num_replicas`` batches, one per process.
     """
     if hasattr(data_loader, "sample_rate"):
         return float(data_loader.sample_rate)
@@ -47,7 +48,7 @@ def sample_rate_of(data_loader: DataLoader) -> float:
 
 
 def dataset_size_of(data_loader: DataLoader) -> int:
-    """The number of records; an error where the dataset does not know it."""
+    """The number of records; ``ValueError`` where the dataset has no length."""
     dataset = data_loader.dataset
     if not isinstance(dataset, Sized):
         raise ValueError(
@@ -58,9 +59,9 @@ def dataset_size_of(data_loader: DataLoader) -> int:
 
 
 def expected_batch_size_of(data_loader: DataLoader, world_size: int = 1) -> float:
-    """q * N, as an int where it is one: 64 / 1000 * 1000 is 64, not 64.00000000000001.
+    """q * N, as an int where only rounding separates it from an int (64 / 1000 * 1000 is 64).
 
-    In several processes, that of one of them, as in Opacus.
+    In several processes, the expected batch size of one process, as in Opacus.
     """
     size = sample_rate_of(data_loader) * dataset_size_of(data_loader) / world_size
     return round(size) if abs(size - round(size)) < 1e-9 * max(size, 1.0) else size
@@ -79,7 +80,7 @@ def draws_every_record_alike(data_loader: DataLoader) -> bool:
 
 
 def refuse_other_samplers(data_loader: DataLoader) -> None:
-    """Raise where Poisson sampling would silently replace a sampler that draws otherwise."""
+    """Refuse to replace, by Poisson sampling, a sampler that does not draw every record alike."""
     if isinstance(data_loader.dataset, IterableDataset):
         raise ValueError("Uniform sampling is not supported for IterableDataset")
     if not draws_every_record_alike(data_loader):
@@ -94,8 +95,8 @@ def refuse_other_samplers(data_loader: DataLoader) -> None:
 def refuse_random_rows(data_loader: DataLoader, rand_on_empty: bool) -> None:
     """Raise where an empty batch would become a row of random numbers.
 
-    The engine could not tell it from a sample, so the sums of an empty batch and of a batch of one
-    record would differ by two clipped gradients instead of one.
+    The engine could not tell the random row from a sample, so the sums of an empty batch and of a
+    batch of one record would differ by two clipped gradients instead of one.
     """
     if rand_on_empty or getattr(data_loader.collate_fn, "rand_on_empty", False):
         raise ValueError(
@@ -106,7 +107,7 @@ def refuse_random_rows(data_loader: DataLoader, rand_on_empty: bool) -> None:
 
 
 def warn_of_other_samplers(data_loader: DataLoader) -> None:
-    """State that epsilon does not hold for a sampler that is kept and draws otherwise."""
+    """Warn that epsilon does not hold for a kept sampler that does not draw every record alike."""
     iterable = isinstance(data_loader.dataset, IterableDataset)
     if iterable or not draws_every_record_alike(data_loader):
         warnings.warn(
@@ -125,18 +126,19 @@ def _sampler_name(data_loader: DataLoader) -> str:
 
 
 class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
-    """Poisson sampling of one process's share of the records, as many steps as the others'.
+    """Poisson sampling of one process's share of the records; equally many steps in each process.
 
-    Records are dealt out alike on every process, by ``shuffle_seed`` and epoch. Unlike Opacus', it
-    yields empty batches too, so that no process waits for one that has gone on, and draws from
-    another stream on every process, also where all are seeded alike: with the same draws a record
-    would always come with its twins of the other processes, and sampling would hide neither.
+    Records are dealt out alike on every process, by ``shuffle_seed`` and epoch. Unlike Opacus'
+    sampler, this sampler yields empty batches too: a process that left them out would end early,
+    and others would wait. Each process draws from a stream of its own, also where all processes are
+    seeded alike: with the same draws, the records at one place of the shares would always be drawn
+    together, and sampling would hide none of them.
 
     Args:
         total_size: number of records of all processes.
-        sample_rate: probability q with which each enters a batch.
+        sample_rate: probability q with which each record enters a batch.
         steps: number of batches.
-        processes: the processes.
+        processes: the processes that train together.
         generator: seeds the draws; None for PyTorch's global generator.
     """
 
@@ -167,7 +169,7 @@ class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
 
 
 class SystemPoissonSampler(UniformWithReplacementSampler):
-    """Poisson batches drawn by the operating system's generator: nobody can predict who is in.
+    """Poisson batches drawn by the operating system's generator: nobody can predict the records.
 
     64 bits decide on each record, so the rate is `sample_rate` or less, by at most 2^-64.
     """
@@ -187,19 +189,19 @@ def poisson_loader(
     secure: bool = False,
     **kwargs: Any,
 ) -> DPDataLoader:
-    """A Poisson-sampling twin of `data_loader`: same rate q, as many steps as it had batches.
+    """A Poisson-sampling version of `data_loader`: same rate q, a step for each of its batches.
 
     Args:
-        data_loader: draws every record alike.
-        processes: each samples from its share of the records.
+        data_loader: a loader that draws every record alike.
+        processes: the processes that train together, each sampling from its share of the records.
         secure: draw by the operating system's generator (in one process) instead of torch's.
-        **kwargs: of ``DPDataLoader.from_data_loader``.
+        **kwargs: arguments of ``DPDataLoader.from_data_loader``.
     """
     refuse_other_samplers(data_loader)
     steps = len(data_loader)
     rate = sample_rate_of(data_loader)
     twin = DPDataLoader.from_data_loader(data_loader, **kwargs)
-    #: a DataLoader refuses another sampler than the one that it was built with
+    # set through vars(): a DataLoader refuses to have its batch_sampler replaced
     if secure:
         vars(twin)["batch_sampler"] = SystemPoissonSampler(
             num_samples=dataset_size_of(data_loader), sample_rate=rate, steps=steps
@@ -221,7 +223,7 @@ def poisson_loader(
 
 
 def check_shared(data_loader: DataLoader, processes: Processes, poisson_sampling: bool) -> None:
-    """Check that no record can enter a step in two processes, and that all make as many steps."""
+    """Check that processes share no record of a step, and make equally many steps."""
     if processes.world_size == 1:
         return
     processes.agree(

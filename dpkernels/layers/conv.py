@@ -42,7 +42,7 @@ class ConvRule(Rule):
     def factors(
         self, module: nn.Module, x: torch.Tensor, backprops: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Input, backprops and padding of the convolution whose weight gradient this layer has."""
+        """Input, backprops, padding of a convolution with the same weight gradient as `module`."""
         x, padding = _pad(module, x)
         return x, backprops, padding
 
@@ -76,11 +76,11 @@ class ConvRule(Rule):
 
 
 class ConvTransposeRule(ConvRule):
-    """``nn.ConvTranspose1d/2d/3d``: an ordinary convolution's weight gradient, operands swapped.
+    """``nn.ConvTranspose1d/2d/3d``: an ordinary convolution's weight gradient, factors swapped.
 
     The transposed convolution with weight [Cin, Cout/groups, *k] is the input gradient of a
-    convolution from Cout to Cin channels with that very weight; its backprops play the
-    convolution's input, its input plays the convolution's backprops.
+    convolution from Cout to Cin channels with the same weight. So the transposed convolution's
+    backprops play the convolution's input, and its input plays the convolution's backprops.
     """
 
     handles = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -12,7 +12,7 @@ from dpkernels.layers.rule import Rule
 
 
 def table_refusal(module: nn.Module) -> str | None:
-    """Why an embedding table has no per-sample gradient; None if it has."""
+    """Why an embedding table has no per-sample gradients; None if there is no reason."""
     if module.max_norm is not None:
         return "max_norm rescales the table in place from private indices; use max_norm=None"
     if module.scale_grad_by_freq:

@@ -1,4 +1,4 @@
-"""``nn.EmbeddingBag``: a captured embedding, and a reduction over each bag that autograd knows."""
+"""``nn.EmbeddingBag``: a captured embedding, and a reduction over each bag left to autograd."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class EmbeddingBagRule(CompositeRule):
     def _embed(
         self, module: Any, indices: torch.Tensor, held: torch.Tensor, recorder: Recorder
     ) -> torch.Tensor:
-        """[rows, length, D], captured."""
+        """[rows, length, D]: the embedding vectors, captured."""
 
         def operands(backprops: torch.Tensor, saved: Sequence[torch.Tensor]) -> Found:
             indices, held = saved
@@ -79,7 +79,7 @@ class EmbeddingBagRule(CompositeRule):
 def _padded(
     flat: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Flat indices as [rows, longest bag], their weights likewise, and which positions are held."""
+    """[rows, longest bag] each: indices; weights or None; whether a position lies in its bag."""
     ends = torch.cat([offsets[1:], offsets.new_tensor([len(flat)])])
     lengths = ends - offsets
     if int(offsets[0]) != 0 or bool((lengths < 0).any()):
@@ -95,7 +95,7 @@ def _padded(
 def _reduced(
     vectors: torch.Tensor, held: torch.Tensor, weights: torch.Tensor | None, mode: str
 ) -> torch.Tensor:
-    """[rows, length, D] -> [rows, D]: over the held positions of each bag; 0 for an empty one."""
+    """[rows, length, D] -> [rows, D]: reduce each bag where `held` is true; 0 for an empty bag."""
     held = held.unsqueeze(-1)
     if mode == "max":
         highest = vectors.masked_fill(~held, -torch.inf).max(1).values

@@ -1,4 +1,4 @@
-"""Linear layers, and GPT-2's, whose weight is transposed."""
+"""Linear layers, and GPT-2's linear layer with a transposed weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LinearRule(Rule):
     handles = (nn.Linear,)
 
     def product(self, x: torch.Tensor, grad: torch.Tensor) -> LinearOperand:
-        """The operand of the weight, from activations and backprops [samples, T, *]."""
+        """The weight's operand, from activations and backprops [samples, T, *]."""
         return LinearOperand(x, grad)
 
     def operands(
@@ -42,7 +42,7 @@ class LinearRule(Rule):
 class TransposedLinearRule(LinearRule):
     """``transformers.pytorch_utils.Conv1D`` (GPT-2): a Linear layer with weight [I, O].
 
-    Known by its full name, so that `transformers` need not be imported or installed.
+    Recognised by the full name of its class, so that `transformers` need not be installed.
     """
 
     handles = ()

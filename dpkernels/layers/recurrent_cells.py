@@ -22,11 +22,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Weights:
-    """One layer in one direction: [gates * H, I], [gates * H, P], [P, H] or None; out of autograd.
+    """Weights of one layer in one direction, detached from autograd.
 
     Attributes:
-        bias: [gates * H] or None: what is added to the input's projection.
-        bias_hh: [gates * H] or None: what is added to the state's projection beside it (GRU).
+        input: [gates * H, I]: projects the input.
+        state: [gates * H, P]: projects the state.
+        projection: [P, H] or None: projects the output.
+        bias: [gates * H] or None: added to the input's projection.
+        bias_hh: [gates * H] or None: added to the state's projection (GRU).
     """
 
     input: torch.Tensor
@@ -38,7 +41,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Backprops:
-    """What backpropagation through time returns.
+    """The gradients that backpropagation through time returns.
 
     Attributes:
         input: [N, gates * H]: gradient at the input's projection.
@@ -56,7 +59,7 @@ class Backprops:
 class Cell(Protocol):
     """The step of a recurrence and its derivative; stateless."""
 
-    #: whether the biases of both projections add up to one
+    #: whether the biases of both projections are added up to a single bias
     one_bias: bool
 
     def forward(
@@ -71,8 +74,8 @@ class Cell(Protocol):
             steps: the order of time.
 
         Returns:
-            Outputs [N, P]; last states; what :meth:`backward` needs, the states before each step,
-            [N, P], first.
+            Outputs [N, P]; last states; the tensors that :meth:`backward` needs, of which the first
+            holds the states before each step, [N, P].
         """
 
     def backward(
@@ -192,7 +195,7 @@ class GRUCell:
 
 
 class LSTMCell:
-    """i, f, g, o = W x + R h; c' = f c + i g; h' = o tanh(c'), projected where asked."""
+    """i, f, g, o = W x + R h; c' = f c + i g; h' = o tanh(c'), times the projection if any."""
 
     one_bias = True
 

@@ -1,1 +1,1 @@
-"""Which strategy computes a parameter's norm, what it costs and what it holds."""
+"""Which strategy computes each parameter's norm, its cost, and the tensors that it holds."""

@@ -1,10 +1,10 @@
 """The planner: which strategy computes a parameter's norm, and why.
 
 Costs are counted (floating-point operations and bytes per strategy, docs/math.md, section 2) and
-weighed by the device's ridge point, where what stays in the cache costs nothing; or they are
-measured on the first step's own operands. While the first backward pass runs, each layer is
-decided on its own; at its end the plan is made again over all layers: the memory budget for stored
-gradients is spent where a byte saves the most work.
+weighed by the device's ridge point, where bytes that stay in the cache cost nothing; or strategies
+are timed on the first step's own operands. While the first backward pass runs, each layer is
+decided on its own; at the end of the pass the plan is made again over all layers: the memory budget
+for stored gradients is spent where a byte saves the most work.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _REUSED = "used several times in one pass, so the norm is that of a sum: only st
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for one parameter and one shape.
+    """The planner's decision for one parameter and one shape of a sample.
 
     Attributes:
         strategy: one of :data:`dpkernels.layers.costs.STRATEGIES`.
-        forced: the backend that the strategy's kernels are to run on; None leaves it open.
-        reason: why.
+        forced: the backend that the strategy's kernels are to run on; None leaves the backend open.
+        reason: why the strategy was chosen.
     """
 
     strategy: str
@@ -62,15 +62,16 @@ class Entry:
     samples: int
     #: by strategy on offer: its cost for `samples` samples
     costs: dict[str, Cost]
-    #: by strategy that is not: why
+    #: by strategy that is not on offer: why
     absent: dict[str, str]
     #: by strategy on offer: the backend that the registry takes
     backends: dict[str, str]
-    #: what a strategy takes, in operations that the device could do in that time
+    #: by strategy on offer: the operations that the device could do in the strategy's time; with
+    #: plan="measured" the time in seconds: infinite if not timed, 0 if there is no kernel to time
     work: dict[str, float]
-    #: by strategy: the backend that was fastest, where candidates were measured
+    #: by strategy: the fastest backend, where candidates were measured
     fastest: dict[str, str] = field(default_factory=dict)
-    #: why strategies on offer were not taken, other than by their work
+    #: by strategy on offer, but ruled out for another reason than its work: the reason
     refused: dict[str, str] = field(default_factory=dict)
     choice: Choice = Choice("", None, "")
 
@@ -80,7 +81,7 @@ class Entry:
 
     @property
     def cost(self) -> Cost:
-        """The chosen strategy's."""
+        """Cost of the chosen strategy."""
         return self.costs[self.choice.strategy]
 
     @property
@@ -95,7 +96,7 @@ class Entry:
         return self.costs[strategy].kept * samples / self.samples
 
     def why_not(self) -> dict[str, str]:
-        """By strategy that was not chosen: one sentence."""
+        """By strategy that was not chosen: the reason, in one sentence."""
         chosen = self.work[self.choice.strategy]
         reasons = {
             name: f"{work / max(chosen, 1e-30):.3g} times the work"
@@ -110,7 +111,7 @@ class Entry:
 def default_memory_budget(device: torch.device) -> int:
     """Bytes for stored per-sample gradients: a quarter of the memory that is free now.
 
-    On a GPU what PyTorch's allocator holds and has not given out counts as free.
+    On a GPU, memory that PyTorch's allocator has reserved but not given out counts as free.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -158,7 +159,7 @@ class Planner:
         return self.entries[key].choice
 
     def reused(self, parameter: str) -> None:
-        """A parameter received a second contribution in one pass: from now on it is stored."""
+        """Store the gradients of a parameter that received a second contribution in one pass."""
         if parameter not in self._reused:
             self._reused.add(parameter)
             self._changed = True
@@ -193,7 +194,7 @@ class Planner:
         return entry
 
     def _measure(self, entry: Entry, operand: Operand, like: torch.Tensor) -> None:
-        """Put measured times in the place of counted work; runs take turns, medians count."""
+        """Replace counted work by measured seconds: candidates take turns, medians count."""
         if operand.kernel(next(iter(entry.costs))) is None:
             entry.work = dict.fromkeys(entry.costs, 0.0)
             return
@@ -217,7 +218,7 @@ class Planner:
         entry.work = {s: timed.get(s, math.inf) for s in entry.costs}
 
     def _decide_alone(self, entry: Entry) -> None:
-        """The least work that fits what the layers before have left of the budget."""
+        """Pick the strategy of least work that fits the memory budget left by earlier layers."""
         left = self._left()
         fitting = {
             n: work
@@ -228,7 +229,7 @@ class Planner:
         entry.pick(best, self._reason(entry, best))
 
     def _left(self) -> float:
-        """What the layers so far leave of the budget: of a parameter's shapes, the largest."""
+        """Bytes of the budget that the layers so far leave; a parameter's largest shape counts."""
         used: dict[str, float] = {}
         for entry in self.entries.values():
             if entry.choice.strategy:
@@ -301,7 +302,7 @@ def _candidates(operand: Operand, strategy: str) -> tuple[str, ...]:
 def _time(
     candidate: tuple[str, str], operand: Operand, like: torch.Tensor, factor: torch.Tensor
 ) -> float:
-    """Seconds of norm and clipped sum by one strategy on one backend; infinite if it cannot."""
+    """Seconds of norm and clipped sum by a strategy on a backend; infinite if unavailable."""
     _wait(like)
     began = time.perf_counter()
     try:
@@ -329,14 +330,14 @@ def _tensors_of(operand: Operand) -> list[torch.Tensor]:
 
 
 def _innermost(operand: Any) -> Operand:
-    """What an operand of a part of a parameter, or of a computed one, stands on."""
+    """The operand inside the operand of a piece of a parameter, or of a computed parameter."""
     while hasattr(operand, "operand"):
         operand = operand.operand
     return operand
 
 
 def _products_of(operand: Operand, device: torch.device) -> str:
-    """The kind of products that the operand's tensors are multiplied in."""
+    """The kind of products (:func:`kind_of_products`) that multiply the operand's tensors."""
     floating = [t.dtype for t in _tensors_of(operand) if t.is_floating_point()]
     dtype = functools.reduce(torch.promote_types, floating)
     return kind_of_products(device, dtype, isinstance(_innermost(operand), ConvOperand))

@@ -1,10 +1,11 @@
 """A device's ridge point: the operations it does in the time of moving one byte.
 
-It depends on what is multiplied: a GPU's matrix units do sixteen times as many operations on
-bfloat16 as its other units on float32. It is measured once per device, kind of product, version of
-PyTorch and number of threads, and kept in the user's cache directory (``XDG_CACHE_HOME``, else
-``~/.cache``), in ``dpkernels/ridge.json``. The environment variable ``DPKERNELS_RIDGE`` states it
-instead: a number, or ``table`` for a value by kind of device and product.
+The ridge point depends on the kind of product: a GPU's matrix units do sixteen times as many
+operations on bfloat16 as its other units on float32. The ridge point is measured once per device,
+kind of product, version of PyTorch and number of threads, and kept in the user's cache directory
+(``XDG_CACHE_HOME``, else ``~/.cache``), in ``dpkernels/ridge.json``. The environment variable
+``DPKERNELS_RIDGE`` replaces the measurement: a number, or ``table`` for a value by kind of device
+and product.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from dpkernels.ops.precision import float32_products
 
-#: by kind of device and of product; a GPU's are half of an H100's rates over its bandwidth
+#: ridge points by kind of device and product; those of GPUs: half of an H100's rates over bandwidth
 _TABLE = {
     "cpu": {"float32": 10.0, "float64": 5.0},
     "cuda": {"bfloat16": 130.0, "float16": 130.0, "tf32": 65.0, "float32": 8.0, "float64": 8.0},
@@ -31,15 +32,15 @@ _TABLE = {
 _PROBES = {"cpu": (384, 1 << 24, 7), "cuda": (4096, 1 << 26, 15)}
 #: share of a large product's rate that the products of layers reach
 _LAYERS_REACH = 0.5
-#: a measurement that far from the table, either way, was disturbed by other work
+#: largest factor between a measurement and the table; beyond it, other work disturbed the measuring
 _CREDIBLE = 4.0
 
 
 def kind_of_products(device: torch.device, dtype: torch.dtype, convolution: bool = False) -> str:
-    """What operands of this dtype are multiplied as: a key of the table of ridge points.
+    """The kind of product of operands of this dtype: a key of the table of ridge points.
 
     A CPU's kernels widen half precision first. On a GPU float32 is ``"tf32"`` where PyTorch's
-    switches allow it now, for convolutions or for matrix products.
+    switches allow TF32 now, for convolutions or for matrix products.
     """
     if device.type != "cuda":
         return "float64" if dtype == torch.float64 else "float32"
@@ -80,7 +81,7 @@ def _rounded(device: torch.device, kind: str) -> bool:
 
 @functools.cache
 def _cached(device: torch.device, kind: str, key: str) -> float:
-    """From the file, or measured and written into it; by the table where it cannot be written."""
+    """The file's value, else a measurement, then written; the table's if no file can be written."""
     path = _path()
     known = _read(path)
     if key in known:
@@ -105,7 +106,7 @@ def _path() -> Path:
 
 
 def _read(path: Path) -> dict[str, float]:
-    """What the file holds; nothing where it is missing or damaged."""
+    """Ridge points by key, from the file; empty where the file is missing or damaged."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -130,8 +131,8 @@ def measure(device: torch.device, kind: str) -> float:
     """Rate of layers' products over the rate of a copy of float32 values, in operations per byte.
 
     The copy is into fresh memory, as stored gradients are. The best of several calls counts: other
-    work on the machine only ever slows them down. TF32 counts as half of bfloat16, which is what
-    matrix units make of it, so that no switch has to be moved.
+    work on the machine only ever slows calls down. TF32 counts as half of bfloat16, the ratio of
+    the matrix units' rates, so that none of PyTorch's switches has to be moved.
     """
     if kind == "tf32":
         return measure(device, "bfloat16") / 2
@@ -149,7 +150,7 @@ def measure(device: torch.device, kind: str) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Shortest time of a call after one that does not count."""
+    """Shortest time of a call, in seconds; a first call does not count."""
 
     def wait() -> None:
         if device.type == "cuda":

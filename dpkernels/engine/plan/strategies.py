@@ -1,4 +1,4 @@
-"""What each strategy holds of a gradient from the layer's backward until the factors are known."""
+"""The tensors that a strategy holds, from a layer's backward until the clip factors are known."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Factored(Protocol):
         """[B]: squared norms."""
 
     def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
-        """[B]: what a sample's contribution can reach, before its clip factor."""
+        """[B]: largest norm that rounding allows a sample's contribution, before clip factors."""
 
     def grad_sample(self) -> torch.Tensor:
         """[B, *shape]."""
@@ -37,8 +37,8 @@ class Factored(Protocol):
 class Recomputed:
     """An operand whose gradients are formed twice, a few samples at a time, and never kept.
 
-    Both times the same op forms them from the same samples, so the norms are those of the very
-    values that are summed.
+    The same op forms the gradients both times, from the same samples, so the norms are those of the
+    very values that are summed.
     """
 
     operand: Operand | OnBackend
@@ -46,7 +46,7 @@ class Recomputed:
 
     @classmethod
     def of(cls, operand: Operand | OnBackend, parameter: torch.Tensor) -> Recomputed:
-        """As many samples at a time as the device's scratch takes."""
+        """Form as many samples at a time as ``_FORMED_AT_ONCE`` allows on the device."""
         values = _FORMED_AT_ONCE.get(parameter.device.type, _FORMED_AT_ONCE["cpu"])
         return cls(operand, max(1, values // max(1, parameter.numel())))
 
@@ -107,13 +107,13 @@ class OnBackend:
 def held_by(
     strategy: str, operand: Operand, parameter: torch.Tensor, backend: str | None = None
 ) -> torch.Tensor | Factored:
-    """What a strategy holds of an operand until the clip factors are known.
+    """The form in which a strategy holds an operand until the clip factors are known.
 
     Args:
         strategy: one of :data:`dpkernels.layers.costs.STRATEGIES`.
-        operand: the gradient.
-        parameter: whose gradient it is.
-        backend: runs the kernels there; None leaves it to the registry.
+        operand: the gradient of `parameter`.
+        parameter: the parameter, for its number of values and its device.
+        backend: the backend that runs the kernels; None leaves the choice to the registry.
 
     Returns:
         Per-sample gradients [B, *shape], or a gradient that is still factored.

@@ -1,4 +1,4 @@
-"""The plan as a table: what ``PrivacyEngine.explain()`` returns."""
+"""The plan as a table: the result of ``PrivacyEngine.explain()``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dpkernels.engine.plan.planner import Planner
 
 
 class Plan:
-    """Rows as dicts in ``rows``, and a table when printed.
+    """The plan as a list of dicts in ``rows``, and as a table when printed.
 
     A row has ``layer``, ``parameter``, ``shape`` (of one sample's tensors), ``strategy``,
     ``backend``, ``share`` (predicted, of the work of all rows), ``flops`` and ``bytes`` (of the
     strategy, for the samples of the batch that was planned), ``kept_bytes`` (from the layer's
     backward until the end of the backward pass), ``why``, and ``why_not``: by strategy that was
-    not chosen, one sentence.
+    not chosen, the reason in one sentence.
     """
 
     _COLUMNS = ("layer", "parameter", "shape", "strategy", "backend", "share", "kept_bytes", "why")

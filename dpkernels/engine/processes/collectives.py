@@ -1,7 +1,7 @@
-"""Training in several processes: what of a step crosses them, and which process draws the noise.
+"""Training in several processes: the sums exchanged, and the process that draws the noise.
 
-Each process draws its own samples, so norms, clip factors and clipped sums are local to it. What
-crosses is the clipped sum, on the last physical batch of a logical step (docs/architecture.md).
+Each process draws its own samples, so norms, clip factors and clipped sums are local. The clipped
+sum is exchanged, on the last physical batch of a logical step (docs/architecture.md).
 
 With replicas (DDP) the first process draws the noise, into its own sum before the all-reduce: the
 released gradient is then the one-process mechanism to the letter, a seeded generator included, and
@@ -24,37 +24,37 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-#: what crosses in one collective
+#: bytes that one collective exchanges at most; a larger tensor crosses alone
 _BUCKET_BYTES = 64 * 2**20
 
-#: newer versions of torch renamed it
+#: newer versions of torch renamed reduce_scatter_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Processes:
-    """One process: nothing crosses. The others override what does."""
+    """One process: nothing is exchanged. Subclasses override the exchanges of several processes."""
 
     rank = 0
     world_size = 1
 
     def own_noise(self, std: float) -> float:
-        """Std of the noise that this process adds to its own sum, of `std` in total."""
+        """Std of this process's noise on its own sum, where the noise has std `std` in total."""
         return std
 
     def shard_noise(self, std: float) -> float:
-        """Std of the noise that this process adds to what :meth:`reduce` leaves it."""
+        """Std of this process's noise on the result of :meth:`reduce`, for `std` in total."""
         return 0.0
 
     def reduce(self, sums: dict[nn.Parameter, torch.Tensor]) -> dict[nn.Parameter, torch.Tensor]:
-        """The sums over processes, of each parameter or of the shard that this process keeps."""
+        """By parameter, the sum over processes: whole, or the shard that this process keeps."""
         return sums
 
     def earlier(self, parameter: nn.Parameter) -> torch.Tensor | None:
-        """This process's part of ``parameter.grad``; the parts of all processes add up to it."""
+        """This process's part of ``parameter.grad``, the sum of the parts of all processes."""
         return parameter.grad
 
     def gradient(self, parameter: nn.Parameter, total: torch.Tensor) -> torch.Tensor:
-        """What :meth:`reduce` left, as the parameter's gradient."""
+        """The new ``parameter.grad``, from `total`, the parameter's result of :meth:`reduce`."""
         return total.to(parameter.dtype)
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Processes:
         """The largest `bound` of any process.
 
         Raises:
-            ValueError: one of the other values is not the same everywhere; raised everywhere.
+            ValueError: one of the other values differs between processes; every process raises.
         """
         return bound
 
@@ -88,7 +88,7 @@ class _Group(Processes):
 
     Args:
         group: the process group, None for the default one.
-        device: where its collectives run.
+        device: the device on which the group's collectives run.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
@@ -219,7 +219,7 @@ class Shards(_Group):
 def _buckets(
     sums: Mapping[nn.Parameter, torch.Tensor],
 ) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
-    """The sums in their order, those of one dtype and device together, up to a size."""
+    """The sums in order, in buckets of one dtype and device, up to ``_BUCKET_BYTES`` each."""
     kinds: dict[Any, dict[nn.Parameter, torch.Tensor]] = {}
     filled: dict[Any, int] = {}
     for parameter, total in sums.items():
@@ -234,7 +234,7 @@ def _buckets(
 
 
 def _unpack(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-    """Copy what lies one after the other in `flat` into the tensors."""
+    """Copy the values of `flat`, which lie one tensor after the other, into the tensors."""
     packed = flat[: sum(t.numel() for t in tensors)].split([t.numel() for t in tensors])
     for tensor, values in zip(tensors, packed):
         tensor.copy_(values.view(tensor.shape))
@@ -251,7 +251,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _mesh_of(module: nn.Module) -> Any:
-    """The one mesh of an FSDP2 model; refuses what its clipped sums could not be scattered to."""
+    """The one mesh of an FSDP2 model; refuses placements that clipped sums cannot follow."""
     mesh = None
     for name, parameter in module.named_parameters():
         if not isinstance(parameter, DTensor):
@@ -275,7 +275,7 @@ def _mesh_of(module: nn.Module) -> Any:
     return mesh
 
 
-#: wrappers that cannot be right, and what to do
+#: wrappers that are refused, with the reason and the remedy
 _REFUSED = {
     nn.DataParallel: "it runs replicas of the model in threads; use DistributedDataParallel",
     FullyShardedDataParallel: (
@@ -291,10 +291,10 @@ def processes_of(module: nn.Module) -> Processes:
 
     Args:
         module: the model as the user wrapped it: DDP, Opacus' own DDP, ``fully_shard``, or none;
-            also one that was made private before.
+            also a model that was made private before.
 
     Raises:
-        ValueError: the wrapper, or how it is used, has no per-sample gradients; with the remedy.
+        ValueError: the wrapper, or a setting of the wrapper, is not supported; with the remedy.
     """
     module = module._module if isinstance(module, AbstractGradSampleModule) else module
     for kind, reason in _REFUSED.items():
@@ -332,5 +332,5 @@ def _check_ddp(module: DistributedDataParallel) -> None:
 
 
 def inner_model(module: nn.Module) -> nn.Module:
-    """The model inside a DDP wrapper; the module itself where there is none."""
+    """The model inside a DDP wrapper; `module` itself where there is no DDP wrapper."""
     return module.module if isinstance(module, _WRAPPERS) else module  # type: ignore[return-value]

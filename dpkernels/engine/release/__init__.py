@@ -1,1 +1,1 @@
-"""From per-sample gradients to what is released: clip factors, sums, noise, ``p.grad``."""
+"""From per-sample gradients to the released gradient: clip factors, sums, noise, ``p.grad``."""

@@ -1,7 +1,7 @@
 """How per-sample norms become clip factors, and how much noise hides the clipped sum.
 
-``optimizer.max_grad_norm`` owns the bound C: schedulers write it, clipping and noise both read it
-at every step (docs/math.md, section 1). A strategy holds what else it needs.
+``optimizer.max_grad_norm`` owns the bound C: schedulers write the bound, clipping and noise both
+read the bound at every step (docs/math.md, section 1). :class:`Clipping` holds all other settings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ADAPTIVE = (
 
 
 class Clipping:
-    """Flat clipping: one factor per sample, from the norm of its whole gradient.
+    """Flat clipping: one factor per sample, from the norm of the sample's whole gradient.
 
     Args:
         max_grad_norm: bound C as the user gave it.
@@ -49,8 +49,8 @@ class Clipping:
         """By parameter, [B]: the factor of each sample's gradient.
 
         Args:
-            norm_sq: by parameter, [B]: squared norms of each sample's gradient, as large as
-                rounding may make what is summed.
+            norm_sq: by parameter, [B]: squared norm of each sample's gradient, its margin for the
+                rounding of the sum included (``ParameterGradient.bound_sq``).
             max_grad_norm: the bound C of this step.
         """
         return dict.fromkeys(
@@ -58,11 +58,11 @@ class Clipping:
         )
 
     def gradient_noise(self, noise_multiplier: float) -> float:
-        """The multiplier left for the gradient, of the whole mechanism's `noise_multiplier`."""
+        """The gradient's noise multiplier, where `noise_multiplier` is the whole mechanism's."""
         return noise_multiplier
 
     def observe(self, factors: Mapping[nn.Parameter, torch.Tensor]) -> None:
-        """The factors of one physical batch, before they are used."""
+        """Take note of one physical batch's clip factors, before the batch is summed."""
 
     def next_bound(
         self,
@@ -74,17 +74,17 @@ class Clipping:
 
         Args:
             max_grad_norm: the bound of this step.
-            expected_samples: public: the expected number of samples of this step.
+            expected_samples: the expected number of samples of this step, which is public.
             draw: adds noise of a standard deviation to a tensor, in place.
         """
         return max_grad_norm
 
     def reset(self) -> None:
-        """Forget what was observed: gradients were cleared."""
+        """Forget the observed factors: gradients were cleared."""
 
 
 class PerLayerClipping(Clipping):
-    """A bound for every parameter tensor; their root sum of squares is ``max_grad_norm``.
+    """A bound for every parameter tensor; the bounds' root sum of squares is ``max_grad_norm``.
 
     The bounds keep their proportions when a scheduler changes ``optimizer.max_grad_norm``.
 
@@ -125,10 +125,10 @@ class PerLayerClipping(Clipping):
 class AdaptiveClipping(Clipping):
     """The bound follows a quantile of the norms [Andrew et al. 2021].
 
-    Each step also releases the number of samples that were not clipped, counted as +1/2 or -1/2 so
-    that one sample moves it by 1/2, with noise of std `unclipped_num_std`; the gradient gets the
-    rest of the budget. Unlike Opacus, the count is divided by the expected number of samples: the
-    drawn number is private under Poisson sampling.
+    Each step also releases the number of samples that were not clipped, with noise of std
+    `unclipped_num_std`: a sample counts +1/2 or -1/2, so that one sample moves the count by 1/2.
+    The gradient gets the rest of the budget. Unlike in Opacus, the count is divided by the expected
+    number of samples: the drawn number is private under Poisson sampling.
 
     Args:
         max_grad_norm: the first bound.
@@ -196,12 +196,12 @@ class AdaptiveClipping(Clipping):
         self._surplus = 0.0
 
 
-#: factors are rounded down by two units, so an unclipped sample may have one just below 1
+#: clip factors are rounded down by two units, so an unclipped sample's factor may be just below 1
 _UNCLIPPED = 1.0 - 1e-6
 
 
 def total_norm_sq(norm_sq: Any) -> torch.Tensor:
-    """[B]: the sum over parameters, in the widest dtype, on the first one's device."""
+    """[B]: the sum over parameters, in their widest dtype, on the first parameter's device."""
     norms = list(norm_sq)
     widest = max((n.dtype for n in norms), key=lambda dtype: dtype.itemsize)
     stacked = torch.stack([n.to(norms[0].device, torch.float64) for n in norms])
@@ -239,10 +239,10 @@ def make_clipping(
         max_grad_norm: bound C, or one bound per parameter.
         noise_multiplier: sigma of the mechanism.
         parameters: the trained parameters.
-        settings: what is left of the keyword arguments.
+        settings: the other keyword arguments of ``make_private``.
 
     Raises:
-        ValueError: an unknown kind or setting, or one out of range.
+        ValueError: a kind or setting is unknown, or a setting is out of range.
     """
     if kind not in _KINDS:
         raise ValueError(f"clipping={kind!r}: expected one of {', '.join(_KINDS)}")

@@ -1,8 +1,8 @@
-"""What is held of one logical batch, and what may be done with it next: the one place that knows.
+"""The state of a logical batch, and the calls that may come next; no other module keeps either.
 
-A logical batch is what one step of the mechanism draws (privacy). It may be run as several physical
-batches (memory), each in a backward pass of its own. The backward pass over its last physical batch
-adds the noise, and the ``step()`` that follows counts it.
+One step of the mechanism draws one logical batch (privacy). A logical batch may be run as several
+physical batches (memory), each in a backward pass of its own. The backward pass over the last
+physical batch adds the noise, and the next ``step()`` counts the mechanism.
 """
 
 from __future__ import annotations
@@ -47,17 +47,19 @@ class LogicalBatch:
     BROKEN       sums written in part     refused                      refused   FRESH
     ============ ======================== ============================ ========= ==============
 
-    "last" is the backward pass over the last physical batch. The step of any other physical batch
-    is signalled to be skipped; without that signal a step is refused but for NOISED. Sums whose
-    step was skipped outlive ``zero_grad()`` until their logical batch ends ("or stays"). A second
-    pass in NOISED adds to ``p.grad`` and draws no noise. A logical batch is BROKEN by any exception
-    while its sums are written: some sums hold the samples, others do not, so it can be dropped and
-    not continued. The copy of a logical batch that is under way is BROKEN too.
+    "last" is the backward pass over the last physical batch. ``signal_skip_step()`` announces that
+    the step of any other physical batch is to be skipped; without the signal a step is refused in
+    every state but NOISED. Sums whose step was skipped outlive ``zero_grad()`` until their logical
+    batch ends ("or stays"). A second pass in NOISED adds to ``p.grad`` and draws no noise. Any
+    exception while sums are written makes the logical batch BROKEN: some sums hold the samples,
+    others do not, so the logical batch can only be dropped. A copy of an unfinished logical batch
+    is BROKEN too.
 
     Attributes:
         state: see above.
-        iterations: number of backward passes in ``p.grad``; 0 before NOISED.
-        passes: number of backward passes since the last ``step()`` or dropped sum.
+        iterations: number of last physical batches whose sums ``p.grad`` holds; 0 before NOISED.
+        passes: number of backward passes since the last ``step()``, skipped ones included, or
+            since the sums were dropped.
         carried: whether the sums hold physical batches whose step was skipped.
         mechanism: noise multiplier and largest bound of the passes so far, on the last physical
             batch those of all processes; None before the first pass.
@@ -106,10 +108,14 @@ class LogicalBatch:
             )
 
     def mechanism_with(self, noise_multiplier: float, bound: float) -> Mechanism:
-        """The mechanism once a pass is added: its noise multiplier, the largest bound so far.
+        """The mechanism once the pass under way is added; nothing is noted before.
+
+        Args:
+            noise_multiplier: of the pass, and so of the mechanism.
+            bound: C of the pass; the mechanism has the largest bound so far.
 
         Raises:
-            ValueError: the noise is drawn, for another noise multiplier or a smaller bound.
+            ValueError: the noise is already drawn, for another noise multiplier or a smaller bound.
         """
         if self.mechanism is not None:
             if self.state is State.NOISED:
@@ -131,8 +137,8 @@ class LogicalBatch:
         """A backward pass is complete: its sums hold its samples.
 
         Args:
-            gradients: by parameter, what became ``p.grad``, on the last physical batch.
-            last: whether it was that of the last physical batch.
+            gradients: by parameter, the new ``p.grad``; empty before the last physical batch.
+            last: whether the pass was over the last physical batch.
         """
         self.passes += 1
         self.iterations += last
@@ -143,7 +149,7 @@ class LogicalBatch:
         """Pass over the step of a physical batch that is not the last.
 
         Raises:
-            ValueError: the noise is drawn, so it was the last.
+            ValueError: the noise is already drawn, so the physical batch was the last.
         """
         if self.iterations:
             raise ValueError(_SIGNAL_TOO_LATE)
@@ -155,8 +161,8 @@ class LogicalBatch:
         """Raise ``ValueError`` where a step would use gradients that are not private.
 
         Args:
-            noise_multiplier: what will be counted.
-            param_groups: of the optimizer.
+            noise_multiplier: the noise multiplier with which the step will be counted.
+            param_groups: the optimizer's parameter groups.
         """
         self._refuse_uncleared()
         if self.mechanism is None or self.state is not State.NOISED:
@@ -175,10 +181,10 @@ class LogicalBatch:
                     )
 
     def abandon(self) -> bool:
-        """The loop has left a logical batch half-way: nothing of it may go into the next one.
+        """The loop has moved on: no sample of an unfinished logical batch may go into the next.
 
         Returns:
-            Whether there was one, which :meth:`clear` will drop.
+            Whether the logical batch was unfinished, so that :meth:`clear` will drop the sums.
         """
         half_way = self.carried or self.state is State.ACCUMULATING
         if half_way:
@@ -190,7 +196,7 @@ class LogicalBatch:
         self.state, self.carried, self.passes = State.STEPPED, False, 0
 
     def clear(self) -> bool:
-        """``zero_grad()``: drop what is held, unless sums of skipped steps wait for their end.
+        """``zero_grad()``: drop the sums, unless they wait for the end of their logical batch.
 
         Returns:
             Whether the sums are to be dropped.
@@ -208,7 +214,7 @@ class LogicalBatch:
         return gradient is not None and parameter.grad is gradient and gradient._version == version
 
     def _check_noise(self, drawn: Mechanism, noise_multiplier: float) -> None:
-        """Raise where the noise was drawn for another noise multiplier than is asked for now."""
+        """Raise where the noise was drawn for a noise multiplier other than `noise_multiplier`."""
         if drawn.noise_multiplier != noise_multiplier:
             raise ValueError(
                 f"noise_multiplier={noise_multiplier}: the noise was drawn in backward() with "

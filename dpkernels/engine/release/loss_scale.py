@@ -1,4 +1,4 @@
-"""fp16 training with a ``torch.amp.GradScaler``: the loss is scaled, what is clipped is not.
+"""fp16 training with a ``torch.amp.GradScaler``: the loss is scaled, the clipped gradient is not.
 
 The scale comes off each sample's gradient before norms are taken (docs/pitfalls.md, "The backward
 pass"), so after ``backward()`` gradients are private and unscaled, and the scaler has nothing left
@@ -24,9 +24,9 @@ class ScaledLossOptimizer(DPOptimizer):
     """The part of the optimizer that knows about loss scaling.
 
     Guarantees:
-        The scale never depends on data: it stays what it is unless the caller sets another by
+        The scale never depends on data: only the caller changes the scale, by
         ``scaler.update(new_scale)``. A sample whose gradient is not finite contributes zero, which
-        is a function of that sample alone, and no step is skipped because of it.
+        is a function of that sample alone, and no step is skipped because of such a sample.
     """
 
     _grad_scaler: torch.amp.GradScaler | None = None
@@ -47,7 +47,7 @@ class ScaledLossOptimizer(DPOptimizer):
         self._grad_scaler = scaler
 
     def loss_scale(self) -> float:
-        """What the loss of the backward pass under way was multiplied by."""
+        """The scale of the loss of the backward pass under way; 1 without a scaler."""
         if self._grad_scaler is None:
             return 1.0
         self._grad_scaler.set_growth_factor(1.0)  # each time: load_state_dict() brings others back
@@ -73,9 +73,9 @@ class ScaledLossOptimizer(DPOptimizer):
 
     @grad_scale.deleter
     def grad_scale(self) -> None:
-        """``GradScaler.step`` cleans up what it has set."""
+        """Nothing to do: ``GradScaler.step`` deletes the attribute that it has set."""
 
-    #: makes ``GradScaler.step`` hand its scale over instead of unscaling the gradients itself
+    #: makes ``GradScaler.step`` hand over the scale instead of unscaling the gradients
     _step_supports_amp_scaling = True
 
     @property
@@ -83,8 +83,8 @@ class ScaledLossOptimizer(DPOptimizer):
         """The wrapped optimizer's parameter groups.
 
         Raises:
-            ValueError: ``GradScaler.unscale_`` asks. It leaves no trace that ``step()`` could find,
-                so it is recognised by name when it comes for the gradients.
+            ValueError: the caller is ``GradScaler.unscale_``, recognised by name here, where it
+                looks for the gradients, because ``step()`` could find no trace of the call.
         """
         caller = sys._getframe(1)
         if caller.f_code.co_name == "_unscale_grads_" and _called_by(caller, "unscale_"):

@@ -19,19 +19,21 @@ from dpkernels.ops.noise.source import NoiseSource
 
 @dataclass(frozen=True)
 class Pass:
-    """One backward pass, as the sum of its logical batch takes it in.
+    """One backward pass, as it is added to the sum of its logical batch.
 
     Attributes:
-        parameters: in training, in the optimizer's order.
-        gradients: by parameter, of the samples that reached it.
-        factors: by parameter, [B]: what each sample's gradient is multiplied by.
-        mechanism: of the logical batch so far.
+        parameters: the trained parameters, in the optimizer's order.
+        gradients: by parameter that a contribution reached: the per-sample gradients.
+        factors: by parameter, [B]: clip factor of each sample's gradient as captured, the scale
+            from captured to per-sample gradients included.
+        mechanism: the mechanism of the logical batch so far.
         last: whether the physical batch is the last of its logical batch.
         noise_std: standard deviation of the noise that this pass adds; 0 for none.
-        divisor: of the sum, once this pass is in it.
-        earlier_divisor: of the sum in ``p.grad``; None where the logical batch has none yet.
+        divisor: divisor of the sum with this pass.
+        earlier_divisor: divisor of the earlier sum, which stands in ``p.grad``; None if the logical
+            batch has written no ``p.grad`` yet.
         generator: draws the noise; None for ChaCha20.
-        keep_factors: whether the memory of factored gradients may not be freed before the end.
+        keep_factors: whether factored gradients must stay in memory until the end of the pass.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -50,16 +52,16 @@ class PrivateSum(Protocol):
     """The sum over the samples of one logical batch, from its first physical batch on."""
 
     def norm_sq(self, gradient: ParameterGradient) -> torch.Tensor:
-        """[B]: squared norms of one parameter's gradients, from which factors are taken."""
+        """[B]: squared norms of one parameter's per-sample gradients, as captured."""
 
     def begin(self, taken: Pass) -> None:
-        """Raise ``ValueError`` for a pass that cannot be added, while the sum is as it was."""
+        """Raise ``ValueError`` for a pass that cannot be added; the sum stays as before."""
 
     def write(self, taken: Pass) -> dict[nn.Parameter, torch.Tensor]:
-        """Add the samples of one pass; an exception in here leaves a sum of no use.
+        """Add the samples of one pass; after an exception the sum can only be dropped.
 
         Returns:
-            By parameter, ``p.grad`` with its noise, where the pass is the last; else nothing.
+            By parameter, the new ``p.grad``, noise included; empty unless the pass is the last.
         """
 
     def clear(self) -> None:
@@ -70,12 +72,12 @@ class NoisySum:
     """Sums in float32 at least, kept in ``p.summed_grad`` until the noise is added.
 
     Guarantees:
-        Noise of standard deviation ``noise_std`` is added to every parameter in training, once
-        over all processes.
+        Noise of standard deviation ``noise_std`` is added to the sum of every trained parameter,
+        once over all processes.
 
     Args:
         processes: the processes that train together.
-        source: of the noise, where no generator draws it.
+        source: draws the noise of passes without a generator.
     """
 
     def __init__(self, processes: Processes, source: NoiseSource):
@@ -117,7 +119,7 @@ class NoisySum:
         return {p: self._processes.gradient(p, total) for p, total in reduced.items()}
 
     def _term(self, parameter: nn.Parameter, taken: Pass) -> _Term:
-        """What one parameter's sum is made of, in this pass and in those before."""
+        """One parameter's sum: earlier passes, factored gradients, stored gradients yet to add."""
         if taken.earlier_divisor is None:
             total = getattr(parameter, "summed_grad", None)
         else:
@@ -159,13 +161,13 @@ class NoisySum:
             )
 
 
-#: the factors where nobody's gradient reached a parameter
+#: clip factors of a parameter that no contribution reached
 _NOBODY = torch.zeros(0)
 
 
 @dataclass(frozen=True)
 class _Term:
-    """One parameter's sum: what `total` holds if `accumulate`, and samples times factors."""
+    """One parameter's sum: ``sum_b factor[b] stored[b]``, added to `total` if `accumulate`."""
 
     total: torch.Tensor
     stored: torch.Tensor
@@ -174,7 +176,7 @@ class _Term:
 
 
 def _sum_dtype(parameter: nn.Parameter) -> torch.dtype:
-    """Sums are kept in float32 at least."""
+    """The dtype of a parameter's sum: float32 at least."""
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
@@ -186,8 +188,8 @@ def draw(
     Args:
         tensor: any shape.
         std: >= 0; nothing is drawn for 0.
-        source: of ChaCha20's noise.
-        generator: draws in its place; None for ChaCha20.
+        source: key and counters of ChaCha20's noise.
+        generator: draws the noise instead of ChaCha20; None for ChaCha20.
     """
     if not std:
         return tensor

@@ -40,8 +40,8 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         ``max_grad_norm``. Noise is added exactly once per logical step, also for parameters that
         no sample reached and for empty batches, for the mechanism that all processes agree on.
 
-    What is held between the calls, and which call may come next, is :class:`LogicalBatch`'s; how
-    samples are added up and noise is drawn, :class:`PrivateSum`'s.
+    :class:`LogicalBatch` keeps the state between the calls and says which call may come next;
+    :class:`PrivateSum` adds up samples and draws noise.
 
     Args:
         optimizer: the wrapped optimizer.
@@ -55,8 +55,8 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             ``"adaptive"`` (its settings as further keyword arguments).
         views_per_sample: rows per sample, averaged before clipping.
         materialize_grad_samples: also leave ``p.grad_sample``, [B, *p.shape].
-        processes: the processes that train together; `expected_batch_size` is then that of one.
-        secure_mode: integers instead of floats, and noise to match.
+        processes: the processes that train together; `expected_batch_size` is one process's.
+        secure_mode: sum integers and add discrete Gaussian noise (:class:`GridSum`).
     """
 
     max_grad_norm: float
@@ -104,10 +104,10 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         self.private_sum: PrivateSum = (
             GridSum(self._noise) if secure_mode else NoisySum(self.processes, self._noise)
         )
-        #: the generator that signals where logical batches end
+        #: frame of the generator that signals where logical batches end
         self._signals_from: FrameType | None = None
-        #: by how many batches its signals run ahead of the steps; None before the first step.
-        #: BatchMemoryManager signals when a batch is fetched, which prefetching does early.
+        #: by how many batches the signals run ahead of the steps; None before the first step.
+        #: BatchMemoryManager signals when a batch is fetched, and prefetching fetches early.
         self._ahead: int | None = None
 
     @property
@@ -116,10 +116,10 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         return max(self.logical_batch.iterations, 1)
 
     def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
-        """Call `fn` before each step, in the place of what was attached before.
+        """Call `fn` before each step, in the place of the hook that was attached before.
 
-        As in Opacus there is one such hook, and the engine's counts the steps; a warning says so
-        when another takes its place. ``register_step_post_hook`` adds hooks.
+        As in Opacus there is one such hook, and the engine's own hook counts the steps: replacing
+        the engine's hook warns. ``register_step_post_hook`` adds hooks.
         """
         if isinstance(self.step_hook, StepCounter):
             warnings.warn(
@@ -133,11 +133,11 @@ class FusedDPOptimizer(ScaledLossOptimizer):
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Say whether the next physical batch is not the last of its logical batch.
 
-        ``BatchMemoryManager`` signals from a generator. When another one takes over, the loop has
-        left the first half-way: what that began is dropped, as it would end in another batch's sum.
+        ``BatchMemoryManager`` signals from a generator. When another generator signals, the loop
+        has left the first: an unfinished logical batch is dropped, or the next would contain it.
 
         Raises:
-            ValueError: a physical batch had no step, so its signal would go to the next one.
+            ValueError: a physical batch had no step, so the next step would take its signal.
         """
         caller = sys._getframe(1)
         if caller.f_code.co_flags & CO_GENERATOR:
@@ -161,7 +161,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         return not self._check_skip_next_step(pop_next=False)
 
     def held_parameters(self) -> list[nn.Parameter]:
-        """Every parameter of every group, also those that are frozen now."""
+        """Every parameter of every group, frozen parameters included."""
         return [p for group in self.original_optimizer.param_groups for p in group["params"]]
 
     def privatize(self, gradients: PendingGradients) -> None:
@@ -179,8 +179,8 @@ class FusedDPOptimizer(ScaledLossOptimizer):
     def make_private_noise_only(self) -> None:
         """The gradient of an empty batch: noise alone, as the mechanism demands.
 
-        For training loops that skip the forward pass when Poisson sampling draws nobody; follow it
-        with ``step()``, which counts.
+        For training loops that skip the forward pass when Poisson sampling draws nobody; call
+        ``step()`` afterwards, which counts the step.
         """
         refuse_graph_capture("make_private_noise_only()")
         self.processes.check_noise_only()
@@ -202,12 +202,12 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             self.streams.note(device)
 
     def _follow_cleared_gradients(self) -> None:
-        """A loop that sets every ``p.grad`` to None has no other need of ``zero_grad()``."""
+        """Call ``zero_grad()`` for a loop that has set every ``p.grad`` to None itself."""
         if self.logical_batch.was_cleared_by_hand(self.params):
             self.zero_grad(set_to_none=True)
 
     def _clip(self, gradients: PendingGradients) -> tuple[dict[nn.Parameter, torch.Tensor], float]:
-        """By parameter, [B]: clip factors; and what makes a captured gradient a sample's own."""
+        """Clip factors by parameter, [B]; scale from captured gradients to per-sample gradients."""
         samples = gradients.samples
         if samples is None:
             raise ValueError("gradients: expected those of a backward pass under way, got none")
@@ -243,7 +243,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         factors: dict[nn.Parameter, torch.Tensor],
         scale: float,
     ) -> None:
-        """Add the clipped sum to the logical batch; after its last pass, noise and ``p.grad``."""
+        """Add the clipped sum to the logical batch; in the last pass, add noise, set ``p.grad``."""
         batch, last = self.logical_batch, self.is_last_physical_batch()
         mechanism = batch.mechanism_with(float(self.noise_multiplier), float(self.max_grad_norm))
         if last:
@@ -274,7 +274,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         return self.clipping.gradient_noise(mechanism.noise_multiplier) * mechanism.bound
 
     def _divisor(self, iterations: int) -> float:
-        """What the sum over `iterations` backward passes is divided by."""
+        """Divisor of the sum over `iterations` backward passes."""
         return self._expected_samples(iterations) if self.loss_reduction == "mean" else 1.0
 
     def _expected_samples(self, iterations: int) -> float:
@@ -282,7 +282,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         return float(self.expected_batch_size or 0) * iterations * self.processes.world_size
 
     def _agreed(self, mechanism: Mechanism) -> Mechanism:
-        """The mechanism of all processes: one noise multiplier, the largest of their bounds."""
+        """The mechanism of all processes: one noise multiplier, the largest bound of a process."""
         bound = self.processes.agree(
             bound=mechanism.bound,
             noise_multiplier=mechanism.noise_multiplier,
@@ -292,7 +292,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
         return Mechanism(mechanism.noise_multiplier, bound)
 
     def _draw_once(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
-        """The sum of `tensor` over processes, with noise that the first of them draws."""
+        """The sum of `tensor` over processes, with noise that the first process draws."""
         own_std = std if self.processes.rank == 0 else 0.0
         return self.processes.total(draw(tensor, own_std, self._noise, self.generator))
 
@@ -308,10 +308,10 @@ class FusedDPOptimizer(ScaledLossOptimizer):
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear gradients; sums of physical batches survive until their logical batch ends.
 
-        A parameter that was frozen meanwhile has none, not zeros that momentum would follow.
+        A parameter frozen meanwhile is left without a gradient: zeros would let momentum move it.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured, whose stream can wait for no gradient.
+            RuntimeError: a CUDA graph is being captured, so no stream can wait for gradients.
         """
         refuse_graph_capture("optimizer.zero_grad()")
         self.streams.wait()

@@ -1,4 +1,4 @@
-"""The optimizer's class by what is asked of it: what ``isinstance`` checks for Opacus expect."""
+"""The optimizer's class by arguments: ``isinstance`` finds the class that Opacus would choose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Per-sample gradients of one backward pass, parameter by parameter, until they are clipped."""
+"""Per-sample gradients of one backward pass, parameter by parameter, until clipping."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dpkernels.ops.sums import squared_norms
 
 
 class ParameterGradient:
-    """What one parameter has received: either stored per-sample gradients or one factored operand.
+    """One parameter's contributions: either stored per-sample gradients or one factored operand.
 
-    A parameter that is used several times (a reused layer, tied weights) has the SUM of its
-    calls as gradient, so a second contribution turns the first into a stored one.
+    The gradient of a parameter that is used several times (a reused layer, tied weights) is the SUM
+    of the contributions, so the second contribution turns the first into per-sample gradients.
     """
 
     def __init__(self) -> None:
@@ -36,19 +36,19 @@ class ParameterGradient:
         return self.stored is not None or self.factored is not None
 
     def begin(self, held: torch.Tensor | Factored) -> None:
-        """The first contribution."""
+        """Take the first contribution, in the form in which a strategy holds it."""
         if isinstance(held, torch.Tensor):
             self.stored = held
         else:
             self.factored, self._norm_sq = held, held.norm_sq()
 
     def add(self, operand: Operand) -> None:
-        """One more contribution."""
+        """Add one more contribution; the gradient is stored from then on."""
         self.stored = self.materialize() + operand.grad_sample()
         self._norm_sq = None
 
     def materialize(self) -> torch.Tensor:
-        """[B, *shape]: the stored per-sample gradients, formed now if they were factored."""
+        """[B, *shape]: the stored per-sample gradients, formed now from factors if need be."""
         if self.stored is None:
             if self.factored is None:
                 raise ValueError("materialize(): no contribution was added, expected at least one")
@@ -56,7 +56,7 @@ class ParameterGradient:
         return self.stored
 
     def let_go(self) -> None:
-        """Free the factors: they are summed, and the sums of other parameters need room."""
+        """Free the factors after summing: the sums of other parameters need room."""
         self.factored = None
 
     def norm_sq(self) -> torch.Tensor:
@@ -66,10 +66,10 @@ class ParameterGradient:
         return self._norm_sq
 
     def bound_sq(self) -> torch.Tensor:
-        """[B]: the square of what each sample's summed contribution can reach before its factor.
+        """[B]: squared norm of each sample's gradient, margin included.
 
-        Factors are taken from it, so that the vector that is summed has norm at most C in spite of
-        rounding (docs/math.md, section 1).
+        Clip factors are taken from the norm with margin, so that every summed vector has norm at
+        most C in spite of rounding (docs/math.md, section 1).
         """
         norm_sq = self.norm_sq()
         if self.factored is not None:
@@ -82,9 +82,9 @@ class PendingGradients:
 
     Args:
         planner: chooses how each parameter's norm is computed.
-        session: the model's: names of parameters, and whether the batch was empty.
+        session: the model's session, for parameter names and whether the batch was empty.
         done: called once at the end of each backward pass with this object.
-        streams: on which contributions are formed.
+        streams: the CUDA streams on which contributions are formed.
     """
 
     trains = True
@@ -106,12 +106,12 @@ class PendingGradients:
 
     @property
     def empty(self) -> bool:
-        """Whether the model's batch had no sample (and a blank one stood in for it)."""
+        """Whether the model's batch had no sample (and ran on a blank sample)."""
         batch = self._session.backward_batch
         return batch is not None and batch.empty
 
     def begin(self, samples: int) -> None:
-        """A backward pass over `samples` samples is under way; its end will be reported."""
+        """A backward pass over `samples` samples is under way: ask autograd to report its end."""
         if self.samples is None:
             self.samples = samples
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
@@ -122,10 +122,10 @@ class PendingGradients:
             )
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
-        """Nothing to do: only a trial run looks at what passes by."""
+        """Nothing to do: only a trial run looks at activations and backprops."""
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
-        """One parameter's contribution from one call of one layer."""
+        """Take one parameter's contribution from one call of one layer."""
         parameter = self._session.guards.held_as(parameter)
         self._streams.note(parameter.device)
         gradient = self.gradients.setdefault(parameter, ParameterGradient())
@@ -155,7 +155,7 @@ class PendingGradients:
         )
 
     def reset(self) -> None:
-        """Forget everything: the end of a backward pass, or one that failed half-way."""
+        """Forget everything, at the end of a backward pass or after its failure."""
         self.samples = None
         self.gradients = {}
         self._streams.forget()

@@ -1,4 +1,4 @@
-"""Records of a training step: what became of its samples, what its noise was, that it counts."""
+"""Records of a training step: its samples' norms and factors, its mechanism, its counting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from opacus.optimizers import DPOptimizer
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened to the samples of the last physical batch.
+    """Norms and clip factors of the samples of the last physical batch.
 
     Attributes:
         per_sample_norm: [B], float32 or float64: gradient norms before clipping.
-        clip_factor: [B]: what each sample's gradient was multiplied by; with per-layer clipping
+        clip_factor: [B]: clip factor of each sample's gradient; with per-layer clipping
             [parameters, B].
     """
 
@@ -25,7 +25,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What the noise of a logical batch was drawn for."""
+    """The noise multiplier and the bound C for which a logical batch's noise is drawn."""
 
     noise_multiplier: float
     bound: float
@@ -33,7 +33,7 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class StepCounter:
-    """Step hook that reports every step to the accountant; it pickles, unlike a closure.
+    """Step hook that reports every step to the accountant; a class, as a closure does not pickle.
 
     Attributes:
         accountant: an Opacus ``IAccountant``.

@@ -1,8 +1,8 @@
 """``secure_mode=True``: noise that floating-point arithmetic cannot give away.
 
 Each sample's clipped gradient is rounded to a grid, integers are summed exactly, and integer noise
-is added: what is released is a function of an integer vector whose law is proven (docs/math.md,
-section 3, "Integer noise").
+is added: the released gradient is a function of an integer vector whose law is proven
+(docs/math.md, section 3, "Integer noise").
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from dpkernels.ops.noise.table import VARIANCE
 
 #: variance that the smoothing argument takes off the continuous Gaussian behind the integers
 _SMOOTHING_VARIANCE = 4.0
-#: what float64 rounding of norms and products may add to a norm, relatively; far above what it does
+#: relative allowance for float64 rounding of norms and products; actual rounding stays far below
 _SLACK = 2.0**-18
-#: largest norm of one sample in steps of the grid: 2^22 of them fit into 64-bit sums
+#: largest norm of one sample in steps of the grid: 2^22 such samples fit into 64-bit sums
 _LARGEST_STEPS = 2.0**40
-#: gradients are rounded for so many values at a time, in float64
+#: number of gradient values that are rounded at a time, in float64
 _VALUES_AT_A_TIME = 2**20
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the clipped sum of one logical batch is rounded to.
+    """The grid to which each sample's clipped gradient in one logical batch is rounded.
 
     The noise has a fixed standard deviation in steps of the grid, so the grid's width follows from
     the noise multiplier, and the sensitivity from the width.
@@ -88,8 +88,9 @@ class Grid:
 class GridSum:
     """The sum of ``secure_mode=True``: integers, added up exactly, and discrete Gaussian noise.
 
-    Norms are taken in float64 of the very per-sample gradients that are rounded, so these are kept
-    for all parameters until the end of the backward pass, whatever the planner prefers.
+    :meth:`norm_sq` takes norms in float64 of the very per-sample gradients that are rounded. So at
+    the end of the backward pass the per-sample gradients of all parameters are stored, whatever
+    strategies the planner chose.
 
     Guarantees:
         The integers that one sample adds have a norm of at most ``Grid.steps``, checked for every
@@ -98,10 +99,10 @@ class GridSum:
         gradients are a function of the noisy integers.
 
     Args:
-        source: of the noise.
+        source: key and counters of the noise.
 
     Attributes:
-        grid: of the logical batch under way; None before its first physical batch.
+        grid: the grid of the logical batch under way; None before its first physical batch.
         integers: by parameter, the sum in steps of the grid.
     """
 
@@ -172,7 +173,7 @@ class GridSum:
 
 
 def check_secure(clipping: str, processes: Processes, generator: torch.Generator | None) -> None:
-    """Raise ``ValueError`` for what ``secure_mode=True`` cannot do, by name."""
+    """Raise ``ValueError`` naming the setting with which ``secure_mode=True`` cannot work."""
     if clipping == "adaptive":
         raise ValueError(
             "clipping='adaptive': its noisy count is not on the grid of secure_mode=True; use "
@@ -195,7 +196,7 @@ def rounded_sum(stored: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tenso
         weight: [B] float64; samples of weight 0 are not read.
 
     Returns:
-        [*shape] int64, the sum of the integers; [B] float64, the squared norm of each sample's.
+        [*shape] int64, the sum of all integers; [B] float64, squared norms of samples' integers.
     """
     total = torch.zeros(stored.shape[1:], dtype=torch.int64, device=stored.device)
     squares = torch.zeros(len(stored), dtype=torch.float64, device=stored.device)
