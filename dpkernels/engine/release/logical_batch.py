@@ -187,8 +187,7 @@ class LogicalBatch:
             Whether the logical batch was unfinished, so that :meth:`clear` will drop the sums.
         """
         half_way = self.carried or self.state is State.ACCUMULATING
-        if half_way:
-            self.state = State.BROKEN
+        self.state = State.BROKEN if half_way else self.state
         return half_way
 
     def stepped(self) -> None:

@@ -94,8 +94,7 @@ class NoisySum:
         """Every pass can be added."""
 
     def write(self, taken: Pass) -> dict[nn.Parameter, torch.Tensor]:
-        again = taken.earlier_divisor is not None
-        finished = bool(taken.noise_std) or (taken.last and again)
+        finished = bool(taken.noise_std) or taken.earlier_divisor is not None
         scale = 1.0 / taken.divisor if taken.last else 1.0
         # Sum from the last layer to the first: embedding tables stand first and need the largest
         # buffers, and by then the other layers' factors have been freed.
