@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from statistics import NormalDist
 
@@ -12,6 +13,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from dpkernels import attacks
 from dpkernels.attacks import (
     gradient_matching,
     imprint,
@@ -23,6 +25,14 @@ from dpkernels.reconstruction import ncc_bound
 from dpkernels.reconstruction.metrics import chance_ncc, match
 
 SIGMA = 0.7
+
+
+def test_the_attacks_are_found_under_their_former_name() -> None:
+    former = importlib.import_module("dpkernels.reconstruction.attacks")
+    assert former.__all__ == attacks.__all__
+    assert all(getattr(former, name) is getattr(attacks, name) for name in attacks.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'release'"):
+        _ = attacks.release
 
 
 def records(count: int, *shape: int, seed: int = 0) -> torch.Tensor:
