@@ -65,14 +65,28 @@ def test_a_model_with_infinities_of_its_own_is_tried_once() -> None:
     assert len(calls) == 1
 
 
-def test_a_masked_class_hides_no_mixing() -> None:
+class _CentredGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient - gradient.mean(0)
+
+
+@pytest.mark.parametrize("where", ["activations", "backprops"])
+def test_a_masked_class_hides_no_mixing(where: str) -> None:
     """Its output is -inf for every sample of every batch."""
 
     def masked(layers: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
-        return _centred(layers, x) + torch.tensor([0.0, 0.0, -torch.inf])
+        mask = torch.tensor([0.0, 0.0, -torch.inf])
+        if where == "activations":
+            return _centred(layers, x) + mask
+        return layers["second"](_CentredGradient.apply(layers["first"](x))) + mask
 
     x = values(4, 5).float()
-    with pytest.raises(ValueError, match="sample 1 move"):
+    with pytest.raises(ValueError, match=f"{where} of sample 1 move"):
         made_private(Call(_two_layers(), masked), x)[1](x)
 
 
