@@ -23,7 +23,13 @@ def faults_of(module: nn.Module) -> list[Exception]:
                 "Model needs to be in training mode: call model.train() first"
             )
         )
-    faults.extend(IllegalModuleConfigurationError(reason) for reason in _incompatibilities(module))
+    faults.extend(
+        IllegalModuleConfigurationError(
+            f"module {name or '(root)'!r} ({type(part).__name__}): {reason}"
+        )
+        for name, part in module.named_modules()
+        if (reason := refusal(part)) is not None
+    )
     faults.extend(
         IllegalModuleConfigurationError(
             f"parameter {name!r} is complex: clipping and noise are defined for real numbers; "
@@ -33,16 +39,6 @@ def faults_of(module: nn.Module) -> list[Exception]:
         if parameter.is_complex()
     )
     return faults
-
-
-def _incompatibilities(model: nn.Module) -> list[str]:
-    """Every reason why the model has no per-sample gradients, each naming module and remedy."""
-    reasons = [(name, module, refusal(module)) for name, module in model.named_modules()]
-    return [
-        f"module {name or '(root)'!r} ({type(module).__name__}): {reason}"
-        for name, module, reason in reasons
-        if reason is not None
-    ]
 
 
 def check_arguments(
@@ -71,8 +67,9 @@ def check_opacus_mode(grad_sample_mode: str, **stated: bool) -> None:
             f"grad_sample_mode={grad_sample_mode!r}: expected 'fused' or one of Opacus' modes "
             f"({', '.join(_OPACUS_MODES)})"
         )
-    for name in (name for name, is_stated in stated.items() if is_stated):
-        raise ValueError(f"{name}: only grad_sample_mode='fused' takes it")
+    for name, is_stated in stated.items():
+        if is_stated:
+            raise ValueError(f"{name}: only grad_sample_mode='fused' takes it")
 
 
 def check_same_parameters(module: nn.Module, optimizer: optim.Optimizer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -71,8 +70,7 @@ class _FusedCapture:
                 session.root, session, optimizer.processes, optimizer.is_last_physical_batch
             )
         else:
-            trial = functools.partial(refuse_mixing, session)
-            session.trials.trial = torch.compiler.disable(trial)
+            session.trials.trial = torch.compiler.disable(refuse_mixing)
         session.refresh()
 
     def forbid_grad_accumulation(self) -> None:
@@ -96,7 +94,7 @@ class _FusedCapture:
         if self._lockstep is not None:
             self._lockstep.remove()
         self.session.guards.remove()
-        self.session.sink = self.session.trials.trial = None
+        self.session.sink = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_lockstep": None}

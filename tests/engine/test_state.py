@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
 from opacus.optimizers import DPOptimizer
 from opacus.schedulers import ExponentialGradClip, ExponentialNoise
 from torch import nn
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels import PrivacyEngine
 from tests.engine.support import (
@@ -193,3 +193,24 @@ def test_a_model_is_not_made_private_twice() -> None:
     optimizer.step()
     wrapped.to_standard_module()
     private(model, images(16))
+
+
+def test_a_model_is_let_go_after_cleanup() -> None:
+    """By its reference count: on a GPU it would wait for the garbage collector with its memory."""
+    model = nn.Linear(3, 2)
+    gone = weakref.ref(model)
+    wrapped, optimizer, _ = PrivacyEngine().make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(4, 3)), batch_size=4),
+        noise_multiplier=1.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    wrapped(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    gc.collect()
+    gc.disable()
+    try:
+        wrapped.to_standard_module()
+        del model, wrapped, optimizer, _
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -12,7 +12,7 @@ class TrialBook:
     """The trial that the model's forward runs, and what has passed it.
 
     Attributes:
-        trial: called with a forward pass, the pass' batch and the batch's rows; raises
+        trial: called with session, forward pass, the pass' batch and the batch's rows; raises
             :class:`NotPerSample` where samples mix, returns whether the batch could tell. None:
             the model's forward runs no trial.
         passed: layers and their rows per sample that a trial has passed; None before the first.

@@ -46,7 +46,7 @@ class WholeModelForward(CapturedForward):
                 "expected a multiple of views_per_sample"
             )
         batch = session.batch = Batch(rows, rows // session.views, empty)
-        trial = (batch.samples, self._trial, (args, kwargs), rows)
+        trial = (batch.samples, session, self._trial, (args, kwargs), rows)
         try:
             if session.trials.due(batch.samples):
                 session.trials.run(*trial)

@@ -59,6 +59,10 @@ class BatchRows:
         tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > self.axis
         return tensor and leaf.shape[self.axis] == self.rows
 
+    def by_sample(self, leaf: torch.Tensor) -> torch.Tensor:
+        """[samples, n]: the values of a batched tensor."""
+        return leaf.detach().movedim(self.axis, 0).reshape(self.samples, -1)
+
 
 def refuse_mixing(
     session: Session,
@@ -114,8 +118,9 @@ def refuse_mixing(
             if fault is not None:
                 raise NotPerSample(fault)
     broken = _not_finite(batch, at)
-    kept_apart = int((~broken).sum()) > 1 and bool((first.finite() | broken).all())
-    return kept_apart or not bool(broken.any())
+    if not bool(broken.any()):
+        return True
+    return int((~broken).sum()) > 1 and bool((first.finite() | broken).all())
 
 
 def _not_finite(batch: Any, at: BatchRows) -> torch.Tensor:
@@ -125,8 +130,7 @@ def _not_finite(batch: Any, at: BatchRows) -> torch.Tensor:
         if is_packed(leaf):
             broken |= not bool(leaf.data.isfinite().all())
         elif at.holds(leaf):
-            finite = leaf.detach().isfinite().movedim(at.axis, 0).reshape(at.samples, -1)
-            broken |= ~finite.all(1).cpu()
+            broken |= ~at.by_sample(leaf).isfinite().all(1).cpu()
     return broken
 
 
@@ -146,7 +150,7 @@ def _unlike(batch: Any, at: BatchRows, target: int) -> list[int]:
         if is_packed(leaf):
             unlike[:] = True
         elif at.holds(leaf):
-            values = leaf.detach().movedim(at.axis, 0).reshape(at.samples, -1)
+            values = at.by_sample(leaf)
             unlike |= (values != values[target]).any(1).cpu()
     unlike[target] = False
     return unlike.nonzero().flatten().tolist()
