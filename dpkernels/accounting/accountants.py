@@ -33,13 +33,7 @@ class Accountant:
     calibrate: Callable[[float, float, float, int], float] | None = None
 
     def noise_multiplier(self, target: float, delta: float, rate: float, steps: int) -> float:
-        """The noise multiplier for a budget.
-
-        Args:
-            target: epsilon > 0.
-            delta: in (0, 1).
-            rate: sample rate, in (0, 1].
-            steps: number of steps.
+        """The noise multiplier for a budget: calibrated, or searched for.
 
         Raises:
             ValueError: no noise meets the budget, or the accountant cannot answer.
