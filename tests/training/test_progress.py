@@ -5,7 +5,7 @@ from rich.console import Console
 
 from dpkernels.training import progress
 from dpkernels.training.privacy import PrivacyPlan, StepStatistics
-from dpkernels.training.progress import ConsoleDisplay, EpsilonMeter, SilentDisplay
+from dpkernels.training.progress import ConsoleDisplay, SilentDisplay
 
 PLAN = PrivacyPlan(True, 10, 0.5, 6, 1.0, 1.0, 1, 1e-5, "tight")
 
@@ -27,33 +27,38 @@ def clock(monkeypatch) -> Clock:
     return standing
 
 
-def test_epsilon_takes_a_twentieth_of_the_time_at_most(clock, monkeypatch):
+@pytest.fixture
+def slow(clock, monkeypatch):
+    """Every epsilon takes two seconds to compute; the exact one."""
     exact = PrivacyPlan.epsilon
 
-    def slow(plan, steps):
+    def compute(plan, steps):
         clock.now += 2.0
         return exact(plan, steps)
 
-    monkeypatch.setattr(PrivacyPlan, "epsilon", slow)
-    meter = EpsilonMeter(PLAN, done=0)
-    assert meter.advance() == exact(PLAN, 1)
-    clock.now += 39.0
-    assert meter.advance() is None
-    clock.now += 2.0
-    assert meter.advance() == exact(PLAN, 3)
-    assert meter.latest == exact(PLAN, 3)
+    monkeypatch.setattr(PrivacyPlan, "epsilon", compute)
+    return exact
 
 
-def test_the_epsilon_of_the_last_step_is_always_computed(clock):
-    meter = EpsilonMeter(PLAN, done=4)
-    meter._next = 1e9
-    assert meter.advance() is None
-    assert meter.advance() == PLAN.epsilon(6)
+def test_epsilon_takes_a_twentieth_of_the_time_at_most(clock, slow):
+    with SilentDisplay().training(PLAN, done=0) as bar:
+        assert bar.advance(StepStatistics(2)) == slow(PLAN, 1)
+        clock.now += 39.0
+        assert bar.advance(StepStatistics(2)) is None
+        clock.now += 2.0
+        assert bar.advance(StepStatistics(2)) == slow(PLAN, 3)
+
+
+def test_the_epsilon_of_the_last_step_is_always_computed(slow):
+    with SilentDisplay().training(PLAN, done=3) as bar:
+        found = [bar.advance(StepStatistics(2)) for _ in range(3)]
+    assert found == [slow(PLAN, 4), None, slow(PLAN, 6)]
 
 
 def test_without_privacy_there_is_no_epsilon():
-    meter = EpsilonMeter(PrivacyPlan(False, 10, 0.5, 6, 0.0, 1.0, 1, 1e-5, "tight"), done=5)
-    assert meter.advance() is None
+    plain = PrivacyPlan(False, 10, 0.5, 6, 0.0, 1.0, 1, 1e-5, "tight")
+    with SilentDisplay().training(plain, done=5) as bar:
+        assert bar.advance(StepStatistics(2)) is None
 
 
 @pytest.fixture
