@@ -65,4 +65,4 @@ def test_a_configuration_survives_yaml():
     config = tiny({"training": {"train_layers": ["weight"]}, "data": {"views_per_patient": 4}})
     again = ToyConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict())))
     assert again == config
-    assert again.views_per_patient == 4
+    assert again.data.views_per_patient == 4

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def loop_of(folder: RunFolder, network: nn.Module | None = None, **training) -> TrainingLoop:
     config = tiny({"training": training})
-    dataset = ToyViews([f"p{index}" for index in range(6)], config.views_per_patient)
+    dataset = ToyViews([f"p{index}" for index in range(6)], config.data.views_per_patient)
     network = network or nn.Linear(FEATURES, 2)
     return TrainingLoop(config.training, plan_privacy(config, 6), folder, network, dataset)
 

@@ -39,11 +39,17 @@ class ToyData:
 class ToyConfig(RunConfig):
     """Everything that a toy run depends on."""
 
-    presets: ClassVar = {"toy": {"data": {}, "network": {"_target_": "torch.nn.Linear"}}}
+    presets: ClassVar = {
+        "toy": {
+            "data": {},
+            "network": {"_target_": "torch.nn.Linear"},
+            "loss": {"_target_": "torch.nn.CrossEntropyLoss"},
+        }
+    }
 
     data: ToyData
     network: dict
-    loss: dict = field(default_factory=lambda: {"_target_": "torch.nn.CrossEntropyLoss"})
+    loss: dict
     training: TrainingConfig = field(default_factory=TrainingConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     preset: str = ""
@@ -137,7 +143,10 @@ class ToyTrainer(Trainer[ToyConfig]):
     def _accuracy(self, network: nn.Module, part: str) -> float:
         numbers = [int(patient[1:]) for patient in self._split[part]]
         images = torch.tensor(np.stack([vector(n) for n in numbers]), dtype=torch.float32)
-        right = network(images).argmax(1) == torch.tensor(numbers) % 2
+        training = network.training
+        with torch.no_grad():
+            right = network.eval()(images).argmax(1) == torch.tensor(numbers) % 2
+        network.train(training)
         return float(right.float().mean())
 
     def _validate(self, network: nn.Module) -> float | None:
