@@ -37,7 +37,7 @@ def _interrupted_and_resumed(config: ToyConfig, out: str | Path) -> TrainingResu
         mock.patch("dpkernels.training.trainer.SilentDisplay", side_effect=lambda: StopAfter(2)),
         mock.patch.object(RunFolder, "save_checkpoint", _slowly_saved),
     ):
-        ToyTrainer(config, out).fit()
+        ToyTrainer(config, out, StopAfter(2)).fit()
     return ToyTrainer(config, out).fit(resume=True)
 
 
