@@ -107,16 +107,16 @@ def launch_on(tensor: torch.Tensor) -> Launch:
     return (torch.get_num_threads(), 0, 0)
 
 
-def write_back(tensor: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+def write_back(tensor: torch.Tensor, result: torch.Tensor) -> None:
     """Give `tensor` what a kernel has written into `result`, its contiguous twin or itself.
 
     Kernels write behind autograd's back: without a copy, the version counter is moved by hand.
     """
     if result.data_ptr() == tensor.data_ptr():
         torch.autograd.graph.increment_version(tensor)
-        return tensor
+        return
     with torch.no_grad():
-        return tensor.copy_(result)
+        tensor.copy_(result)
 
 
 def instruction_sets() -> list[str]:

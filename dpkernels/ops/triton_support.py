@@ -49,16 +49,9 @@ class Tile:
 
 @triton.jit
 def _combine_kernel(
-    partials,
-    out,
-    squares,
-    slots,
-    size,
-    blocks,
-    STORE: tl.constexpr,
-    SQUARE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partials, out, squares, slots, size, blocks,
+    STORE: tl.constexpr, SQUARE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[row] = sum over slots of partials[row, slot]; squares[row, block] = its squared sum."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -177,6 +170,16 @@ def split_factor(positions: int, weights: int) -> tuple[int, int]:
     return max(1, triton.cdiv(positions, chunk)), chunk
 
 
+def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Room for results of kernels, float32, where `like` is."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """As :func:`empty`, filled with zeros."""
+    return torch.zeros(shape, dtype=torch.float32, device=like.device)
+
+
 def sum_rows(partials: torch.Tensor) -> torch.Tensor:
     """Sums of the rows of [B, N] float32 in a fixed order, never negative: [B]."""
     rows, columns = partials.shape
@@ -207,14 +210,7 @@ def combine(
     if rows and blocks:
         with torch.cuda.device_of(partials):
             _combine_kernel[(rows * blocks,)](
-                partials,
-                out,
-                squares,
-                slots,
-                size,
-                blocks,
-                STORE=store,
-                SQUARE=square,
-                BLOCK=COMBINE_BLOCK,
-            )
+                partials, out, squares, slots, size, blocks,
+                STORE=store, SQUARE=square, BLOCK=COMBINE_BLOCK,
+            )  # fmt: skip
     return out, sum_rows(squares)

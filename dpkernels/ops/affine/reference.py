@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.checks import kept_samples, result_dtype
+from dpkernels.ops.checks import result_dtype
+from dpkernels.ops.from_gradients import clipped_grad_by, norm_sq_by
 
 
 def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
@@ -62,15 +63,5 @@ def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> to
     return torch.stack([mean, 1 / (variance + eps).sqrt()])
 
 
-def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return affine_grad_sample(normalized, grad_output).square().sum(1)
-
-
-def affine_clipped_grad(
-    normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
-) -> torch.Tensor:
-    """See the contract."""
-    factor, operands = kept_samples(clip_factor, normalized, grad_output)
-    grads = affine_grad_sample(*operands)
-    return factor.to(grads.dtype) @ grads
+affine_norm_sq = norm_sq_by(affine_grad_sample)
+affine_clipped_grad = clipped_grad_by(affine_grad_sample)

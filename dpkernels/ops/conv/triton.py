@@ -15,15 +15,9 @@ import triton.language as tl
 from dpkernels.ops import triton_support as support
 from dpkernels.ops.conv import triton_gram
 from dpkernels.ops.conv.geometry import Geometry
-from dpkernels.ops.triton_support import Tile, unavailable
+from dpkernels.ops.triton_support import Tile
 
-__all__ = [
-    "conv_clipped_grad",
-    "conv_grad_sample",
-    "conv_norm_sq",
-    "grad_sample_and_norm_sq",
-    "unavailable",
-]
+unavailable = support.unavailable
 
 GRADIENT = {2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
 """By the operands' bytes per element. Many rows: each gathered number is used once per row."""
@@ -128,34 +122,15 @@ def conv_gradient_kernel(
         tl.store(squares + slot * tiles + tile, tl.sum(total * total))
 
 
-def why_not_conv_grad_sample(
-    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
-) -> str | None:
-    """Why these operands are not for Triton."""
-    return support.why_not(input, grad_output)
-
-
-why_not_conv_norm_sq = why_not_conv_grad_sample
-
-
-def why_not_conv_clipped_grad(
-    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
-) -> str | None:
+def why_not(input: torch.Tensor, grad_output: torch.Tensor, *rest: object) -> str | None:
     """Why these operands are not for Triton."""
     return support.why_not(input, grad_output)
 
 
 def conv_grad_sample(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """See the contract."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
     return _per_sample(input, grad_output, geometry, store=True, square=False)[0]
 
 
@@ -167,18 +142,11 @@ def grad_sample_and_norm_sq(
 
 
 def conv_norm_sq(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """See the contract. Gram over channels for small images, else each tile of the gradient."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
     if input.numel() == 0 or grad_output.numel() == 0:
-        return _empty(input, input.shape[0]).zero_()
+        return support.zeros(input, input.shape[0])
     if triton_gram.is_cheaper(input.shape, grad_output.shape, geometry):
         return channel_gram_norm_sq(input, grad_output, geometry)
     return recompute_norm_sq(input, grad_output, geometry)
@@ -201,19 +169,11 @@ def recompute_norm_sq(
 
 
 def conv_clipped_grad(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """See the contract. Each sample's gradient in float32 as the norm saw it, then its factor."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
     if input.numel() == 0 or grad_output.numel() == 0:
-        return _empty(input, *weight_shape).zero_()
+        return support.zeros(input, *geometry.weight_shape)
     positions, batch = grad_output.shape[2:].numel(), input.shape[0]
     chunks, chunk = support.split_factor(positions, geometry.weights)
     slots, _ = support.split_factor(batch * positions, geometry.weights)
@@ -223,8 +183,8 @@ def conv_clipped_grad(
         input, grad_output, factor, geometry, slots, chunks, chunk, store=True, square=False
     )
     if slots == 1:
-        return partials.view(weight_shape)
-    return support.combine(partials.view(1, slots, -1))[0].view(weight_shape)
+        return partials.view(geometry.weight_shape)
+    return support.combine(partials.view(1, slots, -1))[0].view(geometry.weight_shape)
 
 
 def _per_sample(
@@ -233,7 +193,7 @@ def _per_sample(
     batch = input.shape[0]
     shape = (batch, *geometry.weight_shape)
     if input.numel() == 0 or grad_output.numel() == 0:
-        return _empty(input, *shape).zero_(), _empty(input, batch).zero_()
+        return support.zeros(input, *shape), support.zeros(input, batch)
     chunks, chunk = support.split_factor(grad_output.shape[2:].numel(), geometry.weights)
     out, squares = _gradient(
         input, grad_output, None, geometry, batch * chunks, chunks, chunk,
@@ -264,8 +224,8 @@ def _gradient(
     rows = support.power_of_two(channels_out, tile.rows)
     width = support.power_of_two(columns, tile.columns)
     tiles = geometry.groups * triton.cdiv(channels_out, rows) * triton.cdiv(columns, width)
-    out = _empty(input, *((slots, geometry.weights) if store else (0,)))
-    squares = _empty(input, *((slots, tiles) if square else (0, 0)))
+    out = support.empty(input, *((slots, geometry.weights) if store else (0,)))
+    squares = support.empty(input, *((slots, tiles) if square else (0, 0)))
     with torch.cuda.device_of(input):
         conv_gradient_kernel[(slots * tiles,)](
             input.detach(), grad_output.detach(), out if factor is None else factor, out, squares,
@@ -304,7 +264,3 @@ def _volumes(
             geometry.groups,
         ),
     )
-
-
-def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
