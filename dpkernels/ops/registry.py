@@ -140,14 +140,17 @@ class Op(Generic[Result]):
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Result:
         arguments = self._arguments(args, kwargs)
-        function = getattr(_module(self.family, self._choice(arguments)), self._runs.name)
+        function = self._implementation(arguments)
         with full_precision():
             result = function(*arguments)
         return self._mutated(args, kwargs) if self._mutates else result
 
+    def _implementation(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        return getattr(_module(self.family, self._choice(arguments)), self._runs.name)
+
     def _gathered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The contract's arguments, of flat ones."""
-        if kwargs:
+        if kwargs or (self._records and len(args) != len(self.__signature__.parameters)):
             bound = self.__signature__.bind(*args, **kwargs)
             bound.apply_defaults()
             args = bound.args
