@@ -8,6 +8,8 @@ table and the slots are added in order. One and two axes are three with axes of 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ import triton.language as tl
 from dpkernels.ops import triton_support as support
 from dpkernels.ops.conv import triton_gram
 from dpkernels.ops.conv.geometry import Geometry
-from dpkernels.ops.triton_support import Tile
+from dpkernels.ops.triton_support import Jobs, Tile
 
 unavailable = support.unavailable
 
@@ -174,49 +176,29 @@ def conv_clipped_grad(
     """See the contract. Each sample's gradient in float32 as the norm saw it, then its factor."""
     if input.numel() == 0 or grad_output.numel() == 0:
         return support.zeros(input, *geometry.weight_shape)
-    positions, batch = grad_output.shape[2:].numel(), input.shape[0]
-    chunks, chunk = support.split_factor(positions, geometry.weights)
-    slots, _ = support.split_factor(batch * positions, geometry.weights)
-    slots = min(slots, batch * chunks)
-    factor = clip_factor.detach().contiguous()
-    partials, _ = _gradient(
-        input, grad_output, factor, geometry, slots, chunks, chunk, store=True, square=False
-    )
-    if slots == 1:
-        return partials.view(geometry.weight_shape)
-    return support.combine(partials.view(1, slots, -1))[0].view(geometry.weight_shape)
+    run = functools.partial(_gradient, input, grad_output, geometry)
+    positions = grad_output.shape[2:].numel()
+    total = support.clipped_sum(run, clip_factor, positions, geometry.weights)
+    return total.view(geometry.weight_shape)
 
 
 def _per_sample(
     input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry, store: bool, square: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = input.shape[0]
+    batch, positions = input.shape[0], grad_output.shape[2:].numel()
     shape = (batch, *geometry.weight_shape)
     if input.numel() == 0 or grad_output.numel() == 0:
         return support.zeros(input, *shape), support.zeros(input, batch)
-    chunks, chunk = support.split_factor(grad_output.shape[2:].numel(), geometry.weights)
-    out, squares = _gradient(
-        input, grad_output, None, geometry, batch * chunks, chunks, chunk,
-        store=store or chunks > 1, square=square and chunks == 1,
-    )  # fmt: skip
-    if chunks == 1:
-        return out.view(shape) if store else out, support.sum_rows(squares)
-    grads, norm_sq = support.combine(out.view(batch, chunks, -1), store, square)
+    run = functools.partial(_gradient, input, grad_output, geometry)
+    grads, norm_sq = support.per_sample(run, batch, positions, geometry.weights, store, square)
     return grads.view(shape) if store else grads, norm_sq
 
 
 def _gradient(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    factor: torch.Tensor | None,
-    geometry: Geometry,
-    slots: int,
-    chunks: int,
-    chunk: int,
-    store: bool,
-    square: bool,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry, jobs: Jobs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the gradient kernel: ([slots, weights], squares [slots, tiles]), empty if unwanted."""
+    """Run the gradient kernel."""
+    factor, slots, chunks, chunk, store, square = jobs
     input, grad_output, geometry = _volumes(input, grad_output, geometry)
     channels_in, channels_out = geometry.channels
     columns = geometry.weights // (channels_out * geometry.groups)
@@ -249,18 +231,15 @@ def _volumes(
     input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> tuple[torch.Tensor, torch.Tensor, Geometry]:
     """The same convolution with three spatial axes."""
-    missing = 3 - geometry.axes
-    for _ in range(missing):
+    ones, zeros = (1,) * (3 - geometry.axes), (0,) * (3 - geometry.axes)
+    for _ in ones:
         input, grad_output = input.unsqueeze(2), grad_output.unsqueeze(2)
-    ones, zeros = (1,) * missing, (0,) * missing
-    return (
-        input,
-        grad_output,
-        Geometry(
-            geometry.weight_shape[:2] + ones + geometry.kernel,
-            ones + geometry.stride,
-            zeros + geometry.padding,
-            ones + geometry.dilation,
-            geometry.groups,
-        ),
+    weight_shape, stride, padding, dilation, groups = geometry
+    volume = Geometry(
+        (*weight_shape[:2], *ones, *geometry.kernel),
+        ones + stride,
+        zeros + padding,
+        ones + dilation,
+        groups,
     )
+    return input, grad_output, volume

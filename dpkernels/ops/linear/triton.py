@@ -8,12 +8,14 @@ as the norm did and only then multiplies it by the clip factor, which never meet
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from dpkernels.ops import triton_support as support
-from dpkernels.ops.triton_support import Tile
+from dpkernels.ops.triton_support import Jobs, Tile
 
 unavailable = support.unavailable
 
@@ -278,15 +280,9 @@ def _per_sample(
     shape = (batch, grad_output.shape[2], features_in)
     if activations.numel() == 0 or grad_output.numel() == 0:
         return support.zeros(activations, *shape), support.zeros(activations, batch)
-    chunks, chunk = support.split_factor(positions, shape[1] * shape[2])
-    jobs = batch * chunks
-    out, squares = _gradient(
-        activations, grad_output, None, jobs, chunks, chunk,
-        store=store or chunks > 1, square=square and chunks == 1,
-    )  # fmt: skip
-    if chunks == 1:
-        return out.view(shape) if store else out, support.sum_rows(squares)
-    grads, norm_sq = support.combine(out.view(batch, chunks, -1), store, square)
+    run = functools.partial(_gradient, activations, grad_output)
+    weights = shape[1] * shape[2]
+    grads, norm_sq = support.per_sample(run, batch, positions, weights, store, square)
     return grads.view(shape) if store else grads, norm_sq
 
 
@@ -294,43 +290,28 @@ def linear_clipped_grad(
     activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
 ) -> torch.Tensor:
     """See the contract."""
-    batch, positions, features_in = activations.shape
-    shape = (grad_output.shape[2], features_in)
+    positions, shape = activations.shape[1], (grad_output.shape[2], activations.shape[2])
     if activations.numel() == 0 or grad_output.numel() == 0:
         return support.zeros(activations, *shape)
-    factor = clip_factor.detach().contiguous()
     if positions < ROW_FORM_POSITIONS:
-        partials = _short_rows(activations, grad_output, factor)
-    else:
-        chunks, chunk = support.split_factor(positions, shape[0] * shape[1])
-        slots, _ = support.split_factor(batch * positions, shape[0] * shape[1])
-        slots = min(slots, batch * chunks)
-        partials, _ = _gradient(
-            activations, grad_output, factor, slots, chunks, chunk, store=True, square=False
-        )
-    if len(partials) == 1:
-        return partials.view(shape)
-    return support.combine(partials.view(1, len(partials), -1))[0].view(shape)
+        partials = _short_rows(activations, grad_output, clip_factor.detach().contiguous())
+        return support.total(partials).view(shape)
+    run = functools.partial(_gradient, activations, grad_output)
+    return support.clipped_sum(run, clip_factor, positions, shape[0] * shape[1]).view(shape)
 
 
 def _gradient(
-    activations: torch.Tensor,
-    grad_output: torch.Tensor,
-    factor: torch.Tensor | None,
-    slots: int,
-    chunks: int,
-    chunk: int,
-    store: bool,
-    square: bool,
+    activations: torch.Tensor, grad_output: torch.Tensor, jobs: Jobs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the gradient kernel: ([slots, O, I], squares [slots, tiles]), empty if unwanted."""
+    """Run the gradient kernel."""
+    factor, slots, chunks, chunk, store, square = jobs
     batch, positions, features_in = activations.shape
     features_out = grad_output.shape[2]
     tile = GRADIENT[max(activations.element_size(), grad_output.element_size())]
     rows = support.power_of_two(features_out, tile.rows)
     columns = support.power_of_two(features_in, tile.columns)
     tiles = triton.cdiv(features_out, rows) * triton.cdiv(features_in, columns)
-    out = support.empty(activations, *((slots, features_out, features_in) if store else (0,)))
+    out = support.empty(activations, *((slots, features_out * features_in) if store else (0,)))
     squares = support.empty(activations, *((slots, tiles) if square else (0, 0)))
     with torch.cuda.device_of(activations):
         linear_gradient_kernel[(slots * tiles,)](
@@ -350,7 +331,7 @@ def _gradient(
 def _short_rows(
     activations: torch.Tensor, grad_output: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
-    """Run `linear_rows_kernel`: [slots, O, I]."""
+    """Run `linear_rows_kernel`: [slots, O * I]."""
     batch, positions, features_in = activations.shape
     features_out = grad_output.shape[2]
     length = batch * positions
@@ -358,7 +339,7 @@ def _short_rows(
     rows = support.power_of_two(features_out, ROWS.rows)
     columns = support.power_of_two(features_in, ROWS.columns)
     tiles = triton.cdiv(features_out, rows) * triton.cdiv(features_in, columns)
-    out = support.empty(activations, slots, features_out, features_in)
+    out = support.empty(activations, slots, features_out * features_in)
     with torch.cuda.device_of(activations):
         linear_rows_kernel[(slots * tiles,)](
             activations.detach(), grad_output.detach(), factor, out, length, chunk, positions,

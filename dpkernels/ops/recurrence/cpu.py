@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from torch.nn import functional as F
 
 from dpkernels.ops import native
-from dpkernels.ops.recurrence.records import Gradients, RecurrentWeights, Saved, State, Weights
-from dpkernels.ops.recurrence.steps import Steps, replaced, running
+from dpkernels.ops.recurrence import library
+from dpkernels.ops.recurrence.records import Gradients, RecurrentWeights, Saved
+from dpkernels.ops.recurrence.steps import Steps, running
 
 unavailable = native.why_not_cpu
 
@@ -18,25 +20,20 @@ def why_not(first: torch.Tensor | Gradients, *rest: object) -> str | None:
     return None if dtype == torch.float32 else f"it takes float32, and these are {dtype}"
 
 
-def lstm(data: torch.Tensor, weights: Weights, first: State, steps: Steps) -> list[torch.Tensor]:
-    """See the contract."""
-    h, c = first.h, first.c.contiguous()
-    gates = F.linear(data, weights.weight_ih, weights.bias)
-    recurrent, projection = weights.weight_hh.t(), weights.weight_hr
-    cell, cell_tanh, hidden = (gates.new_empty(len(gates), c.shape[1]) for _ in range(3))
-    output = hidden if projection is None else gates.new_empty(len(gates), len(projection))
-    sums, cells, hiddens, outputs = map(steps.split, (gates, cell, hidden, output))
-    at_gates, *results = (t.data_ptr() for t in (gates, cell, cell_tanh, hidden))
+def _compiled_step(of_steps: tuple[torch.Tensor, ...], steps: Steps) -> library.Step:
+    """As the library's, in one pass over memory."""
+    gates, cell = of_steps[:2]
+    at_gates, *results = (t.data_ptr() for t in of_steps)
     kernel, launch = native.extension(gates).lstm_step, native.launch_on(gates)
-    sizes, firsts = steps.sizes, steps.firsts()
-    for t in steps.order():
-        sums[t].addmm_(running(h, sizes[t]), recurrent)
-        kernel(at_gates, c.data_ptr(), *results, firsts[t], sizes[t], cell.shape[1], launch)
-        if projection is not None:
-            torch.mm(hiddens[t], projection.t(), out=outputs[t])
-        h, c = replaced(h, outputs[t]), replaced(c, cells[t])
-    saved = [steps.before(first.h, output), gates, steps.before(first.c, cell), cell_tanh]
-    return [output, h.clone(), c.clone(), *saved, *([] if projection is None else [hidden])]
+    sizes, firsts, width = steps.sizes, steps.firsts(), cell.shape[1]
+
+    def step(t: int, c: torch.Tensor) -> None:
+        kernel(at_gates, c.data_ptr(), *results, firsts[t], sizes[t], width, launch)
+
+    return step
+
+
+lstm = functools.partial(library.lstm, step_by=_compiled_step)
 
 
 def lstm_backward(

@@ -5,6 +5,8 @@ All that does not depend on the step after is done for all steps at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
@@ -14,27 +16,45 @@ from dpkernels.ops.recurrence.steps import Steps, replaced, running
 aten = torch.ops.aten
 
 
-def lstm(data: torch.Tensor, weights: Weights, first: State, steps: Steps) -> list[torch.Tensor]:
-    """See the contract."""
-    h, c = first
-    gates = F.linear(data, weights.weight_ih, weights.bias)
-    recurrent, projection = weights.weight_hh.t(), weights.weight_hr
-    output, cell, cell_tanh, hidden = (
-        gates.new_empty(len(gates), state.shape[1]) for state in (h, c, c, c)
-    )
-    if projection is None:
-        output = hidden
-    outputs, cells, tanhs, hiddens = map(steps.split, (output, cell, cell_tanh, hidden))
-    step, ins, forgets, news, outs = map(steps.split, (gates, *gates.chunk(4, 1)))
-    in_forgets = steps.split(gates[:, : 2 * cell.shape[1]])
-    for t in steps.order():
-        size = steps.sizes[t]
-        step[t].addmm_(running(h, size), recurrent)
+Step = Callable[[int, torch.Tensor], None]
+"""Takes a step's index and the cells before it; makes the step's gates, cells and states."""
+
+
+def _step_by_library(of_steps: tuple[torch.Tensor, ...], steps: Steps) -> Step:
+    """A step on gates [N, 4H], which hold the sums; cells, tanh of them and states, [N, H]."""
+    gates = of_steps[0]
+    cells, tanhs, hiddens = map(steps.split, of_steps[1:])
+    ins, forgets, news, outs = map(steps.split, gates.chunk(4, 1))
+    in_forgets = steps.split(gates[:, : gates.shape[1] // 2])
+
+    def step(t: int, c: torch.Tensor) -> None:
         in_forgets[t].sigmoid_()
         news[t].tanh_()
         outs[t].sigmoid_()
-        torch.mul(forgets[t], running(c, size), out=cells[t]).addcmul_(ins[t], news[t])
+        torch.mul(forgets[t], running(c, steps.sizes[t]), out=cells[t]).addcmul_(ins[t], news[t])
         torch.mul(outs[t], torch.tanh(cells[t], out=tanhs[t]), out=hiddens[t])
+
+    return step
+
+
+def lstm(
+    data: torch.Tensor,
+    weights: Weights,
+    first: State,
+    steps: Steps,
+    step_by: Callable[[tuple[torch.Tensor, ...], Steps], Step] = _step_by_library,
+) -> list[torch.Tensor]:
+    """See the contract. What lies between the matrix products is done by `step_by`."""
+    h, c = first.h, first.c.contiguous()
+    gates = F.linear(data, weights.weight_ih, weights.bias)
+    recurrent, projection = weights.weight_hh.t(), weights.weight_hr
+    cell, cell_tanh, hidden = (gates.new_empty(len(gates), c.shape[1]) for _ in range(3))
+    output = hidden if projection is None else gates.new_empty(len(gates), len(projection))
+    sums, cells, hiddens, outputs = map(steps.split, (gates, cell, hidden, output))
+    step = step_by((gates, cell, cell_tanh, hidden), steps)
+    for t in steps.order():
+        sums[t].addmm_(running(h, steps.sizes[t]), recurrent)
+        step(t, c)
         if projection is not None:
             torch.mm(hiddens[t], projection.t(), out=outputs[t])
         h, c = replaced(h, outputs[t]), replaced(c, cells[t])
