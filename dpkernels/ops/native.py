@@ -94,6 +94,12 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
+def features_adjacent(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` [B, T, F], or a copy where the features of a position do not lie side by side."""
+    tensor = tensor.detach()
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
 def key_bytes(key: torch.Tensor) -> bytes:
     """The 32 bytes of a [4] int64 key on the CPU."""
     return key.numpy().tobytes()

@@ -99,7 +99,14 @@ class Op(Generic[Result]):
         functools.update_wrapper(self, contract)
         self.name = contract.__name__
         self.family = contract.__module__
-        self.__signature__, self._records = _flattened(contract, bool(mutates))
+        signature, self._records = _flattened(contract)
+        if mutates:
+            signature = signature.replace(
+                return_annotation=signature.parameters[mutates[0]].annotation
+            )
+        elif runs is not None:
+            signature = signature.replace(return_annotation=runs.__signature__.return_annotation)
+        self.__signature__ = signature
         self._contract = contract
         self._check = check
         self._mutates = mutates
@@ -136,7 +143,7 @@ class Op(Generic[Result]):
         return args[0] if args else kwargs[self._mutates[0]]
 
     def _fake(self, *args: Any, **kwargs: Any) -> Result:
-        return self._contract(*self._gathered(args, kwargs))
+        return self._runs._contract(*self._arguments(args, kwargs))
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Result:
         arguments = self._arguments(args, kwargs)
@@ -249,8 +256,8 @@ def contract(
             run before every dispatch.
         mutates: the name of the op's first flat argument (a tensor or a list of them), which the op
             changes and returns. What an implementation returns then counts for nothing.
-        runs: the op of the same family whose implementations, reasons and check serve this op too:
-            the decorated function returns the arguments for them. For ops that mutate.
+        runs: the op of the same family whose implementations, reasons, check and shape rule serve
+            this op too: the decorated function returns the arguments for them.
     """
     return lambda function: Op(function, check, mutates, runs)
 
@@ -261,7 +268,7 @@ def all_ops() -> dict[str, Op[Any]]:
 
 
 def _flattened(
-    contract: Callable[..., Any], mutates: bool
+    contract: Callable[..., Any],
 ) -> tuple[inspect.Signature, list[tuple[int, int, Callable[..., Any]]]]:
     """The contract's signature with the fields of named tuples in the place of the tuples.
 
@@ -282,8 +289,7 @@ def _flattened(
         types = get_type_hints(make)
         records.append((at, len(record._fields), make))
         flat += [parameter.replace(name=n, annotation=types[n]) for n in record._fields]
-    returned = flat[0].annotation if mutates else signature.return_annotation
-    return signature.replace(parameters=flat, return_annotation=returned), records
+    return signature.replace(parameters=flat), records
 
 
 def _auto_order(arguments: tuple[Any, ...]) -> tuple[str, ...]:

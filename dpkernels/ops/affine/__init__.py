@@ -85,11 +85,15 @@ def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> t
     return grad_output.new_empty(grad_output.shape[:2], dtype=dtype)
 
 
-@contract(check=_check_pair)
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """As :func:`affine_grad_sample` for [B, T, C] operands; returns [B, C]."""
-    dtype = result_dtype(normalized, grad_output)
-    return grad_output.new_empty((grad_output.shape[0], grad_output.shape[2]), dtype=dtype)
+@contract(runs=affine_grad_sample)
+def affine_last_grad_sample(
+    normalized: torch.Tensor, grad_output: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """As :func:`affine_grad_sample` for [B, T, C] operands; returns [B, C].
+
+    What does not fit is named as [B, C, T].
+    """
+    return normalized.transpose(1, 2), grad_output.transpose(1, 2)
 
 
 @contract(check=_check_bias)
@@ -98,11 +102,10 @@ def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     return grad_output.new_empty(grad_output.shape[:2], dtype=result_dtype(grad_output))
 
 
-@contract(check=_check_bias)
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
+@contract(runs=bias_grad_sample)
+def bias_last_grad_sample(grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """As :func:`bias_grad_sample` for channels last: [B, T, C] -> [B, C]."""
-    shape = (grad_output.shape[0], grad_output.shape[2])
-    return grad_output.new_empty(shape, dtype=result_dtype(grad_output))
+    return (grad_output.transpose(1, 2),)
 
 
 @contract(check=_check_normalization)

@@ -25,19 +25,9 @@ affine_norm_sq = norm_sq_by(affine_grad_sample)
 affine_clipped_grad = clipped_grad_by(affine_grad_sample)
 
 
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return affine_grad_sample(normalized.transpose(1, 2), grad_output.transpose(1, 2))
-
-
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     return _reduce(grad_output, grad_output, None, _empty(grad_output))
-
-
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return bias_grad_sample(grad_output.transpose(1, 2))
 
 
 def normalization_grad_sample(
@@ -115,7 +105,7 @@ def _run(
     """Call a kernel with operands of one dtype and a contiguous last axis."""
     wide = result_dtype(input, grad_output)
     common = input.dtype if input.dtype == grad_output.dtype else wide
-    inputs, grads = (_unit_stride(each.detach().to(common)) for each in (input, grad_output))
+    inputs, grads = (native.features_adjacent(each.to(common)) for each in (input, grad_output))
     prepared = [None if s is None else s.detach().to(wide).contiguous() for s in statistics]
     getattr(native.extension(grads), kernel)(
         inputs.data_ptr(),
@@ -127,7 +117,3 @@ def _run(
         sizes,
         native.launch_on(grads),
     )
-
-
-def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()

@@ -18,20 +18,9 @@ affine_norm_sq = norm_sq_by(affine_grad_sample)
 affine_clipped_grad = clipped_grad_by(affine_grad_sample)
 
 
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    dtype = result_dtype(normalized, grad_output)
-    return torch.mul(normalized.to(dtype), grad_output.to(dtype)).sum(1)
-
-
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     return grad_output.sum(2, dtype=result_dtype(grad_output))
-
-
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return grad_output.sum(1, dtype=result_dtype(grad_output))
 
 
 def normalization_grad_sample(

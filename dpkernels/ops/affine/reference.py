@@ -14,19 +14,9 @@ def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> t
     return (normalized.to(dtype) * grad_output.to(dtype)).sum(2)
 
 
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return affine_grad_sample(normalized.transpose(1, 2), grad_output.transpose(1, 2))
-
-
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     return grad_output.to(result_dtype(grad_output)).sum(2)
-
-
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return bias_grad_sample(grad_output.transpose(1, 2))
 
 
 def normalization_grad_sample(
@@ -48,9 +38,8 @@ def normalization_last_grad_sample(
     """See the contract."""
     dtype = result_dtype(input, grad_output)
     normalized = (input.to(dtype) - mean.to(dtype).unsqueeze(2)) * rstd.to(dtype).unsqueeze(2)
-    return torch.stack(
-        [affine_last_grad_sample(normalized, grad_output), bias_last_grad_sample(grad_output)]
-    )
+    normalized, grads = normalized.transpose(1, 2), grad_output.transpose(1, 2)
+    return torch.stack([affine_grad_sample(normalized, grads), bias_grad_sample(grads)])
 
 
 def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:

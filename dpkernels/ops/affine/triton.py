@@ -122,19 +122,9 @@ def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> t
     return support.combine(_partials(normalized, grad_output, shift=False))[0]
 
 
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return affine_grad_sample(normalized.transpose(1, 2), grad_output.transpose(1, 2))
-
-
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     return support.combine(_partials(None, grad_output, shift=True))[0]
-
-
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return bias_grad_sample(grad_output.transpose(1, 2))
 
 
 def normalization_grad_sample(

@@ -55,8 +55,7 @@ def _run(
     *added: Any,
 ) -> torch.Tensor:
     """Call a kernel with a gradient whose last axis is contiguous; `added`: a table's arguments."""
-    grads = grad_output.detach()
-    grads = grads if grads.stride(2) == 1 else grads.contiguous()
+    grads = native.features_adjacent(grad_output)
     getattr(native.extension(grads), kernel)(
         result.data_ptr(),
         indices.data_ptr(),
