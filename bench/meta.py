@@ -16,7 +16,7 @@ import importlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -192,8 +192,8 @@ def as_gpu(step: Step) -> Iterator[None]:
     extension = _Extension(step.calls)
     kind_of = registry._device_type
 
-    def device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        found = kind_of(args, kwargs)
+    def device_type(arguments: Iterable[Any]) -> str:
+        found = kind_of(arguments)
         return "cuda" if found == "meta" else found
 
     def load(name: str) -> Any:

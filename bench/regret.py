@@ -179,10 +179,7 @@ def _work(
 
 
 def _formed(form: GradSample, operand: ConvOperand) -> Callable[[], torch.Tensor]:
-    geometry = Geometry.of(
-        operand.weight_shape, operand.stride, operand.padding, operand.dilation, operand.groups
-    )
-    return _stored(form(operand.input, operand.backprops, geometry))
+    return _stored(form(operand.input, operand.backprops, operand.geometry))
 
 
 def _stored(held: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -244,11 +241,13 @@ def _conv(
     return ConvOperand(
         torch.randn(batch, inputs, *[side] * axes),
         torch.randn(batch, outputs, *[reached] * axes),
-        [outputs, inputs, *[kernel] * axes],
-        [stride] * axes,
-        [padding] * axes,
-        [1] * axes,
-        1,
+        Geometry(
+            (outputs, inputs, *(kernel,) * axes),
+            (stride,) * axes,
+            (padding,) * axes,
+            (1,) * axes,
+            1,
+        ),
         batch,
     )
 

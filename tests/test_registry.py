@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -125,6 +128,44 @@ def test_cuda_says_why_not() -> None:
 def test_arguments_are_checked_before_any_backend() -> None:
     with use_backend("triton"), pytest.raises(ValueError, match="max_grad_norm=-1"):
         clip_factor(NORM_SQ, -1)
+
+
+def test_callers_pass_the_fields_of_named_tuples() -> None:
+    """Positions or names, the same schema for torch; implementations get the tuple."""
+    flat = ["input", "grad_output", "weight_shape", "stride", "padding", "dilation", "groups"]
+    assert list(inspect.signature(ops.conv_norm_sq).parameters) == flat
+    schema = torch.ops.dpkernels.conv_norm_sq.default._schema
+    assert [argument.name for argument in schema.arguments] == flat
+    arguments = torch.ones(2, 3, 5), torch.ones(2, 4, 3), [4, 3, 3], [1], [0], [1], 1
+    named = dict(zip(flat, arguments, strict=True))
+    assert torch.equal(ops.conv_norm_sq(*arguments), ops.conv_norm_sq(**named))
+    assert ops.conv_norm_sq.backend(**named) == ops.conv_norm_sq.backend(*arguments)
+    with pytest.raises(TypeError, match="groups"):
+        ops.conv_norm_sq(*arguments[:-1])
+
+
+def test_a_module_gives_reasons_for_all_its_ops_or_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SimpleNamespace(
+        affine_grad_sample=None,
+        bias_grad_sample=None,
+        why_not=lambda *arguments: f"{len(arguments)} arguments",
+        why_not_bias_grad_sample=lambda grad_output: "its own",
+    )
+    monkeypatch.setattr(registry, "_module", lambda family, name: backend)
+    x = torch.ones(2, 3, 4)
+    assert ops.affine_grad_sample.why_not("library", x, x) == "2 arguments"
+    assert ops.bias_grad_sample.why_not("library", x) == "its own"
+    assert ops.bias_grad_sample.why_not("library") is None
+
+
+def test_an_op_may_run_the_implementations_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    backend = SimpleNamespace(bias_grad_sample=lambda grads: found.append(grads) or grads.sum(2))
+    monkeypatch.setattr(registry, "_module", lambda family, name: backend)
+    grads = torch.ones(2, 3, 4)
+    assert torch.equal(ops.bias_last_grad_sample(grads), torch.full((2, 4), 3.0))
+    assert found[0].shape == (2, 4, 3)
+    assert inspect.signature(ops.bias_last_grad_sample).return_annotation is torch.Tensor
 
 
 def test_every_op_has_a_reference_and_a_docstring() -> None:

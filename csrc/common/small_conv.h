@@ -18,7 +18,6 @@
 
 namespace dpkernels::small_conv {
 
-constexpr int kMostChannels = 32;
 constexpr int kMostTaps = 27;
 constexpr int kTapsPerWarp = 3;
 constexpr int kWarp = 32;

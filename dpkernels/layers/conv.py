@@ -12,6 +12,7 @@ from dpkernels import ops
 from dpkernels.layers.fold import sum_rows
 from dpkernels.layers.operands import ConvOperand, Operand, StoredOperand
 from dpkernels.layers.rule import Rule
+from dpkernels.ops.conv.geometry import Geometry
 
 
 def _pad(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
@@ -62,11 +63,9 @@ class ConvRule(Rule):
                 ConvOperand(
                     input,
                     grads,
-                    list(module.weight.shape),
-                    list(module.stride),
-                    padding,
-                    list(module.dilation),
-                    module.groups,
+                    Geometry.of(
+                        module.weight.shape, module.stride, padding, module.dilation, module.groups
+                    ),
                     samples,
                 ),
             )

@@ -127,29 +127,22 @@ class ConvOperand:
 
     input: torch.Tensor
     backprops: torch.Tensor
-    weight_shape: list[int]
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
+    geometry: Geometry
     samples: int
 
-    def _geometry(self) -> tuple[list[int], list[int], list[int], list[int], int]:
-        return self.weight_shape, self.stride, self.padding, self.dilation, self.groups
-
     def norm_sq(self) -> torch.Tensor:
-        return ops.conv_norm_sq(self.input, self.backprops, *self._geometry())
+        return ops.conv_norm_sq(self.input, self.backprops, *self.geometry)
 
     def grad_sample(self) -> torch.Tensor:
-        rows = ops.conv_grad_sample(self.input, self.backprops, *self._geometry())
+        rows = ops.conv_grad_sample(self.input, self.backprops, *self.geometry)
         return sum_rows(rows, self.samples)
 
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
         factor = clip_factor.repeat_interleave(self.input.shape[0] // self.samples)
-        return ops.conv_clipped_grad(self.input, self.backprops, factor, *self._geometry())
+        return ops.conv_clipped_grad(self.input, self.backprops, factor, *self.geometry)
 
     def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
-        geometry = Geometry.of(*self._geometry())
+        geometry = self.geometry
         magnitude = margins.conv_magnitude(self.input, self.backprops, geometry)
         features = sum(geometry.channels) + torch.Size(geometry.kernel).numel()
         positions = self.backprops.shape[2:].numel()
@@ -165,11 +158,11 @@ class ConvOperand:
 
     def kernel(self, strategy: str) -> Call:
         op = ops.conv_norm_sq if strategy == "channel_gram" else ops.conv_grad_sample
-        return op, (self.input, self.backprops, *self._geometry())
+        return op, (self.input, self.backprops, *self.geometry)
 
     def offers(self) -> Offers:
         rows = self.input.shape[0]
-        geometry = Geometry.of(*self._geometry())
+        geometry = self.geometry
         shapes = self.input.shape, self.backprops.shape
         gram: float | str = rows * gram_flops(*shapes, geometry)
         if rows != self.samples:

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 
 from dpkernels.ops.precision import float32_products
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def checked_by(check: Callable[..., None]) -> Callable[[Function], Function]:
-    """Attach `check` (same arguments, raises ``ValueError``) to a contract function."""
-
-    def attach(function: Function) -> Function:
-        function.check = check  # type: ignore[attr-defined]
-        return function
-
-    return attach
 
 
 def result_dtype(*tensors: torch.Tensor) -> torch.dtype:

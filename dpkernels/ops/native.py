@@ -94,6 +94,12 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
+def features_adjacent(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` [B, T, F], or a copy where the features of a position do not lie side by side."""
+    tensor = tensor.detach()
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
 def key_bytes(key: torch.Tensor) -> bytes:
     """The 32 bytes of a [4] int64 key on the CPU."""
     return key.numpy().tobytes()
@@ -107,16 +113,16 @@ def launch_on(tensor: torch.Tensor) -> Launch:
     return (torch.get_num_threads(), 0, 0)
 
 
-def write_back(tensor: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+def write_back(tensor: torch.Tensor, result: torch.Tensor) -> None:
     """Give `tensor` what a kernel has written into `result`, its contiguous twin or itself.
 
     Kernels write behind autograd's back: without a copy, the version counter is moved by hand.
     """
     if result.data_ptr() == tensor.data_ptr():
         torch.autograd.graph.increment_version(tensor)
-        return tensor
+        return
     with torch.no_grad():
-        return tensor.copy_(result)
+        tensor.copy_(result)
 
 
 def instruction_sets() -> list[str]:

@@ -1,17 +1,21 @@
 """One place that decides which implementation of an op runs, and says why the others did not.
 
 An op family is a package ``dpkernels.ops.<family>``. Its ``__init__`` holds the contracts: one
-function per op, decorated with :func:`contract`, whose body checks the arguments and returns an
-empty tensor of the result's shape and dtype (it is also the op's fake implementation for
-``torch.library``). The modules beside it (``reference``, ``library``, ``cpu``, ``triton``,
-``cuda``) hold the implementations under the same names and are imported only when they are first
-asked for; ``library`` is calls of PyTorch's own kernels, on any device. A module may define
+function per op, decorated with :func:`contract`, whose body returns an empty tensor of the result's
+shape and dtype (it is the op's fake implementation for ``torch.library``). The modules beside it
+(``reference``, ``library``, ``cpu``, ``triton``, ``cuda``) hold the implementations under the same
+names and signatures, and are imported only when they are first asked for; ``library`` is calls of
+PyTorch's own kernels, on any device. A module may define
 
 * ``unavailable() -> str | None``: why nothing in it can run on this machine (not built, no GPU);
-* ``why_not_<op>(*args, **kwargs) -> str | None``: why it cannot take these arguments.
+* ``why_not_<op>(*arguments) -> str | None``: why it cannot take these arguments;
+* ``why_not(*arguments) -> str | None``: the same for its ops that have no function of their own.
 
 In automatic mode a reason is passed over silently; when a backend is forced (environment variable
 ``DPKERNELS_BACKEND`` or :func:`use_backend`) the reason is the error.
+
+Callers and ``torch.library`` know flat arguments only. A contract's parameter whose type is a named
+tuple stands for the tuple's fields: :class:`Op` takes the fields, and hands the tuple on.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ import importlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 
@@ -85,19 +89,35 @@ def _module(family: str, backend: str) -> ModuleType | str:
 class Op(Generic[Result]):
     """A named op: checks by its contract, runs on the best backend that can."""
 
-    def __init__(self, contract: Callable[..., Result], mutates: tuple[str, ...]):
+    def __init__(
+        self,
+        contract: Callable[..., Any],
+        check: Callable[..., None] | None,
+        mutates: tuple[str, ...],
+        runs: Op[Any] | None,
+    ):
         functools.update_wrapper(self, contract)
         self.name = contract.__name__
         self.family = contract.__module__
+        signature, self._records = _flattened(contract)
+        if mutates:
+            signature = signature.replace(
+                return_annotation=signature.parameters[mutates[0]].annotation
+            )
+        elif runs is not None:
+            signature = signature.replace(return_annotation=runs.__signature__.return_annotation)
+        self.__signature__ = signature
         self._contract = contract
+        self._check = check
         self._mutates = mutates
+        self._runs = runs or self
         library_op = torch.library.custom_op(f"dpkernels::{self.name}", mutates_args=mutates)
         self._library_op = library_op(self._typed(self._dispatch))
-        self._library_op.register_fake(self._typed(contract))
+        self._library_op.register_fake(self._typed(self._fake))
         _OPS[self.name] = self
 
     def _typed(self, function: Callable[..., Result]) -> Callable[..., Result | None]:
-        """`function` under the contract's signature, from which torch infers the schema.
+        """`function` under the flat signature, from which torch infers the schema.
 
         A library op may not return what it mutates: one that mutates returns None.
         """
@@ -107,66 +127,94 @@ class Op(Generic[Result]):
             result = function(*args, **kwargs)
             return None if self._mutates else result
 
+        signature = self.__signature__
         if self._mutates:
-            signature = inspect.signature(self._contract, eval_str=True)
-            call.__signature__ = signature.replace(return_annotation=None)  # type: ignore[attr-defined]
+            signature = signature.replace(return_annotation=None)
+        call.__signature__ = signature  # type: ignore[attr-defined]
         return call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         if torch.compiler.is_compiling():
             result = self._library_op(*args, **kwargs)
-            if not self._mutates:
-                return result
-            return args[0] if args else kwargs[self._mutates[0]]
+            return self._mutated(args, kwargs) if self._mutates else result
         return self._dispatch(*args, **kwargs)
+
+    def _mutated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0] if args else kwargs[self._mutates[0]]
+
+    def _fake(self, *args: Any, **kwargs: Any) -> Result:
+        return self._runs._contract(*self._arguments(args, kwargs))
+
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Result:
+        arguments = self._arguments(args, kwargs)
+        function = self._implementation(arguments)
+        with full_precision():
+            result = function(*arguments)
+        return self._mutated(args, kwargs) if self._mutates else result
+
+    def _implementation(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        return getattr(_module(self.family, self._choice(arguments)), self._runs.name)
+
+    def _gathered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The contract's arguments, of flat ones."""
+        if kwargs or (self._records and len(args) != len(self.__signature__.parameters)):
+            bound = self.__signature__.bind(*args, **kwargs)
+            bound.apply_defaults()
+            args = bound.args
+        for at, fields, record in self._records:
+            args = (*args[:at], record(*args[at : at + fields]), *args[at + fields :])
+        return args
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of implementations, of flat ones."""
+        arguments = self._gathered(args, kwargs)
+        return arguments if self._runs is self else self._contract(*arguments)
 
     def why_not(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `backend` cannot run this op (with these arguments, if given); None if it can."""
+        return self._why_not(backend, self._arguments(args, kwargs) if args or kwargs else None)
+
+    def _why_not(self, backend: str, arguments: tuple[Any, ...] | None) -> str | None:
         module = _module(self.family, backend)
         if isinstance(module, str):
             return module
-        if not hasattr(module, self.name):
+        name = self._runs.name
+        if not hasattr(module, name):
             return f"{self.name} has no {backend} implementation"
-        if not args and not kwargs:
+        if arguments is None:
             return None
-        device = _device_type(args, kwargs)
-        if _ONLY_ON.get(backend, device) != device:
+        if backend in _ONLY_ON and _ONLY_ON[backend] != (device := _device_type(arguments)):
             return f"it takes {_ONLY_ON[backend]} tensors and these are on {device}"
-        check = getattr(module, f"why_not_{self.name}", None)
-        return check(*args, **kwargs) if check is not None else None
+        check = getattr(module, f"why_not_{name}", None) or getattr(module, "why_not", None)
+        return check(*arguments) if check is not None else None
 
     def preferred(self, device_type: str) -> str | None:
         """The backend that automatic mode tries first on such tensors; None if there is none."""
         order = _AUTO_ORDER.get(device_type, ("reference",))
         return next((backend for backend in order if self.why_not(backend) is None), None)
 
-    def _dispatch(self, *args: Any, **kwargs: Any) -> Result:
-        function = self.implementation(*args, **kwargs)
-        with full_precision():
-            return function(*args, **kwargs)
-
-    def implementation(self, *args: Any, **kwargs: Any) -> Callable[..., Result]:
-        """The function that runs for these arguments.
+    def backend(self, *args: Any, **kwargs: Any) -> str:
+        """The name of the backend that runs for these arguments.
 
         Raises:
             BackendUnavailable: a forced backend cannot, or no backend can.
         """
-        return getattr(_module(self.family, self.backend(*args, **kwargs)), self.name)
+        return self._choice(self._arguments(args, kwargs))
 
-    def backend(self, *args: Any, **kwargs: Any) -> str:
-        """The name of the backend that runs for these arguments."""
-        self._contract_check(*args, **kwargs)
+    def _choice(self, arguments: tuple[Any, ...]) -> str:
+        if self._runs._check is not None:
+            self._runs._check(*arguments)
         forced = forced_backend()
         if forced is not None:
-            reason = self.why_not(forced, *args, **kwargs)
+            reason = self._why_not(forced, arguments)
             if reason:
                 raise BackendUnavailable(
                     f"{self.name}: backend {forced!r} was forced, but {reason}"
                 )
             return forced
         reasons = []
-        for backend in _auto_order(args, kwargs):
-            reason = self.why_not(backend, *args, **kwargs)
+        for backend in _auto_order(arguments):
+            reason = self._why_not(backend, arguments)
             if reason is None:
                 return backend
             reasons.append(f"{backend}: {reason}")
@@ -181,30 +229,37 @@ class Op(Generic[Result]):
         Raises:
             BackendUnavailable: a forced backend cannot, or no backend can.
         """
-        chosen = self.backend(*args, **kwargs)
+        arguments = self._arguments(args, kwargs)
+        chosen = self._choice(arguments)
         if forced_backend() is not None or chosen == "reference":
             return (chosen,)
-        order = _auto_order(args, kwargs)
+        order = _auto_order(arguments)
         others = order[order.index(chosen) + 1 : -1]
-        return (chosen, *(b for b in others if self.why_not(b, *args, **kwargs) is None))
-
-    def _contract_check(self, *args: Any, **kwargs: Any) -> None:
-        check = getattr(self._contract, "check", None)
-        if check is not None:
-            check(*args, **kwargs)
+        return (chosen, *(b for b in others if self._why_not(b, arguments) is None))
 
 
 _OPS: dict[str, Op[Any]] = {}
 
 
-def contract(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Result]], Op[Result]]:
+def contract(
+    *,
+    check: Callable[..., None] | None = None,
+    mutates: tuple[str, ...] = (),
+    runs: Op[Any] | None = None,
+) -> Callable[[Callable[..., Any]], Op[Any]]:
     """Declare an op: the decorated function is its signature, documentation and shape rule.
 
-    A function attribute ``check`` (same arguments, returns nothing, raises ``ValueError``) is run
-    before every dispatch. The op is registered with ``torch.library`` as ``dpkernels::<name>``.
-    An op that mutates names one argument, its first (a tensor or a list of them), and returns it.
+    The op is registered with ``torch.library`` as ``dpkernels::<name>``, under the flat signature.
+
+    Args:
+        check: takes the implementations' arguments, returns nothing and raises ``ValueError``; is
+            run before every dispatch.
+        mutates: the name of the op's first flat argument (a tensor or a list of them), which the op
+            changes and returns. What an implementation returns then counts for nothing.
+        runs: the op of the same family whose implementations, reasons, check and shape rule serve
+            this op too: the decorated function returns the arguments for them.
     """
-    return lambda function: Op(function, mutates)
+    return lambda function: Op(function, check, mutates, runs)
 
 
 def all_ops() -> dict[str, Op[Any]]:
@@ -212,12 +267,44 @@ def all_ops() -> dict[str, Op[Any]]:
     return dict(_OPS)
 
 
-def _auto_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+def _flattened(
+    contract: Callable[..., Any],
+) -> tuple[inspect.Signature, list[tuple[int, int, Callable[..., Any]]]]:
+    """The contract's signature with the fields of named tuples in the place of the tuples.
+
+    Returns:
+        The signature; for each named tuple its place among the contract's arguments, its number of
+        fields, and what makes it of them: its classmethod ``of`` if it has one, whose types are
+        then those of the fields.
+    """
+    signature = inspect.signature(contract, eval_str=True)
+    flat: list[inspect.Parameter] = []
+    records = []
+    for at, parameter in enumerate(signature.parameters.values()):
+        record = parameter.annotation
+        if not hasattr(record, "_fields"):
+            flat.append(parameter)
+            continue
+        make = getattr(record, "of", record)
+        types = get_type_hints(make)
+        records.append((at, len(record._fields), make))
+        flat += [parameter.replace(name=n, annotation=types[n]) for n in record._fields]
+    return signature.replace(parameters=flat), records
+
+
+def _auto_order(arguments: tuple[Any, ...]) -> tuple[str, ...]:
     """The backends that automatic mode tries for these arguments; the reference is the last."""
-    return _AUTO_ORDER.get(_device_type(args, kwargs), ("reference",))
+    return _AUTO_ORDER.get(_device_type(arguments), ("reference",))
 
 
-def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    each = (a if isinstance(a, (list, tuple)) else (a,) for a in (*args, *kwargs.values()))
-    first = next((a for group in each for a in group if isinstance(a, torch.Tensor)), None)
-    return "cpu" if first is None else first.device.type
+def _device_type(arguments: Iterable[Any]) -> str:
+    """Where the first tensor is; the CPU's where there is none."""
+    return next((tensor.device.type for tensor in _tensors(arguments)), "cpu")
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)

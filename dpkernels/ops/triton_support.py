@@ -12,7 +12,9 @@ Triton was imported.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -49,16 +51,9 @@ class Tile:
 
 @triton.jit
 def _combine_kernel(
-    partials,
-    out,
-    squares,
-    slots,
-    size,
-    blocks,
-    STORE: tl.constexpr,
-    SQUARE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partials, out, squares, slots, size, blocks,
+    STORE: tl.constexpr, SQUARE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[row] = sum over slots of partials[row, slot]; squares[row, block] = its squared sum."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -177,6 +172,16 @@ def split_factor(positions: int, weights: int) -> tuple[int, int]:
     return max(1, triton.cdiv(positions, chunk)), chunk
 
 
+def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Room for results of kernels, float32, where `like` is."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """As :func:`empty`, filled with zeros."""
+    return torch.zeros(shape, dtype=torch.float32, device=like.device)
+
+
 def sum_rows(partials: torch.Tensor) -> torch.Tensor:
     """Sums of the rows of [B, N] float32 in a fixed order, never negative: [B]."""
     rows, columns = partials.shape
@@ -207,14 +212,56 @@ def combine(
     if rows and blocks:
         with torch.cuda.device_of(partials):
             _combine_kernel[(rows * blocks,)](
-                partials,
-                out,
-                squares,
-                slots,
-                size,
-                blocks,
-                STORE=store,
-                SQUARE=square,
-                BLOCK=COMBINE_BLOCK,
-            )
+                partials, out, squares, slots, size, blocks,
+                STORE=store, SQUARE=square, BLOCK=COMBINE_BLOCK,
+            )  # fmt: skip
     return out, sum_rows(squares)
+
+
+class Jobs(NamedTuple):
+    """How a gradient kernel's work is divided: a job is `chunk` positions of one sample.
+
+    There are `chunks` jobs for each sample; job j is added to slot j % slots.
+    """
+
+    factor: torch.Tensor | None
+    """[B], the samples' clip factors; None for per-sample gradients."""
+    slots: int
+    chunks: int
+    chunk: int
+    store: bool
+    square: bool
+    """Whether the sums are wanted, and the squared sums of their tiles."""
+
+
+Gradient = Callable[[Jobs], tuple[torch.Tensor, torch.Tensor]]
+"""Runs a gradient kernel: sums [slots, weights], squares [slots, tiles], empty if unwanted."""
+
+
+def per_sample(
+    run: Gradient, batch: int, positions: int, weights: int, store: bool, square: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Gradients [B, weights], squared norms [B]) of one sum over positions each.
+
+    What is not wanted is empty.
+    """
+    chunks, chunk = split_factor(positions, weights)
+    whole = chunks == 1
+    jobs = Jobs(None, batch * chunks, chunks, chunk, store or not whole, square and whole)
+    sums, squares = run(jobs)
+    if whole:
+        return sums, sum_rows(squares)
+    return combine(sums.view(batch, chunks, weights), store, square)
+
+
+def clipped_sum(run: Gradient, factor: torch.Tensor, positions: int, weights: int) -> torch.Tensor:
+    """[weights]: the samples' gradients in float32 as their norms saw them, times their factors."""
+    chunks, chunk = split_factor(positions, weights)
+    slots, _ = split_factor(len(factor) * positions, weights)
+    slots = min(slots, len(factor) * chunks)
+    return total(run(Jobs(factor.detach().contiguous(), slots, chunks, chunk, True, False))[0])
+
+
+def total(partials: torch.Tensor) -> torch.Tensor:
+    """The slots of [S, N] added in order: [N]."""
+    return partials[0] if len(partials) == 1 else combine(partials[None])[0][0]

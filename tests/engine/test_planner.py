@@ -17,6 +17,7 @@ from dpkernels.engine.plan.strategies import held_by
 from dpkernels.engine.plan.table import Plan
 from dpkernels.layers.costs import STRATEGIES, Cost
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand
+from dpkernels.ops.conv.geometry import Geometry
 from tests.engine.support import made_private, squared_loss, values
 from tests.engine.truth import assert_private
 
@@ -32,8 +33,8 @@ def linear(positions: int, inputs: int, outputs: int, batch: int = 3) -> LinearO
 def conv(channels: int = 32, side: int = 2, batch: int = 3, rows: int = 3) -> ConvOperand:
     draw = torch.Generator().manual_seed(side)
     x = torch.randn(rows, channels, side, side, generator=draw).double()
-    weight = [channels, channels, 3, 3]
-    return ConvOperand(x, x.flip(1), weight, [1, 1], [1, 1], [1, 1], 1, batch)
+    geometry = Geometry((channels, channels, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    return ConvOperand(x, x.flip(1), geometry, batch)
 
 
 def embedding(batch: int = 3) -> EmbeddingOperand:

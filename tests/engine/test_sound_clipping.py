@@ -17,6 +17,7 @@ from dpkernels.engine.plan.strategies import held_by
 from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand
+from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.sums import squared_norms
 
 BATCH = 4
@@ -76,8 +77,8 @@ def linear(a: torch.Tensor, g: torch.Tensor) -> Operand:
 def conv(a: torch.Tensor, g: torch.Tensor) -> Operand:
     """The same numbers as images of one row, seen by a kernel of three taps in two groups."""
     a, g = (t[..., : t.shape[2] - t.shape[2] % 4].transpose(1, 2) for t in (a, g))
-    weight = [g.shape[1], a.shape[1] // 2, 3]
-    return ConvOperand(a.contiguous(), g.contiguous(), weight, [1], [1], [1], 2, BATCH)
+    geometry = Geometry((g.shape[1], a.shape[1] // 2, 3), (1,), (1,), (1,), 2)
+    return ConvOperand(a.contiguous(), g.contiguous(), geometry, BATCH)
 
 
 def embedding(a: torch.Tensor, g: torch.Tensor) -> Operand:

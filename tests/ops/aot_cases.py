@@ -10,9 +10,11 @@ import torch
 from dpkernels.ops import triton_support
 from dpkernels.ops.affine import triton as affine
 from dpkernels.ops.clip import triton as clip
+from dpkernels.ops.clip.records import NOTHING_MORE, Finish, Places, Sums
 from dpkernels.ops.conv import triton as conv
 from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.embedding import triton as embedding
+from dpkernels.ops.embedding.table import Table
 from dpkernels.ops.linear import triton as linear
 from dpkernels.ops.noise import triton as noise
 
@@ -57,16 +59,6 @@ def _volumes(
     return input, grads
 
 
-def _geometry(geometry: Geometry) -> tuple[object, ...]:
-    return (
-        list(geometry.weight_shape),
-        list(geometry.stride),
-        list(geometry.padding),
-        list(geometry.dilation),
-        geometry.groups,
-    )
-
-
 CASES: dict[str, Callable[[], object]] = {
     "linear gram, bf16": functools.partial(linear.gram_norm_sq, *_linear(_HALF)),
     "linear gram, fp32": functools.partial(linear.gram_norm_sq, *_linear(_FULL)),
@@ -93,9 +85,17 @@ CASES: dict[str, Callable[[], object]] = {
     "normals": functools.partial(noise.standard_normals, tensor(4096, 16, dtype=torch.int32)),
     "clip factor": functools.partial(clip.clip_factor, _FACTOR, 1.5),
     "finish, fp32": functools.partial(
-        clip.finish_grad_, _PARAMETER, _SAMPLES, _FACTOR, 1.0, 0.1, _KEY, 5, False
+        clip.finish_grads_,
+        Sums([_PARAMETER], [_SAMPLES], [_FACTOR]),
+        Finish(1.0, 0.1, _KEY),
+        Places([5], [False]),
     ),
-    "weighted sum, fp32": functools.partial(clip.weighted_sum_, _PARAMETER, _SAMPLES, _FACTOR),
+    "weighted sum, fp32": functools.partial(
+        clip.finish_grads_,
+        Sums([_PARAMETER], [_SAMPLES], [_FACTOR]),
+        NOTHING_MORE,
+        Places([0], [True]),
+    ),
     "conv3d gradient and norm, bf16": functools.partial(
         conv.grad_sample_and_norm_sq, *_volumes(_HALF), _VOLUME
     ),
@@ -106,7 +106,7 @@ CASES: dict[str, Callable[[], object]] = {
         conv.recompute_norm_sq, *_volumes(_FULL), _VOLUME
     ),
     "conv3d clipped, bf16": functools.partial(
-        conv.conv_clipped_grad, *_volumes(_HALF), _FACTOR, *_geometry(_VOLUME)
+        conv.conv_clipped_grad, *_volumes(_HALF), _FACTOR, _VOLUME
     ),
     "conv2d tile-discard norm, bf16": functools.partial(conv.recompute_norm_sq, *_IMAGES, _IMAGE),
     "conv2d channel gram, bf16": functools.partial(conv.channel_gram_norm_sq, *_IMAGES, _IMAGE),
@@ -132,7 +132,7 @@ CASES: dict[str, Callable[[], object]] = {
         embedding.embedding_norm_sq, _TOKENS, tensor(8, 2048, 1024), -1
     ),
     "embedding clipped, bf16": functools.partial(
-        embedding.embedding_clipped_grad, _TOKENS, tensor(8, 2048, 1024), _FACTOR, 50257, -1
+        embedding.embedding_clipped_grad, _TOKENS, tensor(8, 2048, 1024), _FACTOR, Table(50257, -1)
     ),
 }
 
@@ -153,17 +153,20 @@ SIZES_OF_ONE: dict[str, Callable[[], object]] = {
     "normals": functools.partial(noise.standard_normals, tensor(1, 16, dtype=torch.int32)),
     "factor": functools.partial(clip.clip_factor, _ONE, 1.0),
     "finish": functools.partial(
-        clip.finish_grad_, _ONE, tensor(1, 1), _ONE, 1.0, 1.0, _KEY, 0, True
+        clip.finish_grads_,
+        Sums([_ONE], [tensor(1, 1)], [_ONE]),
+        Finish(1.0, 1.0, _KEY),
+        Places([0], [True]),
     ),
     "conv gradient": functools.partial(conv.grad_sample_and_norm_sq, *_ONES, _POINT),
-    "conv clipped": functools.partial(conv.conv_clipped_grad, *_ONES, _ONE, *_geometry(_POINT)),
+    "conv clipped": functools.partial(conv.conv_clipped_grad, *_ONES, _ONE, _POINT),
     "conv gram": functools.partial(conv.channel_gram_norm_sq, *_ONES, _POINT),
     "group norm": functools.partial(affine.normalization_grad_sample, *_ONES, *_STATISTICS),
     "layer norm": functools.partial(affine.normalization_last_grad_sample, *_ONES, *_STATISTICS),
     "statistics": functools.partial(affine.normalization_statistics, _ONES[0], 1, 1e-5),
     "embedding norm": functools.partial(embedding.embedding_norm_sq, _INDEX, _ONES[0], -1),
     "embedding clipped": functools.partial(
-        embedding.embedding_clipped_grad, _INDEX, _ONES[0], _ONE, 1, 0
+        embedding.embedding_clipped_grad, _INDEX, _ONES[0], _ONE, Table(1, 0)
     ),
 }
 """Triton compiles an argument that is 1 into the kernel, where it is no tensor any more."""

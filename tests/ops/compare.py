@@ -6,16 +6,25 @@ dtype, plus a few roundings of the sum's absolute terms (the usual forward error
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
-from dpkernels.ops.registry import Op
+from dpkernels.ops import native
+from dpkernels.ops.registry import Op, use_backend
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("reference", "cpu")
+BACKENDS = (
+    "reference",
+    "library",
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
+    ),
+)
 ROUNDINGS = 8
 
 
@@ -24,6 +33,59 @@ def skip_unless_runs(op: Op, backend: str, *args: object) -> None:
     reason = op.why_not(backend, *args)
     if reason:
         pytest.skip(f"{op.name} on {backend}: {reason}")
+
+
+def assert_backend(
+    op: Op,
+    backend: str,
+    *arguments: Any,
+    place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> None:
+    """Fail unless `op` on `backend` is as exact as the reference.
+
+    The truth is the reference in float64; the size of the terms that are added is its result for
+    the operands' absolute values (and minus that of a mean, which is taken off).
+
+    Args:
+        op: one that :mod:`tests.ops.hostile` knows.
+        backend: its name.
+        arguments: flat, on the CPU.
+        place: moves a tensor to where the backend takes it.
+    """
+    wide = _mapped(arguments, torch.Tensor.double)
+    names = inspect.signature(op).parameters
+    sizes = tuple(_size(*each) for each in zip(names, wide, strict=False))
+    with use_backend("reference"):
+        plain, exact, magnitude = (
+            _results(op(*each)) for each in (_mapped(arguments, torch.clone), wide, sizes)
+        )
+    with use_backend(backend):
+        actual = _results(op(*_mapped(arguments, place)))
+    for found, *truths in zip(actual, plain, exact, magnitude, strict=True):
+        assert_as_exact_as_torch(found.cpu(), *truths)
+
+
+def _size(name: str, value: Any) -> Any:
+    sign = -1.0 if name == "mean" else 1.0
+    return _mapped((value,), lambda tensor: sign * tensor.abs())[0]
+
+
+def _mapped(
+    arguments: Iterable[Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[Any, ...]:
+    """The arguments, `change` applied to each floating-point tensor."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(each) for each in value]
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return change(value) if floats else value
+
+    return tuple(of(value) for value in arguments)
+
+
+def _results(result: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    return result if isinstance(result, list) else [result]
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dpkernels.ops.conv.geometry import Geometry
+
 LINEAR = {
     "one position": (3, 1, 5, 4),
     "one of everything": (1, 1, 1, 1),
@@ -81,18 +83,12 @@ class Conv:
 
     @property
     def output(self) -> list[int]:
-        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 - self.unused for n, k, s, p, d in axes]
+        return [windows - self.unused for windows in self.geometry.windows(self.size)]
 
     @property
-    def geometry(self) -> tuple[list[int], list[int], list[int], list[int], int]:
-        return (
-            self.weight_shape,
-            list(self.stride),
-            list(self.padding),
-            list(self.dilation),
-            self.groups,
-        )
+    def geometry(self) -> Geometry:
+        shape = tuple(self.weight_shape)
+        return Geometry(shape, self.stride, self.padding, self.dilation, self.groups)
 
 
 CONV = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dpkernels import ops
-from dpkernels.ops.affine import cpu, library, reference
+from dpkernels.ops.affine import cpu
 from tests.ops import shapes
 from tests.ops.compare import BACKENDS, DTYPES, assert_as_exact_as_torch, skip_unless_runs
 
@@ -161,26 +161,6 @@ def test_any_memory_layout(layout: str) -> None:
     assert_as_exact_as_torch(ops.affine_grad_sample(value, grad), *scale)
     last = value.transpose(1, 2), grad.transpose(1, 2)
     assert_as_exact_as_torch(ops.affine_last_grad_sample(*last), *scale)
-
-
-@pytest.mark.parametrize("name", ["odd", "several blocks", "empty batch"])
-def test_the_library_serves_a_package_without_native_code(name: str) -> None:
-    value, grad = operands(name, torch.float64)
-    mean, rstd = statistics(value, shapes.REDUCTION[name][3])
-    last = value.transpose(1, 2), grad.transpose(1, 2)
-    row_statistics = torch.rand(2, len(value), value.shape[2], dtype=torch.float64)
-    calls = {
-        "affine_grad_sample": (value, grad),
-        "affine_last_grad_sample": last,
-        "bias_grad_sample": (grad,),
-        "bias_last_grad_sample": last[1:],
-        "normalization_grad_sample": (value, grad, mean, rstd),
-        "normalization_last_grad_sample": (*last, *row_statistics),
-        "normalization_statistics": (value, shapes.REDUCTION[name][3], 1e-5),
-    }
-    for op, args in calls.items():
-        exact = getattr(reference, op)(*args)
-        torch.testing.assert_close(getattr(library, op)(*args), exact)
 
 
 def test_a_large_mean_does_not_cancel() -> None:

@@ -12,10 +12,9 @@ from dpkernels import ops
 from dpkernels.ops import native
 from dpkernels.ops.conv import cpu, gram, library, tiles
 from dpkernels.ops.conv.geometry import Geometry
-from tests.ops import compare, shapes
-from tests.ops.compare import DTYPES, assert_as_exact_as_torch, skip_unless_runs, tf32
+from tests.ops import shapes
+from tests.ops.compare import BACKENDS, DTYPES, assert_as_exact_as_torch, skip_unless_runs, tf32
 
-BACKENDS = (*compare.BACKENDS, "library")
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 FORMS = {
     "tiles": tiles.grad_sample,
@@ -124,11 +123,10 @@ def test_any_memory_layout(name: str, layout: str) -> None:
     case = shapes.CONV[name]
     input, grad_output = operands(case, torch.float32, layout)
     truth = Truth(input, grad_output, case)
-    geometry = Geometry.of(*case.geometry)
     for form in FORMS.values():
         if form is tiles.grad_sample and native.why_not_cpu():
             continue
-        assert_as_exact_as_torch(form(input, grad_output, geometry), *truth.grads())
+        assert_as_exact_as_torch(form(input, grad_output, case.geometry), *truth.grads())
     norm_sq = ops.conv_norm_sq(input, grad_output, *case.geometry)
     assert_as_exact_as_torch(norm_sq, *truth.norm_sq())
 
@@ -142,7 +140,7 @@ def test_every_cpu_form(name: str, form: str) -> None:
         pytest.skip(native.why_not_cpu())
     input, grad_output = operands(case, torch.float32)
     truth = Truth(input, grad_output, case)
-    actual = FORMS[form](input, grad_output, Geometry.of(*case.geometry))
+    actual = FORMS[form](input, grad_output, case.geometry)
     assert_as_exact_as_torch(actual, *truth.grads())
 
 
@@ -155,7 +153,7 @@ def test_channel_gram(name: str) -> None:
     for dtype in (torch.float64, torch.float32):
         input, grad_output = operands(case, dtype)
         truth = Truth(input, grad_output, case)
-        actual = gram.channel_gram_norm_sq(input, grad_output, Geometry.of(*case.geometry))
+        actual = gram.channel_gram_norm_sq(input, grad_output, case.geometry)
         assert_as_exact_as_torch(actual, *truth.norm_sq())
 
 
@@ -182,11 +180,10 @@ def test_the_kernel_is_left_alone_where_it_cannot_win() -> None:
 def test_threads_do_not_change_a_bit() -> None:
     case = shapes.CONV["3d, several blocks"]
     input, grad_output = operands(case, torch.float32)
-    geometry = Geometry.of(*case.geometry)
     torch.set_num_threads(1)
-    alone = tiles.grad_sample(input, grad_output, geometry)
+    alone = tiles.grad_sample(input, grad_output, case.geometry)
     torch.set_num_threads(3)
-    assert torch.equal(tiles.grad_sample(input, grad_output, geometry), alone)
+    assert torch.equal(tiles.grad_sample(input, grad_output, case.geometry), alone)
 
 
 @pytest.mark.parametrize("name", ["2d", "2d, one tap", "2d, stride 2, remainder", "3d"])
@@ -211,10 +208,9 @@ def test_scratch_of_a_bad_call_does_not_leak() -> None:
     """The tile kernel's scratch is reused: what a NaN left there must not be read."""
     case = shapes.CONV["3d, several blocks"]
     input, grad_output = operands(case, torch.float32)
-    geometry = Geometry.of(*case.geometry)
-    clean = tiles.grad_sample(input, grad_output, geometry)
-    tiles.grad_sample(torch.full_like(input, torch.nan), grad_output, geometry)
-    assert torch.equal(tiles.grad_sample(input, grad_output, geometry), clean)
+    clean = tiles.grad_sample(input, grad_output, case.geometry)
+    tiles.grad_sample(torch.full_like(input, torch.nan), grad_output, case.geometry)
+    assert torch.equal(tiles.grad_sample(input, grad_output, case.geometry), clean)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

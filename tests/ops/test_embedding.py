@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from dpkernels import ops
 from dpkernels.ops import native
-from dpkernels.ops.embedding import compiled, cpu, scatter
+from dpkernels.ops.embedding import cpu
+from dpkernels.ops.embedding.table import Table
 from tests.ops import shapes
 from tests.ops.compare import BACKENDS, DTYPES, assert_as_exact_as_torch, skip_unless_runs
 
@@ -66,16 +67,6 @@ def test_equals_one_sample_at_a_time(
     assert_as_exact_as_torch(clipped, *sums)
 
 
-@pytest.mark.parametrize("name", shapes.EMBEDDING)
-def test_the_library_serves_a_package_without_native_code(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for op in ("embedding_norm_sq", "embedding_grad_sample", "embedding_clipped_grad"):
-        monkeypatch.setattr(cpu, op, getattr(scatter, op))
-    for dtype in (torch.float64, torch.bfloat16):
-        test_equals_one_sample_at_a_time(name, dtype, 0, "cpu")
-
-
 @pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, threads: None) -> None:
@@ -86,9 +77,9 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, threads: 
         torch.set_num_threads(count)
         found.append(
             (
-                compiled.embedding_norm_sq(indices, grad_output, 0),
-                compiled.embedding_grad_sample(indices, grad_output, rows, 0),
-                compiled.embedding_clipped_grad(indices, grad_output, factor, rows, 0),
+                cpu.embedding_norm_sq(indices, grad_output, 0),
+                cpu.embedding_grad_sample(indices, grad_output, Table(rows, 0)),
+                cpu.embedding_clipped_grad(indices, grad_output, factor, Table(rows, 0)),
             )
         )
     for others in found[1:]:

@@ -189,7 +189,7 @@ def test_gates_are_exact_on_every_instruction_set(name: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_sample_stays_alone(backend: str) -> None:
     arguments = operands("packed", True)
-    skip_unless_runs(ops.lstm, backend, *arguments)
+    skip_unless_runs(ops.lstm, backend, *arguments, False)
     data, h, sizes = arguments[0], arguments[5], arguments[7]
     grads = incoming(arguments)
     with ops.use_backend(backend):
@@ -207,7 +207,7 @@ def test_a_bad_sample_stays_alone(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_memory_layout(backend: str, layout: str) -> None:
     arguments, move = operands("packed", True), shapes.LAYOUTS[layout]
-    skip_unless_runs(ops.lstm, backend, *arguments)
+    skip_unless_runs(ops.lstm, backend, *arguments, False)
     grads = incoming(arguments)
     moved = [move(v) if isinstance(v, torch.Tensor) and v.ndim == 2 else v for v in arguments]
     grads = [move(grad) for grad in grads]

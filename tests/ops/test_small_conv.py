@@ -19,7 +19,7 @@ import torch
 
 from dpkernels import ops
 from dpkernels.ops import native
-from dpkernels.ops.conv import cuda, output_size
+from dpkernels.ops.conv import cuda
 from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
 from dpkernels.ops.registry import use_backend
 from tests.ops.compare import tf32
@@ -50,8 +50,7 @@ class Case:
 
     @property
     def output(self) -> tuple[int, ...]:
-        axes = zip(self.size, self.kernel, self.stride, self.padding, strict=True)
-        return tuple(output_size(*axis, 1) - self.missing for axis in axes)
+        return tuple(windows - self.missing for windows in self.geometry.windows(self.size))
 
 
 CASES = {
@@ -129,11 +128,10 @@ def truth(
     """Gradients in float64 of the values that are multiplied, and the size of what is added up."""
     if input.dtype == torch.float32:
         input, grad_output = rounded_to_tf32(input), rounded_to_tf32(grad_output)
-    arguments = [list(part) for part in vars(case.geometry).values() if isinstance(part, tuple)]
     wide = input.double(), grad_output.double()
     with use_backend("reference"):
-        exact = ops.conv_grad_sample(*wide, *arguments, 1)
-        magnitude = ops.conv_grad_sample(*(w.abs() for w in wide), *arguments, 1)
+        exact = ops.conv_grad_sample(*wide, *case.geometry)
+        magnitude = ops.conv_grad_sample(*(w.abs() for w in wide), *case.geometry)
     return exact, magnitude
 
 
@@ -197,8 +195,7 @@ def test_there_is_a_plan_for_all_that_the_backend_takes(
     case = Case(1, (32, 32), (6,) * axes, (3,) * axes, (stride,) * axes, (1,) * axes)
     input, grad_output = operands(case, dtype)
     with tf32(True):
-        arguments = (list(case.geometry.weight_shape), [stride] * axes, [1] * axes, [1] * axes, 1)
-        assert cuda.why_not_conv_grad_sample(input, grad_output, *arguments) is None
+        assert cuda.why_not_conv_grad_sample(input, grad_output, case.geometry) is None
     assert emulated(input, grad_output, case) is not None
 
 
@@ -231,7 +228,8 @@ GOOD = {
 )
 def test_what_it_is_not_for(change: dict[str, object], reason: str | None) -> None:
     with tf32(False):
-        found = cuda.why_not_conv_grad_sample(**(GOOD | change))
+        input, grad_output, *geometry = (GOOD | change).values()
+        found = cuda.why_not_conv_grad_sample(input, grad_output, Geometry.of(*geometry))
     assert (found is None) if reason is None else (reason in found)
 
 
@@ -252,11 +250,10 @@ def test_on_the_device(
     exact, magnitude = truth(input, grad_output, case)
     monkeypatch.setattr(cuda, "SLOT_POSITIONS", 64)
     monkeypatch.setattr(cuda, "SCRATCH_ELEMENTS", 1)
-    arguments = [list(part) for part in vars(case.geometry).values() if isinstance(part, tuple)]
     with tf32(True), use_backend("cuda"):
         moved = input.cuda(), grad_output.cuda()
-        grads = ops.conv_grad_sample(*moved, *arguments, 1)
-        assert torch.equal(ops.conv_grad_sample(*moved, *arguments, 1), grads)
+        grads = ops.conv_grad_sample(*moved, *case.geometry)
+        assert torch.equal(ops.conv_grad_sample(*moved, *case.geometry), grads)
     positions = torch.Size(case.output).numel()
     error = (grads.cpu().double() - exact).abs()
     assert (error <= 2.0**-23 * (positions / 8 + 4) * magnitude).all()

@@ -7,7 +7,7 @@ import torch
 
 from dpkernels import ops
 from tests.ops import shapes
-from tests.ops.compare import assert_as_exact_as_torch
+from tests.ops.compare import assert_backend
 from tests.ops.triton_device import DTYPES, MARKS, load, on_device
 
 affine = load("dpkernels.ops.affine.triton")
@@ -64,15 +64,7 @@ def calls(o: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, ...]]:
 
 def check(op: str, args: tuple[torch.Tensor, ...]) -> None:
     """One op against the same maths in plain PyTorch and in float64."""
-    wide = tuple(arg.double() for arg in args)
-    magnitude = [arg.abs() for arg in wide]
-    if "normalization" in op:
-        magnitude[2] = -magnitude[2]
-    with ops.use_backend("reference"):
-        plain, exact, size = (getattr(ops, op)(*each) for each in (args, wide, magnitude))
-    with ops.use_backend("triton"):
-        actual = getattr(ops, op)(*on_device(*args))
-    assert_as_exact_as_torch(actual.cpu(), plain, exact, size)
+    assert_backend(getattr(ops, op), "triton", *args, place=lambda tensor: on_device(tensor)[0])
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)

@@ -85,8 +85,7 @@ def test_every_norm_strategy(name: str, form: str) -> None:
     case = SHAPES[name]
     input, grad_output = operands(case, torch.float32)
     truth = Truth(input, grad_output, case).norm_sq()
-    geometry = Geometry.of(*case.geometry)
-    norm_sq = getattr(conv, form)(*on_device(input, grad_output), geometry)
+    norm_sq = getattr(conv, form)(*on_device(input, grad_output), case.geometry)
     assert_as_exact_as_torch(norm_sq.cpu(), *truth)
 
 
@@ -98,7 +97,7 @@ def test_channel_gram_in_several_tiles(dtype: torch.dtype, monkeypatch: pytest.M
     case = shapes.Conv(2, 4, 18, (5, 4), (3, 2), (1, 1), (1, 0), (1, 1), 2)
     input, grad_output = operands(case, dtype)
     truth = Truth(input, grad_output, case).norm_sq()
-    norm_sq = conv.channel_gram_norm_sq(*on_device(input, grad_output), Geometry.of(*case.geometry))
+    norm_sq = conv.channel_gram_norm_sq(*on_device(input, grad_output), case.geometry)
     assert_as_exact_as_torch(norm_sq.cpu(), *truth)
 
 
@@ -108,8 +107,7 @@ def test_any_memory_layout(layout: str) -> None:
     input, grad_output = operands(case, torch.float32, layout)
     check(case, input, grad_output)
     truth = Truth(input, grad_output, case).norm_sq()
-    geometry = Geometry.of(*case.geometry)
-    norm_sq = conv.channel_gram_norm_sq(*on_device(input, grad_output), geometry)
+    norm_sq = conv.channel_gram_norm_sq(*on_device(input, grad_output), case.geometry)
     assert_as_exact_as_torch(norm_sq.cpu(), *truth)
 
 
@@ -130,13 +128,12 @@ def test_a_bad_sample_stays_alone() -> None:
     clean[0] = 0
     input[0, 0, 0, 0] = torch.nan
     factor = torch.tensor([0.0, 0.5], device=input.device)
-    geometry = Geometry.of(*case.geometry)
     with ops.use_backend("triton"):
         rest = ops.conv_clipped_grad(input, grad_output, factor, *case.geometry)
         alone = ops.conv_clipped_grad(clean, grad_output, factor, *case.geometry)
     assert torch.equal(rest, alone)
     for form in (conv.channel_gram_norm_sq, conv.recompute_norm_sq):
-        norm_sq = form(input, grad_output, geometry)
+        norm_sq = form(input, grad_output, case.geometry)
         assert norm_sq[0].isnan()
         assert norm_sq[1].isfinite()
 
@@ -144,16 +141,15 @@ def test_a_bad_sample_stays_alone() -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_same_bits_twice_and_the_sum_adds_what_the_norm_saw() -> None:
     case = SHAPES["3d, tiny"]
-    geometry = Geometry.of(*case.geometry)
     moved = on_device(*operands(case, torch.bfloat16))
     one = moved[0][:1], moved[1][:1]
-    grads, norm_sq = conv.grad_sample_and_norm_sq(*moved, geometry)
-    again, norm_again = conv.grad_sample_and_norm_sq(*moved, geometry)
+    grads, norm_sq = conv.grad_sample_and_norm_sq(*moved, case.geometry)
+    again, norm_again = conv.grad_sample_and_norm_sq(*moved, case.geometry)
     assert torch.equal(grads, again)
     assert torch.equal(norm_sq, norm_again)
-    assert torch.equal(norm_sq, conv.recompute_norm_sq(*moved, geometry))
+    assert torch.equal(norm_sq, conv.recompute_norm_sq(*moved, case.geometry))
     factor = torch.ones(1, device=grads.device)
-    assert torch.equal(conv.conv_clipped_grad(*one, factor, *case.geometry), grads[0])
+    assert torch.equal(conv.conv_clipped_grad(*one, factor, case.geometry), grads[0])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops.checks import (
-    checked_by,
     require_clip_factor,
     require_float,
     require_shape,
@@ -19,10 +18,16 @@ from dpkernels.ops.checks import (
 from dpkernels.ops.registry import contract
 
 
-def _check_pair(normalized: torch.Tensor, grad_output: torch.Tensor) -> None:
-    require_float("normalized", normalized, 3)
+def _check_pair(value: torch.Tensor, grad_output: torch.Tensor, name: str = "normalized") -> None:
+    require_float(name, value, 3)
     require_float("grad_output", grad_output, 3)
-    require_shape("grad_output", grad_output, list(normalized.shape))
+    require_shape("grad_output", grad_output, list(value.shape))
+
+
+def _check_statistics(mean: torch.Tensor, rstd: torch.Tensor) -> None:
+    require_float("mean", mean, 2)
+    require_float("rstd", rstd, 2)
+    require_shape("rstd", rstd, list(mean.shape))
 
 
 def _check_bias(grad_output: torch.Tensor) -> None:
@@ -39,34 +44,33 @@ def _check_clipped(
 def _check_normalization(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> None:
-    require_float("input", input, 3)
-    require_float("grad_output", grad_output, 3)
-    require_shape("grad_output", grad_output, list(input.shape))
-    require_float("mean", mean, 2)
-    require_float("rstd", rstd, 2)
+    _check_pair(input, grad_output, "input")
+    _check_statistics(mean, rstd)
     batch, channels, _ = input.shape
     groups = mean.shape[1]
     if mean.shape[0] != batch or groups < 1 or channels % groups:
         raise ValueError(
             f"mean: shape {list(mean.shape)}, expected [{batch}, a divisor of {channels}]"
         )
-    require_shape("rstd", rstd, list(mean.shape))
 
 
 def _check_normalization_last(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> None:
-    require_float("input", input, 3)
-    require_float("grad_output", grad_output, 3)
-    require_shape("grad_output", grad_output, list(input.shape))
-    require_float("mean", mean, 2)
-    require_float("rstd", rstd, 2)
+    _check_pair(input, grad_output, "input")
+    _check_statistics(mean, rstd)
     require_shape("mean", mean, list(input.shape[:2]))
-    require_shape("rstd", rstd, list(input.shape[:2]))
 
 
-@contract()
-@checked_by(_check_pair)
+def _check_groups(input: torch.Tensor, groups: int, eps: float) -> None:
+    require_float("input", input, 3)
+    if groups < 1 or input.shape[1] % groups:
+        raise ValueError(f"groups={groups}: expected a divisor of {input.shape[1]} channels")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}: expected a number >= 0")
+
+
+@contract(check=_check_pair)
 def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """Per-sample gradient of a channel's scale, sum_t G * xhat.
 
@@ -81,31 +85,30 @@ def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> t
     return grad_output.new_empty(grad_output.shape[:2], dtype=dtype)
 
 
-@contract()
-@checked_by(_check_pair)
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """As :func:`affine_grad_sample` for [B, T, C] operands; returns [B, C]."""
-    dtype = result_dtype(normalized, grad_output)
-    return grad_output.new_empty((grad_output.shape[0], grad_output.shape[2]), dtype=dtype)
+@contract(runs=affine_grad_sample)
+def affine_last_grad_sample(
+    normalized: torch.Tensor, grad_output: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """As :func:`affine_grad_sample` for [B, T, C] operands; returns [B, C].
+
+    What does not fit is named as [B, C, T].
+    """
+    return normalized.transpose(1, 2), grad_output.transpose(1, 2)
 
 
-@contract()
-@checked_by(_check_bias)
+@contract(check=_check_bias)
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """Per-sample gradient of a channel's shift, sum_t G: [B, C, T] -> [B, C]."""
     return grad_output.new_empty(grad_output.shape[:2], dtype=result_dtype(grad_output))
 
 
-@contract()
-@checked_by(_check_bias)
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
+@contract(runs=bias_grad_sample)
+def bias_last_grad_sample(grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """As :func:`bias_grad_sample` for channels last: [B, T, C] -> [B, C]."""
-    shape = (grad_output.shape[0], grad_output.shape[2])
-    return grad_output.new_empty(shape, dtype=result_dtype(grad_output))
+    return (grad_output.transpose(1, 2),)
 
 
-@contract()
-@checked_by(_check_normalization)
+@contract(check=_check_normalization)
 def normalization_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
@@ -127,8 +130,7 @@ def normalization_grad_sample(
     return grad_output.new_empty((2, *grad_output.shape[:2]), dtype=dtype)
 
 
-@contract()
-@checked_by(_check_normalization_last)
+@contract(check=_check_normalization_last)
 def normalization_last_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
@@ -149,16 +151,7 @@ def normalization_last_grad_sample(
     return grad_output.new_empty(shape, dtype=dtype)
 
 
-def _check_statistics(input: torch.Tensor, groups: int, eps: float) -> None:
-    require_float("input", input, 3)
-    if groups < 1 or input.shape[1] % groups:
-        raise ValueError(f"groups={groups}: expected a divisor of {input.shape[1]} channels")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps}: expected a number >= 0")
-
-
-@contract()
-@checked_by(_check_statistics)
+@contract(check=_check_groups)
 def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
     """Mean and 1 / sqrt(variance + eps) of each sample's channel groups, in one pass.
 
@@ -176,16 +169,14 @@ def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> to
     return input.new_empty((2, input.shape[0], groups), dtype=result_dtype(input))
 
 
-@contract()
-@checked_by(_check_pair)
+@contract(check=_check_pair)
 def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """Squared norm [B] of :func:`affine_grad_sample`."""
     dtype = result_dtype(normalized, grad_output)
     return grad_output.new_empty(grad_output.shape[:1], dtype=dtype)
 
 
-@contract()
-@checked_by(_check_clipped)
+@contract(check=_check_clipped)
 def affine_clipped_grad(
     normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
 ) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""The reductions by library calls, for a package without native code."""
+"""Gradients of scales and shifts by library calls, on any device."""
 
 from __future__ import annotations
 
 import torch
 
 from dpkernels.ops.checks import result_dtype
+from dpkernels.ops.from_gradients import clipped_grad_by, norm_sq_by
 
 
 def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
@@ -13,20 +14,13 @@ def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> t
     return torch.mul(normalized.to(dtype), grad_output.to(dtype)).sum(2)
 
 
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    dtype = result_dtype(normalized, grad_output)
-    return torch.mul(normalized.to(dtype), grad_output.to(dtype)).sum(1)
+affine_norm_sq = norm_sq_by(affine_grad_sample)
+affine_clipped_grad = clipped_grad_by(affine_grad_sample)
 
 
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     return grad_output.sum(2, dtype=result_dtype(grad_output))
-
-
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return grad_output.sum(1, dtype=result_dtype(grad_output))
 
 
 def normalization_grad_sample(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.checks import kept_samples, result_dtype
+from dpkernels.ops.checks import result_dtype
+from dpkernels.ops.from_gradients import clipped_grad_by, norm_sq_by
 
 
 def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
@@ -13,19 +14,9 @@ def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> t
     return (normalized.to(dtype) * grad_output.to(dtype)).sum(2)
 
 
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return affine_grad_sample(normalized.transpose(1, 2), grad_output.transpose(1, 2))
-
-
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     return grad_output.to(result_dtype(grad_output)).sum(2)
-
-
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return bias_grad_sample(grad_output.transpose(1, 2))
 
 
 def normalization_grad_sample(
@@ -47,9 +38,8 @@ def normalization_last_grad_sample(
     """See the contract."""
     dtype = result_dtype(input, grad_output)
     normalized = (input.to(dtype) - mean.to(dtype).unsqueeze(2)) * rstd.to(dtype).unsqueeze(2)
-    return torch.stack(
-        [affine_last_grad_sample(normalized, grad_output), bias_last_grad_sample(grad_output)]
-    )
+    normalized, grads = normalized.transpose(1, 2), grad_output.transpose(1, 2)
+    return torch.stack([affine_grad_sample(normalized, grads), bias_grad_sample(grads)])
 
 
 def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
@@ -62,15 +52,5 @@ def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> to
     return torch.stack([mean, 1 / (variance + eps).sqrt()])
 
 
-def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return affine_grad_sample(normalized, grad_output).square().sum(1)
-
-
-def affine_clipped_grad(
-    normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
-) -> torch.Tensor:
-    """See the contract."""
-    factor, operands = kept_samples(clip_factor, normalized, grad_output)
-    grads = affine_grad_sample(*operands)
-    return factor.to(grads.dtype) @ grads
+affine_norm_sq = norm_sq_by(affine_grad_sample)
+affine_clipped_grad = clipped_grad_by(affine_grad_sample)

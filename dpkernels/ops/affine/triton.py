@@ -11,25 +11,12 @@ import triton
 import triton.language as tl
 
 from dpkernels.ops import triton_support as support
-from dpkernels.ops.clip import triton as clip
-from dpkernels.ops.triton_support import unavailable
+from dpkernels.ops.from_gradients import clipped_grad_by, norm_sq_by
 
-__all__ = [
-    "affine_clipped_grad",
-    "affine_grad_sample",
-    "affine_last_grad_sample",
-    "affine_norm_sq",
-    "bias_grad_sample",
-    "bias_last_grad_sample",
-    "normalization_grad_sample",
-    "normalization_last_grad_sample",
-    "normalization_statistics",
-    "unavailable",
-]
+unavailable = support.unavailable
 
 TILE_ELEMENTS = 2048
 """Elements that a program holds of each operand; 128 threads."""
-_NO_KEY = torch.zeros(4, dtype=torch.int64)
 
 
 @triton.jit
@@ -120,43 +107,14 @@ def moments_kernel(
     tl.store(out + slot + rows * chunks, tl.sum(square))
 
 
-def why_not_affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> str | None:
-    """Why these operands are not for Triton."""
-    return support.why_not(normalized, grad_output)
+def why_not(*arguments: object) -> str | None:
+    """Why these operands and statistics are not for Triton."""
+    return support.why_not(*(each for each in arguments if isinstance(each, torch.Tensor)))
 
 
-why_not_affine_last_grad_sample = why_not_affine_grad_sample
-why_not_affine_norm_sq = why_not_affine_grad_sample
-
-
-def why_not_affine_clipped_grad(
-    normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
-) -> str | None:
-    """Why these operands are not for Triton."""
-    return support.why_not(normalized, grad_output)
-
-
-def why_not_bias_grad_sample(grad_output: torch.Tensor) -> str | None:
-    """Why this operand is not for Triton."""
-    return support.why_not(grad_output)
-
-
-why_not_bias_last_grad_sample = why_not_bias_grad_sample
-
-
-def why_not_normalization_grad_sample(
-    input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
-) -> str | None:
-    """Why these operands are not for Triton."""
-    return support.why_not(input, grad_output, mean, rstd)
-
-
-why_not_normalization_last_grad_sample = why_not_normalization_grad_sample
-
-
-def why_not_normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> str | None:
-    """Why this operand is not for Triton."""
-    return support.why_not(input)
+def why_not_affine_clipped_grad(*arguments: torch.Tensor) -> str | None:
+    """Why these operands are not for Triton; the clip factors are not for it to read."""
+    return why_not(*arguments[:2])
 
 
 def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
@@ -164,19 +122,9 @@ def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> t
     return support.combine(_partials(normalized, grad_output, shift=False))[0]
 
 
-def affine_last_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return affine_grad_sample(normalized.transpose(1, 2), grad_output.transpose(1, 2))
-
-
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
     return support.combine(_partials(None, grad_output, shift=True))[0]
-
-
-def bias_last_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return bias_grad_sample(grad_output.transpose(1, 2))
 
 
 def normalization_grad_sample(
@@ -205,7 +153,7 @@ def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> to
     if count == 0:
         return torch.full((2, batch, groups), torch.nan, device=input.device)
     chunks, chunk = support.split_factor(count, groups)
-    partials = torch.empty((2 * rows, chunks, 1), dtype=torch.float32, device=input.device)
+    partials = support.empty(input, 2 * rows, chunks, 1)
     if rows:
         with torch.cuda.device_of(input):
             moments_kernel[(rows * chunks,)](
@@ -218,20 +166,8 @@ def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> to
     return torch.stack([pivot + moments[0], (variance + eps).rsqrt()])
 
 
-def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    partials = _partials(normalized, grad_output, shift=False)
-    return support.combine(partials, store=False, square=True)[1]
-
-
-def affine_clipped_grad(
-    normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
-) -> torch.Tensor:
-    """See the contract."""
-    grads = affine_grad_sample(normalized, grad_output)
-    return clip.finish_grad_(
-        grads.new_empty(grads.shape[1]), grads, clip_factor, 0.0, 1.0, _NO_KEY, 0, False
-    )
+affine_norm_sq = norm_sq_by(affine_grad_sample)
+affine_clipped_grad = clipped_grad_by(affine_grad_sample)
 
 
 def _partials(
@@ -256,9 +192,7 @@ def _partials(
     batch, channels, positions = grad_output.shape
     chunks, chunk = support.split_factor(positions, channels)
     outputs = (values is not None) + shift
-    out = torch.empty(
-        (outputs * batch, chunks, channels), dtype=torch.float32, device=grad_output.device
-    )
+    out = support.empty(grad_output, outputs * batch, chunks, channels)
     if out.numel() == 0:
         return out
     wide, deep = _tile(grad_output)

@@ -8,11 +8,11 @@ is one pass over memory; the noise is that of ``dpkernels.ops.noise``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
 
 import torch
 
-from dpkernels.ops.checks import FLOAT_DTYPES, checked_by, require_clip_factor
+from dpkernels.ops.checks import FLOAT_DTYPES, require_clip_factor
+from dpkernels.ops.clip.records import NOTHING_MORE, Finish, Places, Sums
 from dpkernels.ops.noise import check_noise
 from dpkernels.ops.registry import contract
 
@@ -30,9 +30,7 @@ def _check_clip_factor(norm_sq: torch.Tensor, max_grad_norm: float, gamma: float
         raise ValueError(f"gamma={gamma}: expected a finite number >= 0")
 
 
-def _check_weighted_sum_(
-    out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor
-) -> None:
+def _check_sum(out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor) -> None:
     for name, tensor in (("out", out), ("grad_sample", grad_sample)):
         if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name}: dtype {tensor.dtype}, expected one of {FLOAT_DTYPES}")
@@ -48,52 +46,21 @@ def _check_weighted_sum_(
             )
 
 
-def _check_finish_grad_(
-    out: torch.Tensor,
-    grad_sample: torch.Tensor,
-    clip_factor: torch.Tensor,
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    block: int,
-    accumulate: bool,
-) -> None:
-    _check_weighted_sum_(out, grad_sample, clip_factor)
-    check_noise(noise_std, key, block)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale}: expected a finite number")
-
-
-def _check_finish_grads_(
-    outs: list[torch.Tensor],
-    grad_samples: list[torch.Tensor],
-    clip_factors: list[torch.Tensor],
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    blocks: list[int],
-    accumulate: list[bool],
-) -> None:
-    lists: dict[str, Sized] = {
-        "grad_samples": grad_samples,
-        "clip_factors": clip_factors,
-        "blocks": blocks,
-        "accumulate": accumulate,
-    }
-    for name, values in lists.items():
+def _check_finish(sums: Sums, finish: Finish, places: Places) -> None:
+    outs = sums.outs
+    for name, values in {**sums._asdict(), **places._asdict()}.items():
         if len(values) != len(outs):
             raise ValueError(f"{name}: {len(values)} entries, expected one for each of {len(outs)}")
     if len({out.device for out in outs}) > 1:
         raise ValueError(f"outs are on {[str(out.device) for out in outs]}: expected one device")
-    for one in zip(outs, grad_samples, clip_factors, strict=True):
-        _check_weighted_sum_(*one)
-    check_noise(noise_std, key, min(blocks, default=0))
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale}: expected a finite number")
+    for one in zip(*sums, strict=True):
+        _check_sum(*one)
+    check_noise(finish.noise_std, finish.key, min(places.blocks, default=0))
+    if not math.isfinite(finish.scale):
+        raise ValueError(f"scale={finish.scale}: expected a finite number")
 
 
-@contract()
-@checked_by(_check_clip_factor)
+@contract(check=_check_clip_factor)
 def clip_factor(norm_sq: torch.Tensor, max_grad_norm: float, gamma: float = 0.0) -> torch.Tensor:
     """The weight of each sample in the clipped sum.
 
@@ -115,26 +82,29 @@ def clip_factor(norm_sq: torch.Tensor, max_grad_norm: float, gamma: float = 0.0)
     return torch.empty_like(norm_sq)
 
 
-@contract(mutates=("out",))
-@checked_by(_check_weighted_sum_)
-def weighted_sum_(
-    out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor
-) -> torch.Tensor:
-    """``out += sum_b clip_factor[b] * grad_sample[b]``, in place, in at least float32.
+@contract(check=_check_finish, mutates=("outs",))
+def finish_grads_(sums: Sums, finish: Finish, places: Places) -> list[torch.Tensor]:
+    """:func:`finish_grad_` of all parameters of a model in one call, and on a GPU few launches.
 
     Args:
-        out: any shape, float16/bfloat16/float32/float64.
-        grad_sample: [B, *out.shape], any of these dtypes; B may be 0.
-        clip_factor: [B] float32/float64. Samples with factor 0 are not read: 0 * NaN is 0 here.
+        outs: any shapes and dtypes, on one device, none a part of another; what they held is
+            ignored unless `accumulate`.
+        grad_samples: for each [B, *out.shape]; B may be 0 and need not be the same for all.
+        clip_factors: for each [B] float32/float64, often one and the same tensor.
+        noise_std: standard deviation of the noise before scaling; 0 draws nothing.
+        scale: factor on everything.
+        key: [4] int64 on the CPU.
+        blocks: for each the first block counter: noise and sums are the bits of
+            :func:`finish_grad_` with this block.
+        accumulate: for each whether to add to what it holds.
 
     Returns:
-        `out`.
+        `outs`.
     """
-    return out
+    return sums.outs
 
 
-@contract(mutates=("out",))
-@checked_by(_check_finish_grad_)
+@contract(mutates=("out",), runs=finish_grads_)
 def finish_grad_(
     out: torch.Tensor,
     grad_sample: torch.Tensor,
@@ -144,7 +114,7 @@ def finish_grad_(
     key: torch.Tensor,
     block: int,
     accumulate: bool,
-) -> torch.Tensor:
+) -> tuple[Sums, Finish, Places]:
     """Clip, sum, add noise and scale, in place, in one pass over memory.
 
     ``out = scale * ((out if accumulate else 0) + sum_b clip_factor[b] * grad_sample[b]
@@ -164,36 +134,22 @@ def finish_grad_(
     Returns:
         `out`.
     """
-    return out
+    sums = Sums([out], [grad_sample], [clip_factor])
+    return sums, Finish(noise_std, scale, key), Places([block], [accumulate])
 
 
-@contract(mutates=("outs",))
-@checked_by(_check_finish_grads_)
-def finish_grads_(
-    outs: list[torch.Tensor],
-    grad_samples: list[torch.Tensor],
-    clip_factors: list[torch.Tensor],
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    blocks: list[int],
-    accumulate: list[bool],
-) -> list[torch.Tensor]:
-    """:func:`finish_grad_` of all parameters of a model in one call, and on a GPU few launches.
+@contract(mutates=("out",), runs=finish_grads_)
+def weighted_sum_(
+    out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor
+) -> tuple[Sums, Finish, Places]:
+    """``out += sum_b clip_factor[b] * grad_sample[b]``, in place, in at least float32.
 
     Args:
-        outs: any shapes and dtypes, on one device, none a part of another; what they held is
-            ignored unless `accumulate`.
-        grad_samples: for each [B, *out.shape]; B may be 0 and need not be the same for all.
-        clip_factors: for each [B] float32/float64, often one and the same tensor.
-        noise_std: standard deviation of the noise before scaling; 0 draws nothing.
-        scale: factor on everything.
-        key: [4] int64 on the CPU.
-        blocks: for each the first block counter: noise and sums are the bits of
-            :func:`finish_grad_` with this block.
-        accumulate: for each whether to add to what it holds.
+        out: any shape, float16/bfloat16/float32/float64.
+        grad_sample: [B, *out.shape], any of these dtypes; B may be 0.
+        clip_factor: [B] float32/float64. Samples with factor 0 are not read: 0 * NaN is 0 here.
 
     Returns:
-        `outs`.
+        `out`.
     """
-    return outs
+    return Sums([out], [grad_sample], [clip_factor]), NOTHING_MORE, Places([0], [True])

@@ -6,8 +6,7 @@ import torch
 
 from dpkernels.ops import native
 from dpkernels.ops.checks import result_dtype
-
-_NO_KEY = bytes(32)
+from dpkernels.ops.clip.records import Finish, Places, Sums
 
 
 def clip_factor(norm_sq: torch.Tensor, max_grad_norm: float, gamma: float = 0.0) -> torch.Tensor:
@@ -25,60 +24,14 @@ def clip_factor(norm_sq: torch.Tensor, max_grad_norm: float, gamma: float = 0.0)
     return factor
 
 
-def weighted_sum_(
-    out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor
-) -> torch.Tensor:
-    return _finish([out], [grad_sample], [clip_factor], 0.0, 1.0, _NO_KEY, [0], [True])[0]
-
-
-def finish_grad_(
-    out: torch.Tensor,
-    grad_sample: torch.Tensor,
-    clip_factor: torch.Tensor,
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    block: int,
-    accumulate: bool,
-) -> torch.Tensor:
-    return finish_grads_(
-        [out], [grad_sample], [clip_factor], noise_std, scale, key, [block], [accumulate]
-    )[0]
-
-
-def finish_grads_(
-    outs: list[torch.Tensor],
-    grad_samples: list[torch.Tensor],
-    clip_factors: list[torch.Tensor],
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    blocks: list[int],
-    accumulate: list[bool],
-) -> list[torch.Tensor]:
-    key_bytes = native.key_bytes(key)
-    return _finish(
-        outs, grad_samples, clip_factors, noise_std, scale, key_bytes, blocks, accumulate
-    )
-
-
-def _finish(
-    outs: list[torch.Tensor],
-    grad_samples: list[torch.Tensor],
-    clip_factors: list[torch.Tensor],
-    noise_std: float,
-    scale: float,
-    key: bytes,
-    blocks: list[int],
-    accumulate: list[bool],
-) -> list[torch.Tensor]:
-    if not outs:
-        return outs
-    flat = [out.detach().contiguous() for out in outs]
-    samples = [grad_sample.detach().contiguous() for grad_sample in grad_samples]
+def finish_grads_(sums: Sums, finish: Finish, places: Places) -> None:
+    if not sums.outs:
+        return
+    flat = [out.detach().contiguous() for out in sums.outs]
+    samples = [grad_sample.detach().contiguous() for grad_sample in sums.grad_samples]
     factors = [
         factor.detach().to(result_dtype(out)).contiguous()
-        for factor, out in zip(clip_factors, outs, strict=True)
+        for factor, out in zip(sums.clip_factors, flat, strict=True)
     ]
     table = [
         (
@@ -92,9 +45,10 @@ def _finish(
             block,
             add,
         )
-        for out, sample, factor, block, add in zip(
-            flat, samples, factors, blocks, accumulate, strict=True
-        )
+        for out, sample, factor, block, add in zip(flat, samples, factors, *places, strict=True)
     ]
-    native.extension(flat[0]).finish_grads(table, noise_std, scale, key, native.launch_on(flat[0]))
-    return [native.write_back(out, result) for out, result in zip(outs, flat, strict=True)]
+    noise_std, scale, key = finish
+    extension, launch = native.extension(flat[0]), native.launch_on(flat[0])
+    extension.finish_grads(table, noise_std, scale, native.key_bytes(key), launch)
+    for out, result in zip(sums.outs, flat, strict=True):
+        native.write_back(out, result)

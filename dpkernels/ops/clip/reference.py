@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops.checks import kept_samples, result_dtype
+from dpkernels.ops.clip.records import Finish, Places, Sums
 from dpkernels.ops.noise.reference import noise_like
 
 
@@ -17,52 +18,15 @@ def clip_factor(norm_sq: torch.Tensor, max_grad_norm: float, gamma: float = 0.0)
     return torch.where(norm.isfinite(), factor, 0.0).to(norm_sq.dtype)
 
 
-def weighted_sum_(
-    out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor
-) -> torch.Tensor:
+def finish_grads_(sums: Sums, finish: Finish, places: Places) -> None:
+    noise_std, scale, key = finish
     with torch.no_grad():
-        return out.copy_(out.to(result_dtype(out)) + _clipped_sum(out, grad_sample, clip_factor))
-
-
-def finish_grad_(
-    out: torch.Tensor,
-    grad_sample: torch.Tensor,
-    clip_factor: torch.Tensor,
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    block: int,
-    accumulate: bool,
-) -> torch.Tensor:
-    with torch.no_grad():
-        total = _clipped_sum(out, grad_sample, clip_factor)
-        if accumulate:
-            total = total + out.to(total.dtype)
-        if noise_std != 0:
-            total = total + noise_std * noise_like(out, key, block).to(total.dtype)
-        return out.copy_(scale * total)
-
-
-def finish_grads_(
-    outs: list[torch.Tensor],
-    grad_samples: list[torch.Tensor],
-    clip_factors: list[torch.Tensor],
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    blocks: list[int],
-    accumulate: list[bool],
-) -> list[torch.Tensor]:
-    for out, samples, factor, block, add in zip(
-        outs, grad_samples, clip_factors, blocks, accumulate, strict=True
-    ):
-        finish_grad_(out, samples, factor, noise_std, scale, key, block, add)
-    return outs
-
-
-def _clipped_sum(
-    out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor
-) -> torch.Tensor:
-    dtype = result_dtype(out)
-    factor, (samples,) = kept_samples(clip_factor, grad_sample)
-    return torch.tensordot(factor.to(dtype), samples.to(dtype), dims=1)
+        for out, grad_sample, factor, block, add in zip(*sums, *places, strict=True):
+            dtype = result_dtype(out)
+            factor, (samples,) = kept_samples(factor, grad_sample)
+            total = torch.tensordot(factor.to(dtype), samples.to(dtype), dims=1)
+            if add:
+                total = total + out.to(dtype)
+            if noise_std != 0:
+                total = total + noise_std * noise_like(out, key, block).to(dtype)
+            out.copy_(scale * total)

@@ -10,15 +10,14 @@ import triton.language as tl
 
 from dpkernels.ops import native
 from dpkernels.ops import triton_support as support
+from dpkernels.ops.clip.records import Finish, Places, Sums
 from dpkernels.ops.noise.triton import SECRETS, key_arguments, noise_of
-from dpkernels.ops.triton_support import unavailable
 
-__all__ = ["clip_factor", "finish_grad_", "finish_grads_", "unavailable", "weighted_sum_"]
+unavailable = support.unavailable
 
 LANES = 128
 """ChaCha20 blocks, of eight elements each, per program."""
 FACTOR_BLOCK = 256
-_NO_KEY = torch.zeros(4, dtype=torch.int64)
 
 
 @triton.jit
@@ -70,30 +69,14 @@ def finish_kernel(
     tl.store(out + at, (scale * total).to(out.dtype.element_ty), mask=inside)
 
 
-def why_not_clip_factor(norm_sq: torch.Tensor, *rest: object, **named: object) -> str | None:
+def why_not_clip_factor(norm_sq: torch.Tensor, *rest: object) -> str | None:
     """Why these norms are not for Triton."""
     return support.why_not(norm_sq)
 
 
-def why_not_weighted_sum_(
-    out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor
-) -> str | None:
-    """Why these tensors are not for Triton."""
-    return support.why_not(out, grad_sample)
-
-
-def why_not_finish_grad_(
-    out: torch.Tensor, grad_sample: torch.Tensor, *rest: object, **named: object
-) -> str | None:
-    """Why these tensors are not for Triton."""
-    return support.why_not(out, grad_sample)
-
-
-def why_not_finish_grads_(
-    outs: list[torch.Tensor], grad_samples: list[torch.Tensor], *rest: object, **named: object
-) -> str | None:
+def why_not_finish_grads_(sums: Sums, *rest: object) -> str | None:
     """Why one of these tensors is not for Triton."""
-    return support.why_not(*outs, *grad_samples)
+    return support.why_not(*sums.outs, *sums.grad_samples)
 
 
 def clip_factor(norm_sq: torch.Tensor, max_grad_norm: float, gamma: float = 0.0) -> torch.Tensor:
@@ -125,50 +108,21 @@ def _float32_below(value: float) -> float:
     return float(single)
 
 
-def weighted_sum_(
-    out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.Tensor
-) -> torch.Tensor:
-    """See the contract."""
-    return finish_grad_(out, grad_sample, clip_factor, 0.0, 1.0, _NO_KEY, 0, True)
+def finish_grads_(sums: Sums, finish: Finish, places: Places) -> None:
+    """See the contract. One launch for each tensor.
 
-
-def finish_grad_(
-    out: torch.Tensor,
-    grad_sample: torch.Tensor,
-    clip_factor: torch.Tensor,
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    block: int,
-    accumulate: bool,
-) -> torch.Tensor:
-    """See the contract. What is not contiguous is copied: noise follows the flat index."""
-    if out.numel() == 0:
-        return out
-    flat = out.detach().contiguous()
-    with torch.cuda.device_of(flat):
-        finish_kernel[(triton.cdiv(flat.numel(), 8 * LANES),)](
-            flat, grad_sample.detach().contiguous(), clip_factor.detach().contiguous(),
-            len(clip_factor), flat.numel(), float(noise_std), float(scale),
-            *key_arguments(key, block),
-            ACCUMULATE=accumulate, NOISE=noise_std != 0, LANES=LANES,
-        )  # fmt: skip
-    return native.write_back(out, flat)
-
-
-def finish_grads_(
-    outs: list[torch.Tensor],
-    grad_samples: list[torch.Tensor],
-    clip_factors: list[torch.Tensor],
-    noise_std: float,
-    scale: float,
-    key: torch.Tensor,
-    blocks: list[int],
-    accumulate: list[bool],
-) -> list[torch.Tensor]:
-    """See the contract. One launch for each tensor."""
-    for out, samples, factor, block, add in zip(
-        outs, grad_samples, clip_factors, blocks, accumulate, strict=True
-    ):
-        finish_grad_(out, samples, factor, noise_std, scale, key, block, add)
-    return outs
+    What is not contiguous is copied: noise follows the flat index.
+    """
+    noise_std, scale, key = finish
+    for out, grad_sample, factor, block, add in zip(*sums, *places, strict=True):
+        if out.numel() == 0:
+            continue
+        flat = out.detach().contiguous()
+        with torch.cuda.device_of(flat):
+            finish_kernel[(triton.cdiv(flat.numel(), 8 * LANES),)](
+                flat, grad_sample.detach().contiguous(), factor.detach().contiguous(),
+                len(factor), flat.numel(), float(noise_std), float(scale),
+                *key_arguments(key, block),
+                ACCUMULATE=add, NOISE=noise_std != 0, LANES=LANES,
+            )  # fmt: skip
+        native.write_back(out, flat)

@@ -6,108 +6,32 @@ and grad_output exchanged. An unfold is never formed (docs/math.md section 2).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from dpkernels.ops.checks import checked_by, require_clip_factor, require_float, result_dtype
+from dpkernels.ops.checks import require_clip_factor, require_float, result_dtype
+from dpkernels.ops.conv.geometry import Geometry, check_sizes
 from dpkernels.ops.registry import contract
 
 
-def output_size(input_size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """The number of positions of a window on one axis."""
-    return (input_size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _check(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> None:
+def _check(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry) -> None:
+    weight_shape = geometry.weight_shape
     if len(weight_shape) not in (3, 4, 5):
         raise ValueError(f"weight_shape={list(weight_shape)}: expected 3 to 5 entries")
     require_float("input", input, len(weight_shape))
     require_float("grad_output", grad_output, len(weight_shape))
-    _check_sizes(
-        tuple(input.shape),
-        tuple(grad_output.shape),
-        tuple(weight_shape),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        groups,
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _check_sizes(
-    input: tuple[int, ...],
-    grad_output: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> None:
-    """Check one combination of sizes; a network repeats the same ones in every step."""
-    axes = len(weight_shape) - 2
-    for name, values, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if len(values) != axes or min(values) < least:
-            raise ValueError(f"{name}={list(values)}: expected {axes} integers >= {least}")
-    channels_out, channels_in, *kernel = weight_shape
-    if groups < 1 or channels_out % groups:
-        raise ValueError(f"groups={groups}: expected a divisor of weight_shape[0]={channels_out}")
-    if input[1] != channels_in * groups:
-        raise ValueError(
-            f"input: {input[1]} channels, expected weight_shape[1] * groups ="
-            f" {channels_in * groups}"
-        )
-    if grad_output[:2] != (input[0], channels_out):
-        raise ValueError(
-            f"grad_output: shape {list(grad_output)}, expected [{input[0]}, {channels_out}, ...]"
-        )
-    for axis in range(axes):
-        window = (kernel[axis], stride[axis], padding[axis], dilation[axis])
-        most = output_size(input[2 + axis], *window)
-        if grad_output[2 + axis] > max(most, 0):
-            raise ValueError(
-                f"grad_output: shape {list(grad_output)} has more positions on spatial axis"
-                f" {axis} than input {list(input)} has windows ({most})"
-            )
+    check_sizes(tuple(input.shape), tuple(grad_output.shape), geometry)
 
 
 def _check_clipped(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, geometry: Geometry
 ) -> None:
-    _check(input, grad_output, weight_shape, stride, padding, dilation, groups)
+    _check(input, grad_output, geometry)
     require_clip_factor(clip_factor, input.shape[0])
 
 
-@contract()
-@checked_by(_check)
+@contract(check=_check)
 def conv_grad_sample(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """Per-sample weight gradients of a convolution.
 
@@ -129,20 +53,13 @@ def conv_grad_sample(
         ValueError: shapes, dtypes or geometry do not fit.
     """
     return grad_output.new_empty(
-        (input.shape[0], *weight_shape), dtype=result_dtype(input, grad_output)
+        (input.shape[0], *geometry.weight_shape), dtype=result_dtype(input, grad_output)
     )
 
 
-@contract()
-@checked_by(_check)
+@contract(check=_check)
 def conv_norm_sq(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """Squared norm of each sample's weight gradient, without keeping the gradients.
 
@@ -154,17 +71,9 @@ def conv_norm_sq(
     return grad_output.new_empty((input.shape[0],), dtype=result_dtype(input, grad_output))
 
 
-@contract()
-@checked_by(_check_clipped)
+@contract(check=_check_clipped)
 def conv_clipped_grad(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """Sum over samples of clip_factor[b] times sample b's weight gradient.
 
@@ -176,4 +85,4 @@ def conv_clipped_grad(
     Returns:
         [*weight_shape], float32 (float64 if an input is).
     """
-    return grad_output.new_empty(tuple(weight_shape), dtype=result_dtype(input, grad_output))
+    return grad_output.new_empty(geometry.weight_shape, dtype=result_dtype(input, grad_output))

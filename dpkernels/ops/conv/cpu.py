@@ -5,6 +5,8 @@ The choice depends on shapes and dtype alone, so that the same inputs take the s
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from dpkernels.ops.conv import library, tiles
@@ -25,29 +27,5 @@ def strategy(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry)
     return by_library
 
 
-def conv_grad_sample(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
-    """See the contract."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
-    return library.grad_sample_by(strategy, input, grad_output, geometry)
-
-
-def conv_norm_sq(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
-    """See the contract. Gram over channels or the gradient itself, whichever costs fewer FLOP."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
-    return library.norm_sq_by(strategy, input, grad_output, geometry)
+conv_grad_sample = functools.partial(library.conv_grad_sample, choose=strategy)
+conv_norm_sq = functools.partial(library.conv_norm_sq, choose=strategy)

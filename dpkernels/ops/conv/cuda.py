@@ -11,10 +11,9 @@ import torch
 
 from dpkernels.ops import native
 from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
-from dpkernels.ops.native import why_not_cuda as unavailable
 from dpkernels.ops.precision import float32_products
 
-__all__ = ["conv_grad_sample", "unavailable", "why_not_conv_grad_sample"]
+unavailable = native.why_not_cuda
 
 MOST_CHANNELS = 32
 MOST_SLOTS = 64
@@ -26,17 +25,11 @@ SCRATCH_ELEMENTS = 1 << 24
 
 
 def why_not_conv_grad_sample(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> str | None:
     """Why this convolution is not for the kernel."""
-    channels = max(input.shape[1], weight_shape[0])
-    taps = torch.Size(weight_shape[2:]).numel()
+    channels, groups = max(input.shape[1], geometry.weight_shape[0]), geometry.groups
+    taps = torch.Size(geometry.kernel).numel()
     if input.dtype != grad_output.dtype or input.dtype == torch.float64:
         return f"it takes operands of one dtype below float64, not {input.dtype} and " + str(
             grad_output.dtype
@@ -45,7 +38,8 @@ def why_not_conv_grad_sample(
         return "its float32 products are TF32, which torch.backends.cudnn does not allow"
     if groups != 1 or channels > MOST_CHANNELS:
         return f"it takes up to {MOST_CHANNELS} channels in one group, not {channels} in {groups}"
-    if taps == 1 or max(weight_shape[2:]) > 3 or max(stride) > 2 or max(dilation) > 1:
+    widest, farthest = max(geometry.kernel), max(geometry.stride)
+    if taps == 1 or widest > 3 or farthest > 2 or max(geometry.dilation) > 1:
         return "it takes kernels of several taps up to 3 wide, strides up to 2 and no dilation"
     if input.is_cuda and torch.cuda.get_device_capability(input.device) < (8, 0):
         return "it needs compute capability 8.0"
@@ -53,16 +47,9 @@ def why_not_conv_grad_sample(
 
 
 def conv_grad_sample(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """See the contract."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
     result = torch.empty(
         (input.shape[0], *geometry.weight_shape), dtype=torch.float32, device=input.device
     )

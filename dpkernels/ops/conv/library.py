@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from dpkernels.ops import pages
 from dpkernels.ops.checks import kept_samples, result_dtype, why_not_exact
-from dpkernels.ops.conv import gram, output_size
+from dpkernels.ops.conv import gram
 from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.sums import squared_norms
 
@@ -36,85 +36,19 @@ def strategy(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry)
 
 
 def conv_grad_sample(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry, choose: Strategy = strategy
 ) -> torch.Tensor:
-    """See the contract."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
-    return grad_sample_by(strategy, input, grad_output, geometry)
-
-
-def conv_norm_sq(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
-    """See the contract. Gram over channels or the gradient itself, whichever costs fewer FLOP."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
-    return norm_sq_by(strategy, input, grad_output, geometry)
-
-
-def conv_clipped_grad(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
-    """See the contract. One weight gradient of the batch, the smaller operand scaled first."""
-    factor, operands = kept_samples(clip_factor, input, grad_output)
-    input, grad_output = _operands(*operands)
-    if input.numel() == 0 or grad_output.numel() == 0:
-        return input.new_zeros(tuple(weight_shape))
-    factor = factor.to(input.dtype).view(-1, *[1] * (input.ndim - 1))
-    if grad_output.numel() <= input.numel():
-        grad_output = grad_output * factor
-    else:
-        input = input * factor
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
-    return batch_grad(input, grad_output, geometry)
-
-
-def why_not_conv_norm_sq(
-    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
-) -> str | None:
-    """Why these operands' norms would not be those of what is summed."""
-    return why_not_exact(("matmul", "conv"), input, grad_output)
-
-
-def why_not_conv_clipped_grad(
-    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
-) -> str | None:
-    """Why this sum would not be that of the gradients whose norms were taken."""
-    return why_not_exact(("matmul", "conv"), input, grad_output)
-
-
-def grad_sample_by(
-    choose: Strategy, input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
-) -> torch.Tensor:
-    """Per-sample gradients in the result's dtype by the function that `choose` names."""
+    """See the contract. By the function that `choose` names."""
     input, grad_output = _operands(input, grad_output)
     if input.numel() == 0 or grad_output.numel() == 0:
         return input.new_zeros((input.shape[0], *geometry.weight_shape))
     return choose(input, grad_output, geometry)(input, grad_output, geometry)
 
 
-def norm_sq_by(
-    choose: Strategy, input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
+def conv_norm_sq(
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry, choose: Strategy = strategy
 ) -> torch.Tensor:
-    """Squared norms: the Gram over channels where it is cheaper, else gradients chunk by chunk."""
+    """See the contract. The Gram over channels where it is cheaper, else gradients by chunks."""
     input, grad_output = _operands(input, grad_output)
     if input.numel() == 0 or grad_output.numel() == 0:
         return input.new_zeros(input.shape[0])
@@ -127,6 +61,32 @@ def norm_sq_by(
         for seen, grad in zip(input.split(chunk), grad_output.split(chunk), strict=True)
     )
     return torch.cat([squared_norms(part) for part in parts])
+
+
+def conv_clipped_grad(
+    input: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, geometry: Geometry
+) -> torch.Tensor:
+    """See the contract. One weight gradient of the batch, the smaller operand scaled first."""
+    factor, operands = kept_samples(clip_factor, input, grad_output)
+    input, grad_output = _operands(*operands)
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return input.new_zeros(geometry.weight_shape)
+    factor = factor.to(input.dtype).view(-1, *[1] * (input.ndim - 1))
+    if grad_output.numel() <= input.numel():
+        grad_output = grad_output * factor
+    else:
+        input = input * factor
+    return batch_grad(input, grad_output, geometry)
+
+
+def why_not_conv_norm_sq(
+    input: torch.Tensor, grad_output: torch.Tensor, *rest: object
+) -> str | None:
+    """Why norms and clipped sums of these operands would not be those of the same gradients."""
+    return why_not_exact(("matmul", "conv"), input, grad_output)
+
+
+why_not_conv_clipped_grad = why_not_conv_norm_sq
 
 
 def _operands(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -156,12 +116,8 @@ def grouped_grad_sample(
     """One call for the batch, samples folded into groups."""
     batch = input.shape[0]
     channels_out, *rest = geometry.weight_shape
-    folded = Geometry(
-        (batch * channels_out, *rest),
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        batch * geometry.groups,
+    folded = geometry._replace(
+        weight_shape=(batch * channels_out, *rest), groups=batch * geometry.groups
     )
     grads = batch_grad(input.flatten(0, 1)[None], grad_output.flatten(0, 1)[None], folded)
     return grads.view(batch, *geometry.weight_shape)
@@ -202,12 +158,7 @@ def _with_every_window(
 
     Windows that the layer never computed have gradient zero.
     """
-    per_axis = zip(
-        geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
-    )
-    windows = [
-        output_size(size, *axis) for size, axis in zip(input.shape[2:], per_axis, strict=True)
-    ]
+    windows = geometry.windows(input.shape[2:])
     missing = [have - got for have, got in zip(windows, grad_output.shape[2:], strict=True)]
     if not any(missing):
         return grad_output

@@ -8,6 +8,8 @@ table and the slots are added in order. One and two axes are three with axes of 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,15 +17,9 @@ import triton.language as tl
 from dpkernels.ops import triton_support as support
 from dpkernels.ops.conv import triton_gram
 from dpkernels.ops.conv.geometry import Geometry
-from dpkernels.ops.triton_support import Tile, unavailable
+from dpkernels.ops.triton_support import Jobs, Tile
 
-__all__ = [
-    "conv_clipped_grad",
-    "conv_grad_sample",
-    "conv_norm_sq",
-    "grad_sample_and_norm_sq",
-    "unavailable",
-]
+unavailable = support.unavailable
 
 GRADIENT = {2: Tile(128, 64, 32, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
 """By the operands' bytes per element. Many rows: each gathered number is used once per row."""
@@ -128,34 +124,15 @@ def conv_gradient_kernel(
         tl.store(squares + slot * tiles + tile, tl.sum(total * total))
 
 
-def why_not_conv_grad_sample(
-    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
-) -> str | None:
-    """Why these operands are not for Triton."""
-    return support.why_not(input, grad_output)
-
-
-why_not_conv_norm_sq = why_not_conv_grad_sample
-
-
-def why_not_conv_clipped_grad(
-    input: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
-) -> str | None:
+def why_not(input: torch.Tensor, grad_output: torch.Tensor, *rest: object) -> str | None:
     """Why these operands are not for Triton."""
     return support.why_not(input, grad_output)
 
 
 def conv_grad_sample(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """See the contract."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
     return _per_sample(input, grad_output, geometry, store=True, square=False)[0]
 
 
@@ -167,18 +144,11 @@ def grad_sample_and_norm_sq(
 
 
 def conv_norm_sq(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """See the contract. Gram over channels for small images, else each tile of the gradient."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
     if input.numel() == 0 or grad_output.numel() == 0:
-        return _empty(input, input.shape[0]).zero_()
+        return support.zeros(input, input.shape[0])
     if triton_gram.is_cheaper(input.shape, grad_output.shape, geometry):
         return channel_gram_norm_sq(input, grad_output, geometry)
     return recompute_norm_sq(input, grad_output, geometry)
@@ -201,62 +171,34 @@ def recompute_norm_sq(
 
 
 def conv_clipped_grad(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:
     """See the contract. Each sample's gradient in float32 as the norm saw it, then its factor."""
-    geometry = Geometry.of(weight_shape, stride, padding, dilation, groups)
     if input.numel() == 0 or grad_output.numel() == 0:
-        return _empty(input, *weight_shape).zero_()
-    positions, batch = grad_output.shape[2:].numel(), input.shape[0]
-    chunks, chunk = support.split_factor(positions, geometry.weights)
-    slots, _ = support.split_factor(batch * positions, geometry.weights)
-    slots = min(slots, batch * chunks)
-    factor = clip_factor.detach().contiguous()
-    partials, _ = _gradient(
-        input, grad_output, factor, geometry, slots, chunks, chunk, store=True, square=False
-    )
-    if slots == 1:
-        return partials.view(weight_shape)
-    return support.combine(partials.view(1, slots, -1))[0].view(weight_shape)
+        return support.zeros(input, *geometry.weight_shape)
+    run = functools.partial(_gradient, input, grad_output, geometry)
+    positions = grad_output.shape[2:].numel()
+    total = support.clipped_sum(run, clip_factor, positions, geometry.weights)
+    return total.view(geometry.weight_shape)
 
 
 def _per_sample(
     input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry, store: bool, square: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = input.shape[0]
+    batch, positions = input.shape[0], grad_output.shape[2:].numel()
     shape = (batch, *geometry.weight_shape)
     if input.numel() == 0 or grad_output.numel() == 0:
-        return _empty(input, *shape).zero_(), _empty(input, batch).zero_()
-    chunks, chunk = support.split_factor(grad_output.shape[2:].numel(), geometry.weights)
-    out, squares = _gradient(
-        input, grad_output, None, geometry, batch * chunks, chunks, chunk,
-        store=store or chunks > 1, square=square and chunks == 1,
-    )  # fmt: skip
-    if chunks == 1:
-        return out.view(shape) if store else out, support.sum_rows(squares)
-    grads, norm_sq = support.combine(out.view(batch, chunks, -1), store, square)
+        return support.zeros(input, *shape), support.zeros(input, batch)
+    run = functools.partial(_gradient, input, grad_output, geometry)
+    grads, norm_sq = support.per_sample(run, batch, positions, geometry.weights, store, square)
     return grads.view(shape) if store else grads, norm_sq
 
 
 def _gradient(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    factor: torch.Tensor | None,
-    geometry: Geometry,
-    slots: int,
-    chunks: int,
-    chunk: int,
-    store: bool,
-    square: bool,
+    input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry, jobs: Jobs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the gradient kernel: ([slots, weights], squares [slots, tiles]), empty if unwanted."""
+    """Run the gradient kernel."""
+    factor, slots, chunks, chunk, store, square = jobs
     input, grad_output, geometry = _volumes(input, grad_output, geometry)
     channels_in, channels_out = geometry.channels
     columns = geometry.weights // (channels_out * geometry.groups)
@@ -264,8 +206,8 @@ def _gradient(
     rows = support.power_of_two(channels_out, tile.rows)
     width = support.power_of_two(columns, tile.columns)
     tiles = geometry.groups * triton.cdiv(channels_out, rows) * triton.cdiv(columns, width)
-    out = _empty(input, *((slots, geometry.weights) if store else (0,)))
-    squares = _empty(input, *((slots, tiles) if square else (0, 0)))
+    out = support.empty(input, *((slots, geometry.weights) if store else (0,)))
+    squares = support.empty(input, *((slots, tiles) if square else (0, 0)))
     with torch.cuda.device_of(input):
         conv_gradient_kernel[(slots * tiles,)](
             input.detach(), grad_output.detach(), out if factor is None else factor, out, squares,
@@ -289,22 +231,15 @@ def _volumes(
     input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
 ) -> tuple[torch.Tensor, torch.Tensor, Geometry]:
     """The same convolution with three spatial axes."""
-    missing = 3 - geometry.axes
-    for _ in range(missing):
+    ones, zeros = (1,) * (3 - geometry.axes), (0,) * (3 - geometry.axes)
+    for _ in ones:
         input, grad_output = input.unsqueeze(2), grad_output.unsqueeze(2)
-    ones, zeros = (1,) * missing, (0,) * missing
-    return (
-        input,
-        grad_output,
-        Geometry(
-            geometry.weight_shape[:2] + ones + geometry.kernel,
-            ones + geometry.stride,
-            zeros + geometry.padding,
-            ones + geometry.dilation,
-            geometry.groups,
-        ),
+    weight_shape, stride, padding, dilation, groups = geometry
+    volume = Geometry(
+        (*weight_shape[:2], *ones, *geometry.kernel),
+        ones + stride,
+        zeros + padding,
+        ones + dilation,
+        groups,
     )
-
-
-def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return input, grad_output, volume

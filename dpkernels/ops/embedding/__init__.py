@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops.checks import (
-    checked_by,
     require_clip_factor,
     require_float,
     require_shape,
     result_dtype,
 )
+from dpkernels.ops.embedding.table import Table
 from dpkernels.ops.registry import contract
 
 
@@ -29,9 +29,8 @@ def _check_norm(indices: torch.Tensor, grad_output: torch.Tensor, padding_idx: i
         raise ValueError(f"padding_idx={padding_idx}: expected -1 for none, or an index")
 
 
-def _check_table(
-    indices: torch.Tensor, grad_output: torch.Tensor, num_embeddings: int, padding_idx: int
-) -> None:
+def _check_table(indices: torch.Tensor, grad_output: torch.Tensor, table: Table) -> None:
+    num_embeddings, padding_idx = table
     _check_norm(indices, grad_output, padding_idx)
     if num_embeddings < 1 or padding_idx >= num_embeddings:
         raise ValueError(
@@ -41,18 +40,13 @@ def _check_table(
 
 
 def _check_clipped(
-    indices: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    num_embeddings: int,
-    padding_idx: int,
+    indices: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, table: Table
 ) -> None:
-    _check_table(indices, grad_output, num_embeddings, padding_idx)
+    _check_table(indices, grad_output, table)
     require_clip_factor(clip_factor, indices.shape[0])
 
 
-@contract()
-@checked_by(_check_norm)
+@contract(check=_check_norm)
 def embedding_norm_sq(
     indices: torch.Tensor, grad_output: torch.Tensor, padding_idx: int
 ) -> torch.Tensor:
@@ -72,10 +66,9 @@ def embedding_norm_sq(
     return grad_output.new_empty((indices.shape[0],), dtype=result_dtype(grad_output))
 
 
-@contract()
-@checked_by(_check_table)
+@contract(check=_check_table)
 def embedding_grad_sample(
-    indices: torch.Tensor, grad_output: torch.Tensor, num_embeddings: int, padding_idx: int
+    indices: torch.Tensor, grad_output: torch.Tensor, table: Table
 ) -> torch.Tensor:
     """Per-sample table gradients.
 
@@ -88,18 +81,13 @@ def embedding_grad_sample(
     Returns:
         [B, V, D], float32 (float64 if grad_output is).
     """
-    shape = (indices.shape[0], num_embeddings, grad_output.shape[2])
+    shape = (indices.shape[0], table.num_embeddings, grad_output.shape[2])
     return grad_output.new_empty(shape, dtype=result_dtype(grad_output))
 
 
-@contract()
-@checked_by(_check_clipped)
+@contract(check=_check_clipped)
 def embedding_clipped_grad(
-    indices: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    num_embeddings: int,
-    padding_idx: int,
+    indices: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, table: Table
 ) -> torch.Tensor:
     """Sum over samples of clip_factor[b] times sample b's table gradient.
 
@@ -114,5 +102,5 @@ def embedding_clipped_grad(
     Returns:
         [V, D], float32 (float64 if grad_output is).
     """
-    shape = (num_embeddings, grad_output.shape[2])
+    shape = (table.num_embeddings, grad_output.shape[2])
     return grad_output.new_empty(shape, dtype=result_dtype(grad_output))

@@ -12,14 +12,9 @@ import triton
 import triton.language as tl
 
 from dpkernels.ops import triton_support as support
-from dpkernels.ops.triton_support import unavailable
+from dpkernels.ops.embedding.table import Table
 
-__all__ = [
-    "embedding_clipped_grad",
-    "embedding_grad_sample",
-    "embedding_norm_sq",
-    "unavailable",
-]
+unavailable = support.unavailable
 
 WIDTH = 256
 """Columns of the table that a program adds up at a time."""
@@ -82,23 +77,7 @@ def segment_kernel(
         tl.store(squares + place, square)
 
 
-def why_not_embedding_norm_sq(
-    indices: torch.Tensor, grad_output: torch.Tensor, padding_idx: int
-) -> str | None:
-    """Why these operands are not for Triton."""
-    return support.why_not(grad_output)
-
-
-def why_not_embedding_grad_sample(
-    indices: torch.Tensor, grad_output: torch.Tensor, num_embeddings: int, padding_idx: int
-) -> str | None:
-    """Why these operands are not for Triton."""
-    return support.why_not(grad_output)
-
-
-def why_not_embedding_clipped_grad(
-    indices: torch.Tensor, grad_output: torch.Tensor, *rest: object, **named: object
-) -> str | None:
+def why_not(indices: torch.Tensor, grad_output: torch.Tensor, *rest: object) -> str | None:
     """Why these operands are not for Triton."""
     return support.why_not(grad_output)
 
@@ -107,33 +86,29 @@ def embedding_norm_sq(
     indices: torch.Tensor, grad_output: torch.Tensor, padding_idx: int
 ) -> torch.Tensor:
     """See the contract."""
-    squares = torch.zeros(indices.shape, dtype=torch.float32, device=grad_output.device)
+    squares = support.zeros(grad_output, *indices.shape)
     _segments(indices, grad_output, padding_idx, squares=squares)
     return support.sum_rows(squares)
 
 
 def embedding_grad_sample(
-    indices: torch.Tensor, grad_output: torch.Tensor, num_embeddings: int, padding_idx: int
+    indices: torch.Tensor, grad_output: torch.Tensor, table: Table
 ) -> torch.Tensor:
     """See the contract."""
-    shape = (indices.shape[0], num_embeddings, grad_output.shape[2])
-    out = torch.zeros(shape, dtype=torch.float32, device=grad_output.device)
-    _segments(indices, grad_output, padding_idx, out=out)
+    shape = (indices.shape[0], table.num_embeddings, grad_output.shape[2])
+    out = support.zeros(grad_output, *shape)
+    _segments(indices, grad_output, table.padding_idx, out=out)
     return out
 
 
 def embedding_clipped_grad(
-    indices: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    num_embeddings: int,
-    padding_idx: int,
+    indices: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, table: Table
 ) -> torch.Tensor:
     """See the contract. One sort of all samples' indices."""
-    shape = (1, num_embeddings, grad_output.shape[2])
-    out = torch.zeros(shape, dtype=torch.float32, device=grad_output.device)
+    shape = (1, table.num_embeddings, grad_output.shape[2])
+    out = support.zeros(grad_output, *shape)
     factor = clip_factor.detach().contiguous()
-    _segments(indices.reshape(1, -1), grad_output, padding_idx, out=out, factor=factor)
+    _segments(indices.reshape(1, -1), grad_output, table.padding_idx, out=out, factor=factor)
     return out[0]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops.checks import (
-    checked_by,
     require_clip_factor,
     require_float,
     require_shape,
@@ -34,8 +33,7 @@ def _check_clipped(
     require_clip_factor(clip_factor, activations.shape[0])
 
 
-@contract()
-@checked_by(_check)
+@contract(check=_check)
 def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """Squared norm of each sample's weight gradient, without keeping the gradients.
 
@@ -54,8 +52,7 @@ def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torc
     )
 
 
-@contract()
-@checked_by(_check)
+@contract(check=_check)
 def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """Per-sample weight gradients G_b^T A_b.
 
@@ -72,8 +69,7 @@ def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> 
     )
 
 
-@contract()
-@checked_by(_check_clipped)
+@contract(check=_check_clipped)
 def linear_clipped_grad(
     activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
 ) -> torch.Tensor:

@@ -32,7 +32,8 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
     Returns:
         [B].
     """
-    activations, grad_output = _rows(activations), _rows(grad_output)
+    activations = native.features_adjacent(activations)
+    grad_output = native.features_adjacent(grad_output)
     batch, positions, features_in = activations.shape
     norm_sq = activations.new_empty(batch)
     native.extension(activations).gram_norm_sq(
@@ -48,9 +49,3 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
         native.launch_on(activations),
     )
     return norm_sq
-
-
-def _rows(operand: torch.Tensor) -> torch.Tensor:
-    """`operand` with its features side by side."""
-    operand = operand.detach()
-    return operand if operand.stride(2) == 1 else operand.contiguous()

@@ -25,16 +25,14 @@ def widened(activations: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch
     return activations.to(dtype), grad_output.to(dtype)
 
 
-def why_not_linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> str | None:
-    """Why this norm would not be that of what is summed."""
-    return why_not_exact(("matmul",), activations, grad_output)
-
-
-def why_not_linear_clipped_grad(
-    activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
+def why_not_linear_norm_sq(
+    activations: torch.Tensor, grad_output: torch.Tensor, *rest: object
 ) -> str | None:
-    """Why this sum would not be that of the gradients whose norms were taken."""
+    """Why norms and clipped sums of these operands would not be those of the same gradients."""
     return why_not_exact(("matmul",), activations, grad_output)
+
+
+why_not_linear_clipped_grad = why_not_linear_norm_sq
 
 
 def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:

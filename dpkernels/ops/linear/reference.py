@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.checks import kept_samples, result_dtype
+from dpkernels.ops.checks import result_dtype
+from dpkernels.ops.from_gradients import clipped_grad_by, norm_sq_by
 
 
 def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
@@ -19,15 +20,5 @@ def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> 
     )
 
 
-def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """See the contract."""
-    return linear_grad_sample(activations, grad_output).square().sum((1, 2))
-
-
-def linear_clipped_grad(
-    activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
-) -> torch.Tensor:
-    """See the contract."""
-    factor, (activations, grad_output) = kept_samples(clip_factor, activations, grad_output)
-    grads = linear_grad_sample(activations, grad_output)
-    return (grads * factor.to(grads.dtype)[:, None, None]).sum(0)
+linear_norm_sq = norm_sq_by(linear_grad_sample)
+linear_clipped_grad = clipped_grad_by(linear_grad_sample)

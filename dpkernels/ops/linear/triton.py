@@ -8,23 +8,16 @@ as the norm did and only then multiplies it by the clip factor, which never meet
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from dpkernels.ops import triton_support as support
-from dpkernels.ops.triton_support import Tile, unavailable
+from dpkernels.ops.triton_support import Jobs, Tile
 
-__all__ = [
-    "grad_sample_and_norm_sq",
-    "gram_norm_sq",
-    "linear_clipped_grad",
-    "linear_grad_sample",
-    "linear_norm_sq",
-    "recompute_norm_sq",
-    "unavailable",
-]
-
+unavailable = support.unavailable
 
 GRAM = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
 GRADIENT = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}
@@ -110,6 +103,18 @@ def linear_outer_norm_kernel(
 
 
 @triton.jit
+def _place(features_in, features_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's slot, its tile of so many, and the tile's rows and columns."""
+    wide = tl.cdiv(features_in, COLUMNS)
+    tiles = tl.cdiv(features_out, ROWS) * wide
+    slot = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    row = tile // wide * ROWS + tl.arange(0, ROWS)
+    column = tile % wide * COLUMNS + tl.arange(0, COLUMNS)
+    return slot, tile, tiles, row, column
+
+
+@triton.jit
 def linear_gradient_kernel(
     activations, grads, factor, out, squares, jobs, slots, chunks, chunk, positions, features_in,
     features_out, a_sample, a_step, a_feature, g_sample, g_step, g_feature,
@@ -120,12 +125,7 @@ def linear_gradient_kernel(
 
     Slots are jobs for per-sample gradients. A clipped sum has fewer: slot, slot + slots, ...
     """
-    wide = tl.cdiv(features_in, COLUMNS)
-    tiles = tl.cdiv(features_out, ROWS) * wide
-    slot = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = tile // wide * ROWS + tl.arange(0, ROWS)
-    column = tile % wide * COLUMNS + tl.arange(0, COLUMNS)
+    slot, tile, tiles, row, column = _place(features_in, features_out, ROWS, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for job in range(slot, jobs, slots):
         sample = (job // chunks).to(tl.int64)
@@ -175,12 +175,7 @@ def linear_rows_kernel(
 
     The factor multiplies in float32, and so do the matrix products.
     """
-    wide = tl.cdiv(features_in, COLUMNS)
-    tiles = tl.cdiv(features_out, ROWS) * wide
-    slot = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = tile // wide * ROWS + tl.arange(0, ROWS)
-    column = tile % wide * COLUMNS + tl.arange(0, COLUMNS)
+    slot, tile, tiles, row, column = _place(features_in, features_out, ROWS, COLUMNS)
     first = slot * chunk
     last = tl.minimum(first + chunk, length)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -211,17 +206,7 @@ def linear_rows_kernel(
     )
 
 
-def why_not_linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> str | None:
-    """Why these operands are not for Triton."""
-    return support.why_not(activations, grad_output)
-
-
-why_not_linear_grad_sample = why_not_linear_norm_sq
-
-
-def why_not_linear_clipped_grad(
-    activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
-) -> str | None:
+def why_not(activations: torch.Tensor, grad_output: torch.Tensor, *rest: object) -> str | None:
     """Why these operands are not for Triton."""
     return support.why_not(activations, grad_output)
 
@@ -231,7 +216,7 @@ def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torc
     _, positions, features_in = activations.shape
     features_out = grad_output.shape[2]
     if activations.numel() == 0 or grad_output.numel() == 0:
-        return _zeros(activations, activations.shape[0])
+        return support.zeros(activations, activations.shape[0])
     if positions == 1:
         return outer_norm_sq(activations, grad_output)
     if positions * (features_in + features_out) < 2 * features_in * features_out:
@@ -242,7 +227,7 @@ def linear_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torc
 def outer_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """Squared norms [B] where T = 1."""
     batch, _, features_in = activations.shape
-    out = _empty(activations, batch)
+    out = support.empty(activations, batch)
     with torch.cuda.device_of(activations):
         linear_outer_norm_kernel[(batch,)](
             activations.detach(), grad_output.detach(), out, features_in, grad_output.shape[2],
@@ -259,7 +244,7 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
     side = support.power_of_two(positions, tile.rows)
     count = triton.cdiv(positions, side)
     pairs = count * (count + 1) // 2
-    partials = _empty(activations, batch, pairs)
+    partials = support.empty(activations, batch, pairs)
     with torch.cuda.device_of(activations):
         linear_gram_kernel[(batch * pairs,)](
             activations.detach(), grad_output.detach(), partials, positions, features_in,
@@ -294,16 +279,10 @@ def _per_sample(
     batch, positions, features_in = activations.shape
     shape = (batch, grad_output.shape[2], features_in)
     if activations.numel() == 0 or grad_output.numel() == 0:
-        return _zeros(activations, *shape), _zeros(activations, batch)
-    chunks, chunk = support.split_factor(positions, shape[1] * shape[2])
-    jobs = batch * chunks
-    out, squares = _gradient(
-        activations, grad_output, None, jobs, chunks, chunk,
-        store=store or chunks > 1, square=square and chunks == 1,
-    )  # fmt: skip
-    if chunks == 1:
-        return out.view(shape) if store else out, support.sum_rows(squares)
-    grads, norm_sq = support.combine(out.view(batch, chunks, -1), store, square)
+        return support.zeros(activations, *shape), support.zeros(activations, batch)
+    run = functools.partial(_gradient, activations, grad_output)
+    weights = shape[1] * shape[2]
+    grads, norm_sq = support.per_sample(run, batch, positions, weights, store, square)
     return grads.view(shape) if store else grads, norm_sq
 
 
@@ -311,44 +290,29 @@ def linear_clipped_grad(
     activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
 ) -> torch.Tensor:
     """See the contract."""
-    batch, positions, features_in = activations.shape
-    shape = (grad_output.shape[2], features_in)
+    positions, shape = activations.shape[1], (grad_output.shape[2], activations.shape[2])
     if activations.numel() == 0 or grad_output.numel() == 0:
-        return _zeros(activations, *shape)
-    factor = clip_factor.detach().contiguous()
+        return support.zeros(activations, *shape)
     if positions < ROW_FORM_POSITIONS:
-        partials = _short_rows(activations, grad_output, factor)
-    else:
-        chunks, chunk = support.split_factor(positions, shape[0] * shape[1])
-        slots, _ = support.split_factor(batch * positions, shape[0] * shape[1])
-        slots = min(slots, batch * chunks)
-        partials, _ = _gradient(
-            activations, grad_output, factor, slots, chunks, chunk, store=True, square=False
-        )
-    if len(partials) == 1:
-        return partials.view(shape)
-    return support.combine(partials.view(1, len(partials), -1))[0].view(shape)
+        partials = _short_rows(activations, grad_output, clip_factor.detach().contiguous())
+        return support.total(partials).view(shape)
+    run = functools.partial(_gradient, activations, grad_output)
+    return support.clipped_sum(run, clip_factor, positions, shape[0] * shape[1]).view(shape)
 
 
 def _gradient(
-    activations: torch.Tensor,
-    grad_output: torch.Tensor,
-    factor: torch.Tensor | None,
-    slots: int,
-    chunks: int,
-    chunk: int,
-    store: bool,
-    square: bool,
+    activations: torch.Tensor, grad_output: torch.Tensor, jobs: Jobs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the gradient kernel: ([slots, O, I], squares [slots, tiles]), empty if unwanted."""
+    """Run the gradient kernel."""
+    factor, slots, chunks, chunk, store, square = jobs
     batch, positions, features_in = activations.shape
     features_out = grad_output.shape[2]
     tile = GRADIENT[max(activations.element_size(), grad_output.element_size())]
     rows = support.power_of_two(features_out, tile.rows)
     columns = support.power_of_two(features_in, tile.columns)
     tiles = triton.cdiv(features_out, rows) * triton.cdiv(features_in, columns)
-    out = _empty(activations, *((slots, features_out, features_in) if store else (0,)))
-    squares = _empty(activations, *((slots, tiles) if square else (0, 0)))
+    out = support.empty(activations, *((slots, features_out * features_in) if store else (0,)))
+    squares = support.empty(activations, *((slots, tiles) if square else (0, 0)))
     with torch.cuda.device_of(activations):
         linear_gradient_kernel[(slots * tiles,)](
             activations.detach(), grad_output.detach(), out if factor is None else factor, out,
@@ -367,7 +331,7 @@ def _gradient(
 def _short_rows(
     activations: torch.Tensor, grad_output: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
-    """Run `linear_rows_kernel`: [slots, O, I]."""
+    """Run `linear_rows_kernel`: [slots, O * I]."""
     batch, positions, features_in = activations.shape
     features_out = grad_output.shape[2]
     length = batch * positions
@@ -375,7 +339,7 @@ def _short_rows(
     rows = support.power_of_two(features_out, ROWS.rows)
     columns = support.power_of_two(features_in, ROWS.columns)
     tiles = triton.cdiv(features_out, rows) * triton.cdiv(features_in, columns)
-    out = _empty(activations, slots, features_out, features_in)
+    out = support.empty(activations, slots, features_out * features_in)
     with torch.cuda.device_of(activations):
         linear_rows_kernel[(slots * tiles,)](
             activations.detach(), grad_output.detach(), factor, out, length, chunk, positions,
@@ -384,11 +348,3 @@ def _short_rows(
             num_warps=ROWS.warps, num_stages=ROWS.stages,
         )  # fmt: skip
     return out
-
-
-def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.float32, device=like.device)

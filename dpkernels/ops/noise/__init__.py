@@ -19,7 +19,7 @@ import math
 
 import torch
 
-from dpkernels.ops.checks import FLOAT_DTYPES, checked_by
+from dpkernels.ops.checks import FLOAT_DTYPES
 from dpkernels.ops.noise.source import NoiseSource, blocks_needed
 from dpkernels.ops.registry import contract
 
@@ -79,8 +79,7 @@ def _check_standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.floa
         raise ValueError(f"dtype={dtype}: expected float32 or float64")
 
 
-@contract(mutates=("tensor",))
-@checked_by(_check_gaussian_noise_)
+@contract(check=_check_gaussian_noise_, mutates=("tensor",))
 def gaussian_noise_(
     tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int
 ) -> torch.Tensor:
@@ -103,8 +102,7 @@ def gaussian_noise_(
     return tensor
 
 
-@contract(mutates=("words",))
-@checked_by(_check_chacha20_blocks_)
+@contract(check=_check_chacha20_blocks_, mutates=("words",))
 def chacha20_blocks_(
     words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0
 ) -> torch.Tensor:
@@ -122,8 +120,7 @@ def chacha20_blocks_(
     return words
 
 
-@contract()
-@checked_by(_check_standard_normals)
+@contract(check=_check_standard_normals)
 def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The transform alone: eight standard normals from the sixteen words of each block.
 
@@ -137,8 +134,7 @@ def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     return words.new_empty((len(words), 8), dtype=dtype)
 
 
-@contract()
-@checked_by(_require_words)
+@contract(check=_require_words)
 def discrete_gaussians(words: torch.Tensor) -> torch.Tensor:
     """One discrete Gaussian integer from the sixteen words of each block.
 

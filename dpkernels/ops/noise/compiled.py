@@ -7,11 +7,9 @@ import torch
 from dpkernels.ops import native
 
 
-def gaussian_noise_(
-    tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int
-) -> torch.Tensor:
+def gaussian_noise_(tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int) -> None:
     if noise_std == 0 or tensor.numel() == 0:
-        return tensor
+        return
     flat = tensor.detach().contiguous()
     native.extension(flat).gaussian_noise(
         flat.data_ptr(),
@@ -22,14 +20,12 @@ def gaussian_noise_(
         block,
         native.launch_on(flat),
     )
-    return native.write_back(tensor, flat)
+    native.write_back(tensor, flat)
 
 
-def chacha20_blocks_(
-    words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0
-) -> torch.Tensor:
+def chacha20_blocks_(words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0) -> None:
     if len(words) == 0:
-        return words
+        return
     native.extension(words).chacha20_blocks(
         words.data_ptr(),
         len(words),
@@ -38,7 +34,7 @@ def chacha20_blocks_(
         nonce,
         native.launch_on(words),
     )
-    return native.write_back(words, words)
+    native.write_back(words, words)
 
 
 def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -56,20 +56,16 @@ def noise_like(tensor: torch.Tensor, key: torch.Tensor, block: int) -> torch.Ten
     return z.reshape(tensor.shape).to(tensor.device)
 
 
-def gaussian_noise_(
-    tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int
-) -> torch.Tensor:
+def gaussian_noise_(tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int) -> None:
     if noise_std == 0:
-        return tensor
+        return
     with torch.no_grad():
-        return tensor.copy_(tensor.double() + noise_std * noise_like(tensor, key, block))
+        tensor.copy_(tensor.double() + noise_std * noise_like(tensor, key, block))
 
 
-def chacha20_blocks_(
-    words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0
-) -> torch.Tensor:
+def chacha20_blocks_(words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0) -> None:
     stream = chacha20_words(key.numpy().tobytes(), block, len(words), nonce)
-    return words.copy_(torch.from_numpy(stream.view(np.int32)))
+    words.copy_(torch.from_numpy(stream.view(np.int32)))
 
 
 def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

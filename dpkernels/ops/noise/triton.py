@@ -18,9 +18,8 @@ import triton.language as tl
 from dpkernels.ops import native
 from dpkernels.ops import triton_support as support
 from dpkernels.ops.noise.source import blocks_needed
-from dpkernels.ops.triton_support import unavailable
 
-__all__ = ["chacha20_blocks_", "gaussian_noise_", "standard_normals", "unavailable"]
+unavailable = support.unavailable
 
 LANES = 128
 """ChaCha20 blocks per program."""
@@ -218,12 +217,12 @@ def key_arguments(key: torch.Tensor, block: int, nonce: int = 0) -> tuple[int, .
     return (*draw.tolist(), *key.view(torch.int32).tolist())
 
 
-def why_not_gaussian_noise_(tensor: torch.Tensor, *rest: object, **named: object) -> str | None:
+def why_not_gaussian_noise_(tensor: torch.Tensor, *rest: object) -> str | None:
     """Why this tensor is not for Triton."""
     return support.why_not(tensor)
 
 
-def why_not_chacha20_blocks_(words: torch.Tensor, *rest: object, **named: object) -> str | None:
+def why_not_chacha20_blocks_(words: torch.Tensor, *rest: object) -> str | None:
     """Why this tensor is not for Triton."""
     return support.why_not_device(words)
 
@@ -235,31 +234,27 @@ def why_not_standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.flo
     return support.why_not_device(words)
 
 
-def gaussian_noise_(
-    tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int
-) -> torch.Tensor:
+def gaussian_noise_(tensor: torch.Tensor, noise_std: float, key: torch.Tensor, block: int) -> None:
     """See the contract. A tensor that is not contiguous is copied: noise follows its flat index."""
     blocks = blocks_needed(tensor.numel())
     if noise_std == 0 or blocks == 0:
-        return tensor
+        return
     flat = tensor.detach().contiguous()
     with torch.cuda.device_of(flat):
         noise_kernel[(triton.cdiv(blocks, LANES),)](
             flat, flat.numel(), float(noise_std), *key_arguments(key, block), LANES=LANES
         )
-    return native.write_back(tensor, flat)
+    native.write_back(tensor, flat)
 
 
-def chacha20_blocks_(
-    words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0
-) -> torch.Tensor:
+def chacha20_blocks_(words: torch.Tensor, key: torch.Tensor, block: int, nonce: int = 0) -> None:
     """See the contract."""
     if len(words):
         with torch.cuda.device_of(words):
             words_kernel[(triton.cdiv(len(words), LANES),)](
                 words, len(words), *key_arguments(key, block, nonce), LANES=LANES
             )
-    return native.write_back(words, words)
+    native.write_back(words, words)
 
 
 def standard_normals(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

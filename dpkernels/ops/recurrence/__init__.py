@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.checks import checked_by, require_float, require_shape
+from dpkernels.ops.checks import require_float, require_shape
+from dpkernels.ops.recurrence.records import Gradients, RecurrentWeights, Saved, State, Weights
+from dpkernels.ops.recurrence.steps import Steps
 from dpkernels.ops.registry import contract
 
 __all__ = ["lstm", "lstm_backward"]
@@ -28,27 +30,16 @@ def _check_dtypes(dtype: torch.dtype, **tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name}: dtype {tensor.dtype}, expected {dtype}, that of the rest")
 
 
-def _check_lstm(
-    data: torch.Tensor,
-    weight_ih: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    h: torch.Tensor,
-    c: torch.Tensor,
-    sizes: list[int],
-    reverse: bool,
-) -> None:
+def _check_lstm(data: torch.Tensor, weights: Weights, first: State, steps: Steps) -> None:
     require_float("data", data, 2)
-    weights = {"weight_ih": weight_ih, "weight_hh": weight_hh, "weight_hr": weight_hr, "bias": bias}
-    _check_dtypes(data.dtype, **weights, h=h, c=c)
-    batch, width = c.shape
-    _check_steps(sizes, len(data), batch)
-    _check_weights(weight_hh, weight_hr, width, h.shape[1])
-    require_shape("h", h, [batch, weight_hh.shape[1]])
-    require_shape("weight_ih", weight_ih, [4 * width, data.shape[1]])
-    if bias is not None:
-        require_shape("bias", bias, [4 * width])
+    _check_dtypes(data.dtype, **weights._asdict(), **first._asdict())
+    batch, width = first.c.shape
+    _check_steps(steps.sizes, len(data), batch)
+    _check_weights(weights.weight_hh, weights.weight_hr, width, first.h.shape[1])
+    require_shape("h", first.h, [batch, weights.weight_hh.shape[1]])
+    require_shape("weight_ih", weights.weight_ih, [4 * width, data.shape[1]])
+    if weights.bias is not None:
+        require_shape("bias", weights.bias, [4 * width])
 
 
 def _check_weights(
@@ -62,44 +53,23 @@ def _check_weights(
 
 
 def _check_backward(
-    grad_output: torch.Tensor,
-    grad_h: torch.Tensor,
-    grad_c: torch.Tensor,
-    gates: torch.Tensor,
-    before_c: torch.Tensor,
-    cell_tanh: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
-    sizes: list[int],
-    reverse: bool,
+    grads: Gradients, saved: Saved, weights: RecurrentWeights, steps: Steps
 ) -> None:
-    require_float("grad_output", grad_output, 2)
-    _check_dtypes(grad_output.dtype, grad_h=grad_h, grad_c=grad_c, gates=gates)
-    _check_dtypes(grad_output.dtype, before_c=before_c, cell_tanh=cell_tanh)
-    _check_dtypes(grad_output.dtype, weight_hh=weight_hh, weight_hr=weight_hr)
-    rows, projected = grad_output.shape
-    batch, width = grad_c.shape
-    _check_steps(sizes, rows, batch)
-    _check_weights(weight_hh, weight_hr, width, projected)
-    require_shape("grad_h", grad_h, [batch, projected])
-    require_shape("gates", gates, [rows, 4 * width])
-    require_shape("before_c", before_c, [rows, width])
-    require_shape("cell_tanh", cell_tanh, [rows, width])
+    require_float("grad_output", grads.grad_output, 2)
+    every = {**grads._asdict(), **saved._asdict(), **weights._asdict()}
+    _check_dtypes(grads.grad_output.dtype, **every)
+    rows, projected = grads.grad_output.shape
+    batch, width = grads.grad_c.shape
+    _check_steps(steps.sizes, rows, batch)
+    _check_weights(*weights, width, projected)
+    require_shape("grad_h", grads.grad_h, [batch, projected])
+    require_shape("gates", saved.gates, [rows, 4 * width])
+    require_shape("before_c", saved.before_c, [rows, width])
+    require_shape("cell_tanh", saved.cell_tanh, [rows, width])
 
 
-@contract()
-@checked_by(_check_lstm)
-def lstm(
-    data: torch.Tensor,
-    weight_ih: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    h: torch.Tensor,
-    c: torch.Tensor,
-    sizes: list[int],
-    reverse: bool,
-) -> list[torch.Tensor]:
+@contract(check=_check_lstm)
+def lstm(data: torch.Tensor, weights: Weights, first: State, steps: Steps) -> list[torch.Tensor]:
     """One layer in one direction, over all steps.
 
     Args:
@@ -122,27 +92,17 @@ def lstm(
     Raises:
         ValueError: shapes do not fit.
     """
-    (rows, batch), (projected, width) = (len(data), len(c)), (weight_hh.shape[1], c.shape[1])
+    rows, (batch, projected), width = data.shape[0], first.h.shape, first.c.shape[1]
     shapes = [(rows, projected), (batch, projected), (batch, width), (rows, projected)]
     shapes += [(rows, 4 * width), (rows, width), (rows, width)]
-    if weight_hr is not None:
+    if weights.weight_hr is not None:
         shapes.append((rows, width))
     return [data.new_empty(shape) for shape in shapes]
 
 
-@contract()
-@checked_by(_check_backward)
+@contract(check=_check_backward)
 def lstm_backward(
-    grad_output: torch.Tensor,
-    grad_h: torch.Tensor,
-    grad_c: torch.Tensor,
-    gates: torch.Tensor,
-    before_c: torch.Tensor,
-    cell_tanh: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
-    sizes: list[int],
-    reverse: bool,
+    grads: Gradients, saved: Saved, weights: RecurrentWeights, steps: Steps
 ) -> list[torch.Tensor]:
     """Back through the time of :func:`lstm`.
 
@@ -162,7 +122,7 @@ def lstm_backward(
         Gradients at the sums of the gates, [N, 4H], and at the first h and c; with a projection
         also at its results, [N, P].
     """
-    results = [torch.empty_like(gates), torch.empty_like(grad_h), torch.empty_like(grad_c)]
-    if weight_hr is not None:
-        results.append(torch.empty_like(grad_output))
-    return results
+    like = [saved.gates, grads.grad_h, grads.grad_c]
+    if weights.weight_hr is not None:
+        like.append(grads.grad_output)
+    return [torch.empty_like(each) for each in like]

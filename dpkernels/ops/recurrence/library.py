@@ -5,67 +5,69 @@ All that does not depend on the step after is done for all steps at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
+from dpkernels.ops.recurrence.records import Gradients, RecurrentWeights, Saved, State, Weights
 from dpkernels.ops.recurrence.steps import Steps, replaced, running
 
 aten = torch.ops.aten
 
 
-def lstm(
-    data: torch.Tensor,
-    weight_ih: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    h: torch.Tensor,
-    c: torch.Tensor,
-    sizes: list[int],
-    reverse: bool,
-) -> list[torch.Tensor]:
-    """See the contract."""
-    gates = F.linear(data, weight_ih, bias)
-    width = c.shape[1]
-    steps = Steps(sizes, reverse)
-    recurrent = weight_hh.t()
-    cell, cell_tanh, hidden = (gates.new_empty(len(gates), width) for _ in range(3))
-    cells, tanhs, hiddens = map(steps.split, (cell, cell_tanh, hidden))
-    step, ins, forgets, news, outs = map(steps.split, (gates, *gates.chunk(4, 1)))
-    in_forgets = steps.split(gates[:, : 2 * width])
-    output, outputs = hidden, hiddens
-    if weight_hr is not None:
-        output = gates.new_empty(len(gates), len(weight_hr))
-        outputs = steps.split(output)
-    first_h, first_c = h, c
-    for t in steps.order():
-        step[t].addmm_(running(h, sizes[t]), recurrent)
+Step = Callable[[int, torch.Tensor], None]
+"""Takes a step's index and the cells before it; makes the step's gates, cells and states."""
+
+
+def _step_by_library(of_steps: tuple[torch.Tensor, ...], steps: Steps) -> Step:
+    """A step on gates [N, 4H], which hold the sums; cells, tanh of them and states, [N, H]."""
+    gates = of_steps[0]
+    cells, tanhs, hiddens = map(steps.split, of_steps[1:])
+    ins, forgets, news, outs = map(steps.split, gates.chunk(4, 1))
+    in_forgets = steps.split(gates[:, : gates.shape[1] // 2])
+
+    def step(t: int, c: torch.Tensor) -> None:
         in_forgets[t].sigmoid_()
         news[t].tanh_()
         outs[t].sigmoid_()
-        torch.mul(forgets[t], running(c, sizes[t]), out=cells[t]).addcmul_(ins[t], news[t])
+        torch.mul(forgets[t], running(c, steps.sizes[t]), out=cells[t]).addcmul_(ins[t], news[t])
         torch.mul(outs[t], torch.tanh(cells[t], out=tanhs[t]), out=hiddens[t])
-        if weight_hr is not None:
-            torch.mm(hiddens[t], weight_hr.t(), out=outputs[t])
+
+    return step
+
+
+def lstm(
+    data: torch.Tensor,
+    weights: Weights,
+    first: State,
+    steps: Steps,
+    step_by: Callable[[tuple[torch.Tensor, ...], Steps], Step] = _step_by_library,
+) -> list[torch.Tensor]:
+    """See the contract. What lies between the matrix products is done by `step_by`."""
+    h, c = first.h, first.c.contiguous()
+    gates = F.linear(data, weights.weight_ih, weights.bias)
+    recurrent, projection = weights.weight_hh.t(), weights.weight_hr
+    cell, cell_tanh, hidden = (gates.new_empty(len(gates), c.shape[1]) for _ in range(3))
+    output = hidden if projection is None else gates.new_empty(len(gates), len(projection))
+    sums, cells, hiddens, outputs = map(steps.split, (gates, cell, hidden, output))
+    step = step_by((gates, cell, cell_tanh, hidden), steps)
+    for t in steps.order():
+        sums[t].addmm_(running(h, steps.sizes[t]), recurrent)
+        step(t, c)
+        if projection is not None:
+            torch.mm(hiddens[t], projection.t(), out=outputs[t])
         h, c = replaced(h, outputs[t]), replaced(c, cells[t])
-    saved = [steps.before(first_h, output), gates, steps.before(first_c, cell), cell_tanh]
-    return [output, h.clone(), c.clone(), *saved, *([] if weight_hr is None else [hidden])]
+    saved = [steps.before(first.h, output), gates, steps.before(first.c, cell), cell_tanh]
+    return [output, h.clone(), c.clone(), *saved, *([] if projection is None else [hidden])]
 
 
 def lstm_backward(
-    grad_output: torch.Tensor,
-    grad_h: torch.Tensor,
-    grad_c: torch.Tensor,
-    gates: torch.Tensor,
-    before_c: torch.Tensor,
-    cell_tanh: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
-    sizes: list[int],
-    reverse: bool,
+    grads: Gradients, saved: Saved, weights: RecurrentWeights, steps: Steps
 ) -> list[torch.Tensor]:
     """See the contract."""
-    steps = Steps(sizes, reverse)
+    gates, before_c, cell_tanh = saved
+    grad_output, dh, dc = grads
     into, forget, new, out = gates.chunk(4, 1)
     factor = torch.addcmul(gates, gates, gates, value=-1.0)
     at_into, at_forget, at_new, at_out = factor.chunk(4, 1)
@@ -79,16 +81,17 @@ def lstm_backward(
     per_gate, factors = (steps.split(t.unflatten(1, (4, -1))[:, :3]) for t in (grad_gates, factor))
     out_gates, to_outs = (steps.split(t.chunk(4, 1)[3]) for t in (grad_gates, factor))
     to_cells, forgets, outer = map(steps.split, (to_cell, forget, grad_output))
-    projected = None if weight_hr is None else torch.empty_like(grad_output)
-    projections = None if projected is None else steps.split(projected)
-    dh, dc = grad_h, grad_c
+    projection = weights.weight_hr
+    projected = [] if projection is None else [torch.empty_like(grad_output)]
+    projections = [steps.split(each) for each in projected]
     for t in reversed(list(steps.order())):
-        now = running(dh, sizes[t]) + outer[t]
-        if projections is not None and weight_hr is not None:
-            now = projections[t].copy_(now) @ weight_hr
-        at_cell = torch.addcmul(running(dc, sizes[t]), now, to_cells[t])
+        size = steps.sizes[t]
+        now = running(dh, size) + outer[t]
+        if projection is not None:
+            now = projections[0][t].copy_(now) @ projection
+        at_cell = torch.addcmul(running(dc, size), now, to_cells[t])
         torch.mul(factors[t], at_cell.unsqueeze(1), out=per_gate[t])
         torch.mul(to_outs[t], now, out=out_gates[t])
         dc = replaced(dc, at_cell * forgets[t])
-        dh = replaced(dh, step[t] @ weight_hh)
-    return [grad_gates, dh, dc, *([] if projected is None else [projected])]
+        dh = replaced(dh, step[t] @ weights.weight_hh)
+    return [grad_gates, dh, dc, *projected]

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from dpkernels.ops.recurrence.records import Gradients, RecurrentWeights, Saved, State, Weights
 from dpkernels.ops.recurrence.steps import Steps, replaced, running
 
 
-def lstm(
-    data: torch.Tensor,
-    weight_ih: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    h: torch.Tensor,
-    c: torch.Tensor,
-    sizes: list[int],
-    reverse: bool,
-) -> list[torch.Tensor]:
+def lstm(data: torch.Tensor, weights: Weights, first: State, steps: Steps) -> list[torch.Tensor]:
     """See the contract."""
-    steps = Steps(sizes, reverse)
-    inputs = steps.split(data)
+    (weight_ih, weight_hh, weight_hr, bias), (h, c) = weights, first
+    inputs, sizes = steps.split(data), steps.sizes
     found: dict[int, list[torch.Tensor]] = {}
     for t in steps.order():
         before, before_c = running(h, sizes[t]), running(c, sizes[t])
@@ -38,23 +29,14 @@ def lstm(
 
 
 def lstm_backward(
-    grad_output: torch.Tensor,
-    grad_h: torch.Tensor,
-    grad_c: torch.Tensor,
-    gates: torch.Tensor,
-    before_c: torch.Tensor,
-    cell_tanh: torch.Tensor,
-    weight_hh: torch.Tensor,
-    weight_hr: torch.Tensor | None,
-    sizes: list[int],
-    reverse: bool,
+    grads: Gradients, saved: Saved, weights: RecurrentWeights, steps: Steps
 ) -> list[torch.Tensor]:
     """See the contract."""
-    steps = Steps(sizes, reverse)
-    saved = list(zip(*map(steps.split, (grad_output, gates, before_c, cell_tanh)), strict=True))
+    (grad_output, grad_h, grad_c), (weight_hh, weight_hr) = grads, weights
+    of_step, sizes = list(zip(*map(steps.split, (grad_output, *saved)), strict=True)), steps.sizes
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for t in reversed(list(steps.order())):
-        outer, values, old, c_tanh = saved[t]
+        outer, values, old, c_tanh = of_step[t]
         into, forget, new, out = values.chunk(4, 1)
         at_output = running(grad_h, sizes[t]) + outer
         at_hidden = at_output if weight_hr is None else at_output @ weight_hr

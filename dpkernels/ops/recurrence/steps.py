@@ -6,16 +6,14 @@ N = sum of sizes. A padded batch is the case where all sizes are equal.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """The order of time: samples per step, and whether the last step comes first."""
 
     sizes: list[int]
@@ -26,7 +24,6 @@ class Steps:
         steps = range(len(self.sizes))
         return reversed(steps) if self.reverse else steps
 
-    @functools.cached_property
     def firsts(self) -> list[int]:
         """The row with which each step begins."""
         return [0, *itertools.accumulate(self.sizes[:-1])]

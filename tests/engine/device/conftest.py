@@ -28,11 +28,11 @@ def full_float32() -> Iterator[None]:
 def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """By op that ran: the backends it ran on."""
     found: dict[str, set[str]] = {}
-    original = Op.implementation
+    original = Op._implementation
 
-    def implementation(self: Op, *args: Any, **kwargs: Any) -> Any:
-        found.setdefault(self.name, set()).add(self.backend(*args, **kwargs))
-        return original(self, *args, **kwargs)
+    def implementation(self: Op, arguments: tuple[Any, ...]) -> Any:
+        found.setdefault(self.name, set()).add(self._choice(arguments))
+        return original(self, arguments)
 
-    monkeypatch.setattr(Op, "implementation", implementation)
+    monkeypatch.setattr(Op, "_implementation", implementation)
     return found

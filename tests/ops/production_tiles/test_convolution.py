@@ -10,7 +10,6 @@ import torch
 
 from dpkernels import ops
 from dpkernels.ops.conv import cuda as small_conv
-from dpkernels.ops.conv.geometry import Geometry
 from tests.ops import test_conv, test_small_conv
 from tests.ops.compare import tf32
 from tests.ops.production_tiles.support import (
@@ -117,12 +116,12 @@ def _conv_forms() -> list[tuple[str, str]]:
 def test_convolution(backend: str, name: str, form: str) -> None:
     case = (CONV | OTHER_CONV)[name]
     operands, truth = conv_case(case)
-    geometry = Geometry.of(*case.conv.geometry)
+    geometry = case.conv.geometry
     factor = factor_of(case.conv.batch)
     *moved, weight = on_device(*operands, factor)
     with tf32(case.tf32):
         if form == "gradient":
-            check(conv.conv_grad_sample(*moved, *case.conv.geometry), truth, case.rounded)
+            check(conv.conv_grad_sample(*moved, geometry), truth, case.rounded)
         elif form == "gradient and norm":
             grads, norm_sq = conv.grad_sample_and_norm_sq(*moved, geometry)
             check(grads, truth, case.rounded)
@@ -134,7 +133,7 @@ def test_convolution(backend: str, name: str, form: str) -> None:
             norm_sq = conv.channel_gram_norm_sq(*moved, geometry)
             check(norm_sq, norm_sq_of(truth), case.rounded)
         else:
-            total = conv.conv_clipped_grad(*moved, weight, *case.conv.geometry)
+            total = conv.conv_clipped_grad(*moved, weight, geometry)
             check(total, clipped_of(truth, factor), case.rounded)
 
 
@@ -147,7 +146,7 @@ def test_convolution_norms_and_sum_are_those_of_the_stored_gradient(
 ) -> None:
     case = CONV[name]
     operands, truth = conv_case(case)
-    geometry = Geometry.of(*case.conv.geometry)
+    geometry = case.conv.geometry
     moved = on_device(*operands)
     one = torch.ones(1, device=DEVICE)
     with tf32(case.tf32):
@@ -158,7 +157,7 @@ def test_convolution_norms_and_sum_are_those_of_the_stored_gradient(
         }
         if name in GRAM_CONV:
             forms["Gram"] = lambda: conv.channel_gram_norm_sq(*moved, geometry)
-        clipped = conv.conv_clipped_grad(*(each[:1] for each in moved), one, *case.conv.geometry)
+        clipped = conv.conv_clipped_grad(*(each[:1] for each in moved), one, geometry)
         check_one_gradient(forms, grads, clipped, truth, case.rounded)
 
 
@@ -185,8 +184,7 @@ def test_convolution_of_few_channels(
     assert positions % small_conv.SLOT_POSITIONS
     input, grads = test_small_conv.operands(case, dtype, channels_last)
     exact, magnitude = test_small_conv.truth(input, grads, case)
-    geometry = [list(part) for part in vars(case.geometry).values() if isinstance(part, tuple)]
     with tf32(True), ops.use_backend(backend):
-        actual = ops.conv_grad_sample(*moved(backend, input, grads), *geometry, 1).cpu()
+        actual = ops.conv_grad_sample(*moved(backend, input, grads), *case.geometry).cpu()
     error = (actual.double() - exact).abs()
     assert (error <= 2.0**-23 * (positions / 8 + 4) * magnitude).all()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpkernels import ops
+from dpkernels.ops.embedding.table import Table
 from tests.ops import test_embedding
 from tests.ops.production_tiles.support import (
     BF16,
@@ -126,10 +127,10 @@ def test_embedding_gradients(backend: str, dtype: torch.dtype, form: str) -> Non
         norm_sq = embedding.embedding_norm_sq(at, grad_output, padding)
         check(norm_sq, norm_sq_of(truth), rounded=False)
     elif form == "gradient":
-        actual = embedding.embedding_grad_sample(at, grad_output, rows, padding)
+        actual = embedding.embedding_grad_sample(at, grad_output, Table(rows, padding))
         check(actual, truth, rounded=False)
     else:
-        total = embedding.embedding_clipped_grad(at, grad_output, weight, rows, padding)
+        total = embedding.embedding_clipped_grad(at, grad_output, weight, Table(rows, padding))
         check(total, clipped_of(truth, factor), rounded=False)
 
 

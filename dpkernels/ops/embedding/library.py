@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops.checks import kept_samples, result_dtype
+from dpkernels.ops.embedding.table import Table
 from dpkernels.ops.sums import squared_norms
+
+
+def why_not(indices: torch.Tensor, *rest: object) -> str | None:
+    """Why the library's scatter is not for these indices."""
+    if indices.is_cuda:
+        return "PyTorch adds equal indices in another order each time on a GPU"
+    return None
 
 
 def embedding_norm_sq(
@@ -29,34 +37,31 @@ def embedding_norm_sq(
 
 
 def embedding_grad_sample(
-    indices: torch.Tensor, grad_output: torch.Tensor, num_embeddings: int, padding_idx: int
+    indices: torch.Tensor, grad_output: torch.Tensor, table: Table
 ) -> torch.Tensor:
     """See the contract."""
+    num_embeddings, padding_idx = table
     _require_rows(indices, num_embeddings)
     batch = indices.shape[0]
     rows = indices + torch.arange(batch, device=indices.device).unsqueeze(1) * num_embeddings
     grads = _without_padding(indices, grad_output.to(result_dtype(grad_output)), padding_idx)
     width = grads.shape[2]
-    table = grads.new_zeros((batch * num_embeddings, width))
-    table.index_add_(0, rows.reshape(-1), grads.reshape(-1, width))
-    return table.view(batch, num_embeddings, width)
+    tables = grads.new_zeros((batch * num_embeddings, width))
+    tables.index_add_(0, rows.reshape(-1), grads.reshape(-1, width))
+    return tables.view(batch, num_embeddings, width)
 
 
 def embedding_clipped_grad(
-    indices: torch.Tensor,
-    grad_output: torch.Tensor,
-    clip_factor: torch.Tensor,
-    num_embeddings: int,
-    padding_idx: int,
+    indices: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, table: Table
 ) -> torch.Tensor:
     """See the contract."""
-    _require_rows(indices, num_embeddings)
+    _require_rows(indices, table.num_embeddings)
     factor, (indices, grad_output) = kept_samples(clip_factor, indices, grad_output)
     dtype = result_dtype(grad_output)
     grads = grad_output.to(dtype) * factor.to(dtype)[:, None, None]
-    grads = _without_padding(indices, grads, padding_idx)
-    table = grads.new_zeros((num_embeddings, grads.shape[2]))
-    return table.index_add_(0, indices.reshape(-1), grads.reshape(-1, grads.shape[2]))
+    grads = _without_padding(indices, grads, table.padding_idx)
+    total = grads.new_zeros((table.num_embeddings, grads.shape[2]))
+    return total.index_add_(0, indices.reshape(-1), grads.reshape(-1, grads.shape[2]))
 
 
 def _require_rows(indices: torch.Tensor, num_embeddings: int) -> None:
