@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dpkernels import ops
 from dpkernels.layers.fold import sum_rows
 from dpkernels.layers.operands import ConvOperand, Operand, StoredOperand
-from dpkernels.layers.rule import Rule
+from dpkernels.layers.rule import CapturedCall, Rule
 
 
 def _pad(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
@@ -46,33 +46,25 @@ class ConvRule(Rule):
         x, padding = _pad(module, x)
         return x, backprops, padding
 
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
-        if "weight" in wanted:
-            x = activations[0].to(backprops.dtype)
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        module, backprops = call.module, call.backprops
+        if "weight" in call.wanted:
+            x = call.activations[0].to(backprops.dtype)
             input, grads, padding = self.factors(module, x, backprops)
-            yield (
-                "weight",
-                ConvOperand(
-                    input,
-                    grads,
-                    list(module.weight.shape),
-                    list(module.stride),
-                    padding,
-                    list(module.dilation),
-                    module.groups,
-                    samples,
-                ),
+            operand = ConvOperand(
+                input,
+                grads,
+                list(module.weight.shape),
+                list(module.stride),
+                padding,
+                list(module.dilation),
+                module.groups,
+                call.samples,
             )
-        if "bias" in wanted:
+            yield "weight", operand
+        if "bias" in call.wanted:
             bias = ops.bias_grad_sample(backprops.flatten(2))
-            yield "bias", StoredOperand(sum_rows(bias, samples))
+            yield "bias", StoredOperand(sum_rows(bias, call.samples))
 
 
 class ConvTransposeRule(ConvRule):

@@ -15,11 +15,12 @@ def rows_per_sample(rows: int, samples: int) -> int | None:
     return rows // samples if rows % samples == 0 and rows >= samples else None
 
 
-def merge_rows(tensor: torch.Tensor, samples: int) -> torch.Tensor:
-    """[rows, T, D] -> [samples, k * T, D]: the rows of a sample become one longer sequence."""
-    if tensor.shape[0] == samples:
-        return tensor
-    return tensor.reshape(samples, -1, *tensor.shape[2:])
+def merge_positions(tensor: torch.Tensor, samples: int) -> torch.Tensor:
+    """[rows, *, D] -> [samples, T, D]: every position of every row of a sample, one after another.
+
+    Axes between the first and the last are positions; [rows, D] is one position per row.
+    """
+    return tensor.reshape(samples, -1, tensor.shape[-1])
 
 
 def sum_rows(grad_sample: torch.Tensor, samples: int) -> torch.Tensor:
