@@ -2,7 +2,7 @@
 
 A layer sees ``rows`` along its sample axis. Where a network folds windows or heads into that axis,
 or where several views of one patient stand side by side, ``rows = samples * k`` and the rows of one
-sample are adjacent. Every rule regroups through this module; nothing else divides rows by samples.
+sample are adjacent. Every rule regroups its gradients through this module.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import nn
 from dpkernels import ops
 from dpkernels.layers.fold import merge_positions, sum_rows
 from dpkernels.layers.operands import Operand, StoredOperand
-from dpkernels.layers.rule import CapturedCall, Rule
+from dpkernels.layers.rule import CapturedCall, ForEach, Rule
 
 
 def _autocast(x: torch.Tensor) -> bool:
@@ -47,10 +47,7 @@ class GroupNormRule(Rule):
         return output, (input, *statistics)
 
     def forward_each(
-        self,
-        module: nn.Module,
-        input: torch.Tensor,
-        for_each: Callable[[str, int], torch.Tensor],
+        self, module: nn.Module, input: torch.Tensor, for_each: ForEach
     ) -> torch.Tensor | None:
         """The library's own kernels, to which every row is a channel more of one sample.
 

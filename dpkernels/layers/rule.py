@@ -11,6 +11,9 @@ from torch import nn
 
 from dpkernels.layers.operands import Operand
 
+#: given a tensor's name and the number of rows, returns [rows, *shape]
+ForEach = Callable[[str, int], torch.Tensor]
+
 
 @dataclass(slots=True)
 class CapturedCall:
@@ -68,10 +71,7 @@ class Rule:
         return run(), (input,)
 
     def forward_each(
-        self,
-        module: nn.Module,
-        input: torch.Tensor,
-        for_each: Callable[[str, int], torch.Tensor],
+        self, module: nn.Module, input: torch.Tensor, for_each: ForEach
     ) -> torch.Tensor | None:
         """Run the layer with one set of parameters per row (views).
 
@@ -81,7 +81,7 @@ class Rule:
         Args:
             module: the layer, the trained parameters out of autograd.
             input: the layer's input, [rows, ...].
-            for_each: given a tensor's name and the number of rows, returns [rows, *shape].
+            for_each: returns one of the layer's tensors once for every row.
 
         Returns:
             The output; None where :meth:`forward` with :meth:`operands` is cheaper.
