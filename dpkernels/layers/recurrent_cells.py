@@ -48,7 +48,7 @@ class Run(NamedTuple):
     Attributes:
         output: [N, P]: the outputs of all steps.
         last: the last states.
-        saved: what the way back needs, of which the first holds the states before each step, [N, P].
+        saved: what the way back needs; the first tensor has the states before each step, [N, P].
     """
 
     output: torch.Tensor
