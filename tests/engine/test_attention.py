@@ -99,7 +99,7 @@ def test_views_and_frozen_projections() -> None:
     module.in_proj_bias.requires_grad_(False)
     module.out_proj.weight.requires_grad_(False)
     assert_private(
-        Call(module, attend("three")).double(), squared_loss, (values(6, 3, 8),), views=2
+        Call(module, attend("three")).double(), squared_loss, (values(6, 3, 8),), views_per_sample=2
     )
 
 

@@ -276,7 +276,7 @@ def test_equal_to_microbatching(name: str, poisoned_memory: None) -> None:
 def test_views_of_one_sample_are_averaged_before_clipping(name: str) -> None:
     torch.manual_seed(0)
     build, x = CASES[name]
-    assert_private(build().double(), squared_loss, (x,), views=2)
+    assert_private(build().double(), squared_loss, (x,), views_per_sample=2)
 
 
 def test_second_axis_is_the_sample_axis() -> None:
@@ -286,7 +286,7 @@ def test_second_axis_is_the_sample_axis() -> None:
         return (model(batch[0]).square().sum((0, 2))).mean()
 
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2)).double()
-    assert_private(model, loss, (values(3, 5, 4),), batch_axis=1)
+    assert_private(model, loss, (values(3, 5, 4),), batch_first=False)
 
 
 def test_expanded_backprops() -> None:

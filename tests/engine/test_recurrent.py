@@ -72,7 +72,7 @@ def test_views_and_parts_that_are_frozen(kind: type[nn.RNNBase]) -> None:
     module.weight_hh_l0.requires_grad_(False)
     module.bias_ih_l1.requires_grad_(False)
     model = nn.Sequential(nn.Linear(5, 5), Call(module, everything))
-    assert_private(model.double(), squared_loss, (values(6, 3, 5),), views=2)
+    assert_private(model.double(), squared_loss, (values(6, 3, 5),), views_per_sample=2)
 
 
 class LearnedState(nn.Module):

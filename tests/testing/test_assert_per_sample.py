@@ -1,0 +1,207 @@
+"""The shipped proof: right layers pass, and a rule that is wrong in one way only is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dpkernels.layers import register_rule
+from dpkernels.layers.composite import CompositeRule, Part, Recorder, linear
+from dpkernels.layers.linear import LinearRule
+from dpkernels.layers.operands import LinearOperand, Operand, StoredOperand
+from dpkernels.layers.rule import CapturedCall
+from dpkernels.testing import VARIATIONS, assert_per_sample
+from tests.engine.support import values
+
+
+class Plain(nn.Linear):
+    """A linear layer of one's own, whose rule each test makes wrong in another way."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+
+class Right(LinearRule):
+    handles = (Plain,)
+
+
+def times(operand: Operand, factor: float) -> StoredOperand:
+    return StoredOperand(operand.grad_sample() * factor)
+
+
+class Bias(Right):
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        for name, operand in super().operands(call):
+            yield name, times(operand, 1.01) if name == "bias" else operand
+
+
+@dataclass(frozen=True)
+class LongNorm(LinearOperand):
+    def norm_sq(self) -> torch.Tensor:
+        return super().norm_sq() * 1.02
+
+
+class Norm(Right):
+    def product(self, x: torch.Tensor, grad: torch.Tensor) -> LinearOperand:
+        return LongNorm(x, grad)
+
+
+class SecondCall(Right):
+    """Remembers in the rule what belongs to the call."""
+
+    def forward(self, module: nn.Module, input: torch.Tensor, run: Any) -> Any:
+        self.seen = input.detach()
+        return run(), (input,)
+
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        call.activations = (self.seen,)
+        return super().operands(call)
+
+
+class Frozen(Right):
+    """Goes wrong in a branch that only a frozen weight takes."""
+
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        for name, operand in super().operands(call):
+            yield name, times(operand, 1.0 if "weight" in call.wanted else 2.0)
+
+
+class Empty(Right):
+    """Divides by what a blank sample has not."""
+
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        if not call.activations[0].any():
+            raise ZeroDivisionError("nothing but zeros")
+        return super().operands(call)
+
+
+class Mixed(Right):
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        call.backprops = call.backprops - 0.1 * call.backprops.mean(0)
+        return super().operands(call)
+
+
+class Rows(Right):
+    """Takes rows for samples."""
+
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        call.samples = len(call.backprops)
+        return super().operands(call)
+
+
+class Contiguous(Right):
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        call.backprops.view(call.samples, -1)
+        return super().operands(call)
+
+
+class Float32(Right):
+    """Loses half the digits of float64."""
+
+    def product(self, x: torch.Tensor, grad: torch.Tensor) -> LinearOperand:
+        return LinearOperand(x.float(), grad.float())
+
+
+class Float64(Right):
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        if call.backprops.dtype != torch.float64:
+            call.backprops = call.backprops * 1.01
+        return super().operands(call)
+
+
+class OneSample(Right):
+    """Wrong for batches of this size."""
+
+    size = 1
+
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        for name, operand in super().operands(call):
+            yield name, times(operand, 1.5 if call.samples == self.size else 1.0)
+
+
+class TwoSamples(OneSample):
+    size = 2
+
+
+class Odd(OneSample):
+    size = 3
+
+
+@dataclass(frozen=True)
+class WrongPart(LinearOperand):
+    def part(self, samples: slice) -> LinearOperand:
+        return LinearOperand(self.activations[samples] * 1.01, self.backprops[samples])
+
+
+class FormedTwice(Right):
+    """Wrong where gradients are not kept, but formed again for the sum."""
+
+    def product(self, x: torch.Tensor, grad: torch.Tensor) -> LinearOperand:
+        return WrongPart(x, grad)
+
+
+class InParts(CompositeRule):
+    handles = (Plain,)
+
+    def knows(self, module: Any) -> bool:
+        return True
+
+    def rows(self, module: Any, arguments: dict[str, Any]) -> int:
+        return len(arguments["input"])
+
+    def run(self, module: Any, arguments: dict[str, Any], recorder: Recorder) -> torch.Tensor:
+        return linear(recorder, arguments["input"], Part(module.weight), Part(module.bias), 0)
+
+
+class NoInputGradient(InParts):
+    def run(self, module: Any, arguments: dict[str, Any], recorder: Recorder) -> torch.Tensor:
+        return super().run(module, {"input": arguments["input"].detach()}, recorder)
+
+
+#: by rule: what the message says, and the variation without which the fault stays unseen
+WRONG: dict[type, tuple[str, str | None]] = {
+    Bias: ("without clipping: 1 of 2 gradients .*'bias': relative error 0.01,", None),
+    Norm: ("without clipping: 0 of 2 gradients and the per-sample norms", None),
+    Mixed: ("without clipping: 2 of 2 gradients and the per-sample norms", None),
+    Float32: ("without clipping: 1 of 2 gradients .*'weight'", None),
+    SecondCall: ("called twice: .*'weight'", "called twice"),
+    Frozen: ("weight frozen: .*'bias'", "frozen parameters"),
+    Empty: ("0 samples: the engine raised ZeroDivisionError", "fewer samples"),
+    OneSample: ("1 samples: ", "fewer samples"),
+    TwoSamples: ("2 samples: ", None),
+    Odd: ("3 samples: ", "fewer samples"),
+    Rows: ("two rows a sample: ", "two rows a sample"),
+    Contiguous: ("not contiguous: the engine raised RuntimeError", "order in memory"),
+    Float64: ("float32: 2 of 2", "float32"),
+    FormedTwice: ("memory_budget=0: .*'weight'", "no memory"),
+    NoInputGradient: ("behind a trained layer: ", "behind a layer"),
+}
+#: inputs and outputs for which the planner takes the strategy that the rule gets wrong
+SHAPES: dict[type, tuple[int, int]] = {Norm: (40, 30), FormedTwice: (2, 3)}
+
+
+@pytest.mark.parametrize("rule", WRONG)
+def test_a_wrong_rule_is_found(rule: type) -> None:
+    torch.manual_seed(0)
+    message, needed = WRONG[rule]
+    inputs, outputs = SHAPES.get(rule, (6, 4))
+    model, batch = Plain(inputs, outputs), (values(4, 5, inputs),)
+    with register_rule(rule()):
+        with pytest.raises(AssertionError, match=message):
+            assert_per_sample(model, None, batch)
+        if needed is not None:
+            others = [name for name in VARIATIONS if name != needed]
+            assert_per_sample(model, None, batch, variations=others)
+
+
+@pytest.mark.parametrize("rule", [Right, InParts])
+def test_a_right_rule_passes(rule: type) -> None:
+    torch.manual_seed(0)
+    with register_rule(rule()):
+        assert_per_sample(Plain(6, 4), None, (values(4, 5, 6),))
