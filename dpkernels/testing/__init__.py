@@ -66,8 +66,11 @@ def assert_per_sample(
         ValueError: an argument cannot be used; the message names it.
     """
     names = tuple(VARIATIONS if variations is None else variations)
-    for fault in _faults(model, batch, max_grad_norm, views_per_sample, batch_first, names):
+    for fault in _faults(model, batch, views_per_sample, batch_first, names):
         raise ValueError(fault)
+    for argument, value in (("max_grad_norm", max_grad_norm), ("tolerance", tolerance)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{argument}={value}: expected a number > 0")
     given = Case(
         "as given",
         copy.deepcopy(model).double(),
@@ -107,7 +110,7 @@ def _function_of(loss: Loss | nn.Module | None, batch_first: bool) -> Loss:
 
 
 def _faults(
-    model: Any, batch: Any, bound: float | None, views: int, batch_first: bool, names: Any
+    model: Any, batch: Any, views: int, batch_first: bool, names: tuple[str, ...]
 ) -> Iterator[str]:
     """What is wrong with the arguments of :func:`assert_per_sample`."""
     if not isinstance(model, nn.Module):
@@ -120,8 +123,6 @@ def _faults(
         yield f"batch: a {type(batch).__name__}, expected a tuple of tensors"
     if not all(isinstance(t, torch.Tensor) and t.ndim for t in batch):
         yield "batch: expected every entry to be a tensor with a sample axis"
-    if bound is not None and not bound > 0:
-        yield f"max_grad_norm={bound}: expected a number > 0, or None"
     if views < 1:
         yield f"views_per_sample={views}: expected an integer >= 1"
     axis = int(not batch_first)
@@ -149,7 +150,8 @@ def _check_loss(case: Case, loss: Any) -> None:
                 "lambda model, batch: criterion(model(batch[0]), batch[1])"
             ) from error
         if not isinstance(value, torch.Tensor) or value.ndim:
-            raise ValueError(f"loss={loss!r}: it returned {value!r}, expected a scalar tensor")
+            shape = list(getattr(value, "shape", [])) or type(value).__name__
+            raise ValueError(f"loss={loss!r}: it returned {shape}, expected a scalar tensor")
         values.append(value.item())
     if not math.isclose(*values, rel_tol=case.tolerance):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -205,3 +206,121 @@ def test_a_right_rule_passes(rule: type) -> None:
     torch.manual_seed(0)
     with register_rule(rule()):
         assert_per_sample(Plain(6, 4), None, (values(4, 5, 6),))
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(inplace=True), nn.Linear(4, 3))
+
+
+IMAGES, LABELS = values(5, 3, 4).float(), torch.tensor([0, 2, 1, 1, 0])
+
+
+class ReturnsLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = classifier()
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.network(images), labels)
+
+
+LOSSES: dict[str, tuple[Any, Any, tuple[torch.Tensor, ...]]] = {
+    "function": (
+        classifier,
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        (IMAGES, LABELS),
+    ),
+    "criterion": (classifier, nn.CrossEntropyLoss(), (IMAGES, LABELS)),
+    "none": (classifier, None, (IMAGES,)),
+    "the model's own": (ReturnsLoss, None, (IMAGES, LABELS)),
+    "two inputs": (lambda: nn.Bilinear(4, 4, 2), None, (IMAGES, IMAGES.cos())),
+    "a state beside the output": (lambda: nn.GRU(4, 2, batch_first=True), None, (IMAGES,)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_forms_of_the_loss(name: str) -> None:
+    build, loss, batch = LOSSES[name]
+    assert_per_sample(build(), loss, batch)
+
+
+def test_views_and_the_second_axis() -> None:
+    torch.manual_seed(0)
+    assert_per_sample(nn.Linear(4, 2), None, (values(6, 3, 4),), views_per_sample=2)
+    assert_per_sample(nn.LSTM(4, 2), None, (values(3, 5, 4),), batch_first=False)
+
+
+def test_model_batch_and_random_state_stay_as_they_are() -> None:
+    model, batch = classifier(), (IMAGES.clone(), LABELS)
+    model[0] = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten())
+    model[1].bias.requires_grad_(False)
+    model[3].bias.grad = torch.ones(3)
+    before, random = copy.deepcopy(model), torch.get_rng_state()
+    assert_per_sample(model, nn.CrossEntropyLoss(), batch)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(batch[0], IMAGES)
+    for now, then in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(now, then)
+        assert (now.dtype, now.requires_grad) == (then.dtype, then.requires_grad)
+    assert torch.equal(model[3].bias.grad, torch.ones(3))
+    assert model[1].weight.grad is None
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class Centred(nn.Module):
+    """Samples mix in front of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x - x.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (Centred, "without clipping: the engine raised NotPerSample.*sample 1 move"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(4, 3)), "'0' .BatchNorm1d.*GroupNorm"),
+    ],
+)
+def test_what_the_engine_refuses(build: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        assert_per_sample(build(), None, (IMAGES,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": lambda x: x}, "model=.*expected an nn.Module"),
+        ({"model": classifier().eval()}, "model: .*expected training mode"),
+        ({"model": nn.Flatten()}, "model: no parameter"),
+        ({"model": nn.Sequential(nn.Linear(4, 2), nn.Dropout())}, "model: .*dropout"),
+        ({"batch": IMAGES}, "batch: a Tensor, expected a tuple"),
+        ({"batch": ()}, "batch: a tuple, expected a tuple of tensors"),
+        ({"batch": (IMAGES, torch.tensor(1.0))}, "batch: expected every entry"),
+        ({"batch": (IMAGES, LABELS[:3])}, r"batch: shapes .*\(3,\).*same number of rows"),
+        ({"batch": (IMAGES[:0],)}, "batch: shapes"),
+        ({"views_per_sample": 2}, "multiple of views_per_sample=2"),
+        ({"views_per_sample": 0}, "views_per_sample=0: expected"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0: expected"),
+        ({"tolerance": -1}, "tolerance=-1: expected"),
+        ({"variations": ["backwards"]}, "variations=.*'backwards'.*called twice"),
+        ({"loss": F.mse_loss}, r"loss=.*loss\(model, batch\).*lambda model, batch"),
+        ({"loss": lambda model, batch: model(batch[0])}, r"loss=.*\[5, 3\], expected a scalar"),
+        ({"loss": lambda model, batch: 0 * model(batch[0]).sum()}, "loss=.*gradient is zero"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        assert_per_sample(**{"model": classifier(), "loss": None, "batch": (IMAGES,), **arguments})
+
+
+def test_only_the_variations_that_are_asked_for() -> None:
+    torch.manual_seed(0)
+    with register_rule(Odd()):
+        assert_per_sample(Plain(4, 2), None, (values(4, 3, 4),), variations=["called twice"])
+        with pytest.raises(AssertionError, match="3 samples"):
+            assert_per_sample(Plain(4, 2), None, (values(4, 3, 4),), variations=["fewer samples"])
