@@ -95,7 +95,13 @@ def assert_per_sample(
 def _function_of(loss: Loss | nn.Module | None, batch_first: bool) -> Loss:
     """The loss as a function of model and batch."""
     if isinstance(loss, nn.Module):
-        return lambda model, batch: loss(model(*batch[:-1]), batch[-1])
+        criterion = copy.deepcopy(loss)
+
+        def of_output(model: nn.Module, batch: Batch) -> torch.Tensor:
+            criterion.to(next(model.parameters()).dtype)
+            return criterion(model(*batch[:-1]), batch[-1])
+
+        return of_output
     if loss is not None:
         return loss
 

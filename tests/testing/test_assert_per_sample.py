@@ -232,11 +232,14 @@ LOSSES: dict[str, tuple[Any, Any, tuple[torch.Tensor, ...]]] = {
         (IMAGES, LABELS),
     ),
     "criterion": (classifier, nn.CrossEntropyLoss(), (IMAGES, LABELS)),
+    "criterion with weights": (
+        classifier, nn.MultiMarginLoss(weight=torch.tensor([1.0, 2.0, 0.5])), (IMAGES, LABELS),
+    ),
     "none": (classifier, None, (IMAGES,)),
     "the model's own": (ReturnsLoss, None, (IMAGES, LABELS)),
     "two inputs": (lambda: nn.Bilinear(4, 4, 2), None, (IMAGES, IMAGES.cos())),
     "a state beside the output": (lambda: nn.GRU(4, 2, batch_first=True), None, (IMAGES,)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOSSES)
