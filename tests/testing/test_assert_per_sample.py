@@ -73,6 +73,19 @@ class Frozen(Right):
             yield name, times(operand, 1.0 if "weight" in call.wanted else 2.0)
 
 
+class FrozenToo(Right):
+    """Hands over gradients that nobody wants."""
+
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        call.wanted = frozenset({"weight", "bias"})
+        return super().operands(call)
+
+
+class NoBias(Right):
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        return [found for found in super().operands(call) if found[0] != "bias"]
+
+
 class Empty(Right):
     """Divides by what a blank sample has not."""
 
@@ -173,6 +186,8 @@ WRONG: dict[type, tuple[str, str | None]] = {
     Float32: ("without clipping: 1 of 2 gradients .*'weight'", None),
     SecondCall: ("called twice: .*'weight'", "called twice"),
     Frozen: ("weight frozen: .*'bias'", "frozen parameters"),
+    FrozenToo: ("bias frozen: .*per-sample norms", "frozen parameters"),
+    NoBias: ("without clipping: 1 of 2 gradients .*'bias': relative error 1,", None),
     Empty: ("0 samples: the engine raised ZeroDivisionError", "fewer samples"),
     OneSample: ("1 samples: ", "fewer samples"),
     TwoSamples: ("2 samples: ", None),
