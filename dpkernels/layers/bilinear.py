@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dpkernels import ops
 from dpkernels.layers.composite import CompositeRule, Found, Recorder, mark
-from dpkernels.layers.fold import merge_positions
+from dpkernels.layers.fold import merge_positions, without_samples
 from dpkernels.layers.operands import StoredOperand
 
 
@@ -27,7 +27,7 @@ class BilinearRule(CompositeRule):
     def rows(self, module: Any, arguments: dict[str, Any]) -> int:
         first = arguments["input1"]
         if first.ndim < 2:
-            raise ValueError(f"input1 of shape {tuple(first.shape)} has no sample axis")
+            raise without_samples("input1", first)
         return len(first)
 
     def run(self, module: Any, arguments: dict[str, Any], recorder: Recorder) -> torch.Tensor:

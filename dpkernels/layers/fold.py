@@ -15,6 +15,13 @@ def rows_per_sample(rows: int, samples: int) -> int | None:
     return rows // samples if rows % samples == 0 and rows >= samples else None
 
 
+def without_samples(name: str, tensor: torch.Tensor) -> ValueError:
+    """The error for an argument of a layer that has no sample axis."""
+    return ValueError(
+        f"{name} of shape {tuple(tensor.shape)} has no sample axis; give it a batched input"
+    )
+
+
 def merge_positions(tensor: torch.Tensor, samples: int) -> torch.Tensor:
     """[rows, *, D] -> [samples, T, D]: every position of every row of a sample, one after another.
 

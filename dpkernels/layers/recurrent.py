@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpkernels.layers.composite import CompositeRule, Found, Part, Recorder, linear_operands
+from dpkernels.layers.fold import without_samples
 from dpkernels.layers.recurrent_cells import Cell, GRUCell, LSTMCell, RNNCell, Run, Weights
 from dpkernels.ops.recurrence.steps import Steps
 
@@ -165,10 +166,7 @@ class RecurrentRule(CompositeRule):
         if isinstance(input, PackedSequence):
             return int(input.batch_sizes[0])
         if input.ndim != 3:
-            raise ValueError(
-                f"its input of shape {tuple(input.shape)} has no sample axis; give it a batched "
-                "input"
-            )
+            raise without_samples("input", input)
         return input.shape[0 if module.batch_first else 1]
 
     def run(self, module: Any, arguments: dict[str, Any], recorder: Recorder) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from dpkernels.testing.truth import Batch, Loss
@@ -47,10 +48,10 @@ def assert_per_sample(
         model: the layer, or a model with the layer in it. It must be in training mode, give the
             same in every pass (dropout off), and run in float64 and float32.
         loss: a function of model and batch that returns a scalar, the mean over samples; or a
-            criterion, an ``nn.Module`` called as ``loss(model(*inputs), target)`` for a batch
-            ``(*inputs, target)``; or None for a loss that depends on every value of
-            ``model(*batch)`` (a scalar that a model returns is the loss itself). It must run on an
-            empty batch too, as Poisson sampling draws one now and then.
+            criterion of PyTorch's (an ``nn.Module``, a function of ``torch.nn.functional``), called
+            as ``loss(model(*inputs), target)`` for a batch ``(*inputs, target)``; or None for a
+            loss that depends on every value of ``model(*batch)`` (a scalar that a model returns is
+            the loss itself). It must run on an empty batch too: Poisson sampling draws some.
         batch: tensors with the samples on their sample axis. Three samples or more show most.
         max_grad_norm: the bound C on a sample's gradient norm; None clips about half the samples.
         views_per_sample: number of adjacent rows that make up one sample.
@@ -94,11 +95,12 @@ def assert_per_sample(
 
 def _function_of(loss: Loss | nn.Module | None, batch_first: bool) -> Loss:
     """The loss as a function of model and batch."""
-    if isinstance(loss, nn.Module):
-        criterion = copy.deepcopy(loss)
+    if isinstance(loss, nn.Module) or getattr(loss, "__module__", "") == F.__name__:
+        criterion: Any = copy.deepcopy(loss)
 
         def of_output(model: nn.Module, batch: Batch) -> torch.Tensor:
-            criterion.to(next(model.parameters()).dtype)
+            if isinstance(criterion, nn.Module):
+                criterion.to(next(model.parameters()).dtype)
             return criterion(model(*batch[:-1]), batch[-1])
 
         return of_output
@@ -152,7 +154,7 @@ def _check_loss(case: Case, loss: Any) -> None:
         except (TypeError, AttributeError) as error:
             raise ValueError(
                 f"loss={loss!r}: {error!r}; expected a function called as loss(model, batch), a "
-                "criterion that is an nn.Module, or None. A function of output and target: "
+                "criterion of PyTorch's, or None. For a function of output and target: "
                 "lambda model, batch: criterion(model(batch[0]), batch[1])"
             ) from error
         if not isinstance(value, torch.Tensor) or value.ndim:

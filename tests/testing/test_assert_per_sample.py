@@ -247,6 +247,7 @@ LOSSES: dict[str, tuple[Any, Any, tuple[torch.Tensor, ...]]] = {
         (IMAGES, LABELS),
     ),
     "criterion": (classifier, nn.CrossEntropyLoss(), (IMAGES, LABELS)),
+    "criterion, a function": (classifier, F.cross_entropy, (IMAGES, LABELS)),
     "criterion with weights": (
         classifier, nn.MultiMarginLoss(weight=torch.tensor([1.0, 2.0, 0.5])), (IMAGES, LABELS),
     ),
@@ -326,7 +327,10 @@ def test_what_the_engine_refuses(build: Any, message: str) -> None:
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0: expected"),
         ({"tolerance": -1}, "tolerance=-1: expected"),
         ({"variations": ["backwards"]}, "variations=.*'backwards'.*called twice"),
-        ({"loss": F.mse_loss}, r"loss=.*loss\(model, batch\).*lambda model, batch"),
+        (
+            {"loss": lambda output, target: F.mse_loss(output, target)},
+            r"loss=.*loss\(model, batch\).*lambda model, batch",
+        ),
         ({"loss": lambda model, batch: model(batch[0])}, r"loss=.*\[5, 3\], expected a scalar"),
         ({"loss": lambda model, batch: 0 * model(batch[0]).sum()}, "loss=.*gradient is zero"),
     ],
