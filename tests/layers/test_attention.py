@@ -12,6 +12,7 @@ from torch import nn
 
 from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.module import FusedGradSampleModule
+from dpkernels.testing import assert_per_sample
 from tests.engine.support import Call, made_private, squared_loss, values
 from tests.engine.truth import assert_private
 
@@ -84,6 +85,14 @@ def test_equal_to_one_sample_at_a_time(name: str, build: str) -> None:
     assert_private(Call(module, attend(name)).double(), squared_loss, (x,))
     captured = made_private(Call(copy.deepcopy(plain), attend(name)), x)[1]
     torch.testing.assert_close(captured(x), Call(plain, attend(name))(x))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_variations(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    x = values(4, 3, 8)
+    module = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    assert_per_sample(module, None, (x, x.cos(), x.sin()), batch_first=batch_first)
 
 
 def test_keys_and_values_of_other_widths() -> None:

@@ -17,6 +17,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "4d": (lambda: nn.Linear(7, 3), values(4, 2, 3, 7)),
     "5d": (lambda: nn.Linear(2, 1), values(4, 2, 1, 3, 2)),
     "long": (lambda: nn.Linear(3, 2), values(4, 300, 3)),
+    "transposed": (
+        lambda: pytest.importorskip("transformers.pytorch_utils").Conv1D(3, 7),
+        values(4, 5, 7),
+    ),
     "one-sample": (lambda: nn.Linear(7, 3), values(1, 5, 7)),
 }
 
