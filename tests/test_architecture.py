@@ -33,6 +33,7 @@ MAY_IMPORT = {
     },
     "attacks": {"engine", "accounting", "reconstruction"},
     "reconstruction.attacks": {"attacks"},
+    "testing": {"engine", "layers", "ops"},
     "training": {"engine", "accounting", "reconstruction"},
     "study": {"training", "accounting", "reconstruction", "attacks"},
     "segmentation": {"study", "training", "engine", "accounting", "reconstruction"},
@@ -183,6 +184,8 @@ def test_the_circle_rule_notices(sources: dict[str, str]) -> None:
         ("reconstruction", "from dpkernels.reconstruction import attacks"),
         ("reconstruction", "from dpkernels.attacks import imprint"),
         ("engine", "def f():\n    from dpkernels.reconstruction import attacks"),
+        ("testing", "from dpkernels.training import trainer"),
+        ("engine", "from dpkernels.testing import assert_per_sample"),
         ("study", "from dpkernels.segmentation.trainer import SegmentationTrainer"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dpkernels.layers.attention import AttentionRule
 from dpkernels.layers.bilinear import BilinearRule
@@ -20,7 +23,15 @@ from dpkernels.layers.refusals import (
 )
 from dpkernels.layers.rule import Rule
 
-RULES: list[Rule] = [
+#: what knows how to train one kind of layer
+AnyRule = Rule | CompositeRule
+
+_RULES: tuple[AnyRule, ...] = (
+    RecurrentRule(),
+    DPRecurrentRule(),
+    AttentionRule(),
+    EmbeddingBagRule(),
+    BilinearRule(),
     LinearRule(),
     EmbeddingRule(),
     ConvRule(),
@@ -29,40 +40,53 @@ RULES: list[Rule] = [
     LayerNormRule(),
     PReLURule(),
     TransposedLinearRule(),
-]
-COMPOSITE_RULES: tuple[CompositeRule, ...] = (
-    RecurrentRule(),
-    DPRecurrentRule(),
-    AttentionRule(),
-    EmbeddingBagRule(),
-    BilinearRule(),
 )
+#: by the id of its handle, the oldest first
+_REGISTERED: OrderedDict[int, AnyRule] = OrderedDict()
 
 
-def register_rule(rule: Rule) -> None:
-    """Put a rule of one's own before the others, for models made private from now on.
+def register_rule(rule: AnyRule) -> RemovableHandle:
+    """Let a rule of one's own serve its layers, for models made private from now on.
+
+    The rule comes before the package's own rules and before those that were registered earlier. A
+    layer is served by the first rule whose ``applies`` says so.
+
+    Example:
+        >>> handle = register_rule(ScaleRule())
+        >>> handle.remove()
+        >>> with register_rule(ScaleRule()):
+        ...     assert_per_sample(Scale(5), None, (torch.randn(4, 3, 5),))
+
+    Args:
+        rule: an instance of a subclass of :class:`dpkernels.layers.rule.Rule` or of
+            :class:`dpkernels.layers.composite.CompositeRule`.
+
+    Returns:
+        A handle as PyTorch's hooks have it: ``handle.remove()`` takes the rule back, and so does
+        the end of a ``with`` block. Models that were made private meanwhile keep the rule.
 
     Raises:
-        ValueError: it is not a :class:`dpkernels.layers.rule.Rule`.
+        ValueError: `rule` is no such instance.
     """
-    if not isinstance(rule, Rule):
-        raise ValueError(f"rule={rule!r}: expected an instance of dpkernels.layers.rule.Rule")
-    RULES.insert(0, rule)
+    if not isinstance(rule, (Rule, CompositeRule)):
+        raise ValueError(
+            f"rule={rule!r}: expected an instance of dpkernels.layers.rule.Rule or of "
+            "dpkernels.layers.composite.CompositeRule"
+        )
+    handle = RemovableHandle(_REGISTERED)
+    _REGISTERED[handle.id] = rule
+    return handle
 
 
-def find_rule(module: nn.Module) -> Rule | None:
+def find_rule(module: nn.Module) -> AnyRule | None:
     """The rule that holds for the module as it stands, or None (the generic fallback serves)."""
-    return next((rule for rule in RULES if rule.applies(module)), None)
-
-
-def find_composite_rule(module: nn.Module) -> CompositeRule | None:
-    """The rule by which the module runs in parts, or None."""
-    return next((rule for rule in COMPOSITE_RULES if rule.applies(module)), None)
+    rules = (*reversed(_REGISTERED.values()), *_RULES)
+    return next((rule for rule in rules if rule.applies(module)), None)
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why this module has no per-sample gradients, with the remedy; None if it has."""
-    rule = find_rule(module) or find_composite_rule(module)
+    rule = find_rule(module)
     return (
         batch_norm_refusal(module)
         or running_statistics_refusal(module)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpkernels.layers.composite import CompositeRule, Part, Recorder, linear
+from dpkernels.layers.fold import without_samples
 
 
 class AttentionRule(CompositeRule):
@@ -32,10 +33,7 @@ class AttentionRule(CompositeRule):
     def rows(self, module: Any, arguments: dict[str, Any]) -> int:
         for name in ("query", "key", "value"):
             if arguments[name].ndim != 3:
-                raise ValueError(
-                    f"{name} of shape {tuple(arguments[name].shape)} has no sample axis; give it "
-                    "a batched input"
-                )
+                raise without_samples(name, arguments[name])
         return arguments["query"].shape[0 if module.batch_first else 1]
 
     def run(

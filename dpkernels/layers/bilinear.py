@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dpkernels import ops
 from dpkernels.layers.composite import CompositeRule, Found, Recorder, mark
-from dpkernels.layers.fold import merge_rows
+from dpkernels.layers.fold import merge_positions, without_samples
 from dpkernels.layers.operands import StoredOperand
 
 
@@ -27,22 +27,19 @@ class BilinearRule(CompositeRule):
     def rows(self, module: Any, arguments: dict[str, Any]) -> int:
         first = arguments["input1"]
         if first.ndim < 2:
-            raise ValueError(f"input1 of shape {tuple(first.shape)} has no sample axis")
+            raise without_samples("input1", first)
         return len(first)
 
     def run(self, module: Any, arguments: dict[str, Any], recorder: Recorder) -> torch.Tensor:
         first, second = arguments["input1"], arguments["input2"]
-        weight, bias = module.weight, module.bias
+        weight, bias, samples = module.weight, module.bias, recorder.samples
         recorder.saw(first)
         recorder.saw(second)
 
-        def by_sample(t: torch.Tensor) -> torch.Tensor:
-            return merge_rows(t.reshape(len(t), -1, t.shape[-1]), recorder.samples)
-
         def operands(backprops: torch.Tensor, saved: Sequence[torch.Tensor]) -> Found:
-            grad = by_sample(backprops)
+            grad = merge_positions(backprops, samples)
             if recorder.wants(weight):
-                one, two = (by_sample(t).to(grad.dtype) for t in saved)
+                one, two = (merge_positions(t, samples).to(grad.dtype) for t in saved)
                 yield weight, StoredOperand(torch.einsum("bto,bti,btj->boij", grad, one, two))
             if recorder.wants(bias):
                 yield bias, StoredOperand(ops.bias_last_grad_sample(grad))

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpkernels import ops
-from dpkernels.layers.fold import merge_rows
+from dpkernels.layers.fold import merge_positions
+from dpkernels.layers.mark import mark as mark_output
 from dpkernels.layers.operands import LinearOperand, Operand, PieceOperand, StoredOperand
 
 #: a parameter and what it has received
@@ -78,33 +79,6 @@ class CompositeRule:
         raise NotImplementedError
 
 
-class _Mark(torch.autograd.Function):
-    """Identity on a part's output, in place, whose backward hands the backprops over."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: torch.Tensor,
-        recorder: Recorder,
-        operands: Callable[[torch.Tensor, Sequence[torch.Tensor]], Found],
-        axis: int,
-        anchor: torch.Tensor,
-        *saved: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.recorder, ctx.operands, ctx.axis = recorder, operands, axis
-        ctx.save_for_backward(*saved)
-        ctx.mark_dirty(output)
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, backprops: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if backprops is not None:
-            rows = backprops.detach().movedim(ctx.axis, 0)
-            ctx.recorder.receive(rows, ctx.operands(rows, ctx.saved_tensors))
-        return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
-
-
 def mark(
     recorder: Recorder,
     output: torch.Tensor,
@@ -121,11 +95,12 @@ def mark(
         *saved: what must be remembered, as it stands.
         axis: the sample axis of `output`.
     """
-    if output._is_view():
-        output = torch.ops.aten._unsafe_view(output, output.shape)
-    return _Mark.apply(
-        output, recorder, operands, axis, recorder.anchor, *(t.detach() for t in saved)
-    )
+
+    def receive(backprops: torch.Tensor, saved: Sequence[torch.Tensor]) -> None:
+        rows = backprops.movedim(axis, 0)
+        recorder.receive(rows, operands(rows, saved))
+
+    return mark_output(output, recorder.anchor, receive, *saved)
 
 
 @dataclass(frozen=True)
@@ -174,11 +149,9 @@ def linear_operands(
 
     Biases that are added up have one gradient, which is formed once.
     """
-    grad = backprops.reshape(len(backprops), -1, backprops.shape[-1])
-    grad = merge_rows(grad, recorder.samples)
+    grad = merge_positions(backprops, recorder.samples)
     if weight is not None and recorder.wants(weight.parameter):
-        x = activations.reshape(len(activations), -1, activations.shape[-1])
-        x = merge_rows(x, recorder.samples).to(grad.dtype)
+        x = merge_positions(activations, recorder.samples).to(grad.dtype)
         yield weight.found(LinearOperand(x, grad))
     wanted = [b for b in biases if b is not None and recorder.wants(b.parameter)]
     if wanted:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dpkernels import ops
 from dpkernels.layers.fold import sum_rows
 from dpkernels.layers.operands import ConvOperand, Operand, StoredOperand
-from dpkernels.layers.rule import Rule
+from dpkernels.layers.rule import CapturedCall, Rule
 from dpkernels.ops.conv.geometry import Geometry
 
 
@@ -47,31 +47,18 @@ class ConvRule(Rule):
         x, padding = _pad(module, x)
         return x, backprops, padding
 
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
-        if "weight" in wanted:
-            x = activations[0].to(backprops.dtype)
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        module, backprops = call.module, call.backprops
+        if "weight" in call.wanted:
+            x = call.activations[0].to(backprops.dtype)
             input, grads, padding = self.factors(module, x, backprops)
-            yield (
-                "weight",
-                ConvOperand(
-                    input,
-                    grads,
-                    Geometry.of(
-                        module.weight.shape, module.stride, padding, module.dilation, module.groups
-                    ),
-                    samples,
-                ),
+            geometry = Geometry.of(
+                module.weight.shape, module.stride, padding, module.dilation, module.groups
             )
-        if "bias" in wanted:
+            yield "weight", ConvOperand(input, grads, geometry, call.samples)
+        if "bias" in call.wanted:
             bias = ops.bias_grad_sample(backprops.flatten(2))
-            yield "bias", StoredOperand(sum_rows(bias, samples))
+            yield "bias", StoredOperand(sum_rows(bias, call.samples))
 
 
 class ConvTransposeRule(ConvRule):

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from dpkernels.layers.fold import merge_positions
 from dpkernels.layers.operands import EmbeddingOperand, Operand
-from dpkernels.layers.rule import Rule
+from dpkernels.layers.rule import CapturedCall, Rule
 
 
 def table_refusal(module: nn.Module) -> str | None:
@@ -32,22 +33,12 @@ class EmbeddingRule(Rule):
     def refusal(self, module: nn.Module) -> str | None:
         return table_refusal(module)
 
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
-        (indices,) = activations
-        padding_idx = -1 if module.padding_idx is None else module.padding_idx
-        yield (
-            "weight",
-            EmbeddingOperand(
-                indices.reshape(samples, -1).long(),
-                backprops.reshape(samples, -1, backprops.shape[-1]),
-                module.num_embeddings,
-                padding_idx,
-            ),
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        padding_idx = call.module.padding_idx
+        operand = EmbeddingOperand(
+            call.activations[0].reshape(call.samples, -1).long(),
+            merge_positions(call.backprops, call.samples),
+            call.module.num_embeddings,
+            -1 if padding_idx is None else padding_idx,
         )
+        yield "weight", operand

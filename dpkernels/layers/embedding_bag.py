@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dpkernels.layers.composite import CompositeRule, Found, Recorder, mark
 from dpkernels.layers.embedding import table_refusal
+from dpkernels.layers.fold import merge_positions
 from dpkernels.layers.operands import EmbeddingOperand
 
 
@@ -61,17 +62,13 @@ class EmbeddingBagRule(CompositeRule):
 
         def operands(backprops: torch.Tensor, saved: Sequence[torch.Tensor]) -> Found:
             indices, held = saved
-            shape = (recorder.samples, -1, backprops.shape[-1])
-            grad = backprops * held.unsqueeze(-1)
-            yield (
-                module.weight,
-                EmbeddingOperand(
-                    indices.reshape(recorder.samples, -1).long(),
-                    grad.reshape(shape),
-                    module.num_embeddings,
-                    -1,
-                ),
+            operand = EmbeddingOperand(
+                indices.reshape(recorder.samples, -1).long(),
+                merge_positions(backprops * held.unsqueeze(-1), recorder.samples),
+                module.num_embeddings,
+                -1,
             )
+            yield module.weight, operand
 
         return mark(recorder, F.embedding(indices, module.weight.detach()), operands, indices, held)
 

@@ -2,7 +2,7 @@
 
 A layer sees ``rows`` along its sample axis. Where a network folds windows or heads into that axis,
 or where several views of one patient stand side by side, ``rows = samples * k`` and the rows of one
-sample are adjacent. Every rule regroups through this module; nothing else divides rows by samples.
+sample are adjacent. Every rule regroups its gradients through this module.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ def rows_per_sample(rows: int, samples: int) -> int | None:
     return rows // samples if rows % samples == 0 and rows >= samples else None
 
 
-def merge_rows(tensor: torch.Tensor, samples: int) -> torch.Tensor:
-    """[rows, T, D] -> [samples, k * T, D]: the rows of a sample become one longer sequence."""
-    if tensor.shape[0] == samples:
-        return tensor
-    return tensor.reshape(samples, -1, *tensor.shape[2:])
+def without_samples(name: str, tensor: torch.Tensor) -> ValueError:
+    """The error for an argument of a layer that has no sample axis."""
+    return ValueError(
+        f"{name} of shape {tuple(tensor.shape)} has no sample axis; give it a batched input"
+    )
+
+
+def merge_positions(tensor: torch.Tensor, samples: int) -> torch.Tensor:
+    """[rows, *, D] -> [samples, T, D]: every position of every row of a sample, one after another.
+
+    Axes between the first and the last are positions; [rows, D] is one position per row.
+    """
+    return tensor.reshape(samples, -1, tensor.shape[-1])
 
 
 def sum_rows(grad_sample: torch.Tensor, samples: int) -> torch.Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from dpkernels import ops
-from dpkernels.layers.fold import merge_rows
+from dpkernels.layers.fold import merge_positions
 from dpkernels.layers.operands import LinearOperand, Operand, StoredOperand
-from dpkernels.layers.rule import Rule
+from dpkernels.layers.rule import CapturedCall, Rule
 
 
 class LinearRule(Rule):
@@ -22,20 +22,12 @@ class LinearRule(Rule):
         """The weight's operand, from activations and backprops [samples, T, *]."""
         return LinearOperand(x, grad)
 
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
-        grad = merge_rows(backprops.reshape(len(backprops), -1, backprops.shape[-1]), samples)
-        if "weight" in wanted:
-            (x,) = activations
-            x = merge_rows(x.reshape(len(x), -1, x.shape[-1]), samples)
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        grad = merge_positions(call.backprops, call.samples)
+        if "weight" in call.wanted:
+            x = merge_positions(call.activations[0], call.samples)
             yield "weight", self.product(x.to(grad.dtype), grad)
-        if "bias" in wanted:
+        if "bias" in call.wanted:
             yield "bias", StoredOperand(ops.bias_last_grad_sample(grad))
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dpkernels import ops
-from dpkernels.layers.fold import merge_rows, sum_rows
+from dpkernels.layers.fold import merge_positions, sum_rows
 from dpkernels.layers.operands import Operand, StoredOperand
-from dpkernels.layers.rule import Rule
+from dpkernels.layers.rule import CapturedCall, ForEach, Rule
 
 
 def _autocast(x: torch.Tensor) -> bool:
@@ -47,10 +47,7 @@ class GroupNormRule(Rule):
         return output, (input, *statistics)
 
     def forward_each(
-        self,
-        module: nn.Module,
-        input: torch.Tensor,
-        for_each: Callable[[str, int], torch.Tensor],
+        self, module: nn.Module, input: torch.Tensor, for_each: ForEach
     ) -> torch.Tensor | None:
         """The library's own kernels, to which every row is a channel more of one sample.
 
@@ -82,29 +79,23 @@ class GroupNormRule(Rule):
         axes = (a for kind, a in _INSTANCE_AXES.items() if isinstance(module, kind))
         return input.ndim == next(axes, input.ndim) and input.ndim >= 2
 
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
-        grad = backprops.flatten(2) if backprops.ndim > 2 else backprops.unsqueeze(2)
-        if "weight" not in wanted:
-            yield "bias", StoredOperand(sum_rows(ops.bias_grad_sample(grad), samples))
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        grad = call.backprops
+        grad = grad.flatten(2) if grad.ndim > 2 else grad.unsqueeze(2)
+        if "weight" not in call.wanted:
+            yield "bias", StoredOperand(sum_rows(ops.bias_grad_sample(grad), call.samples))
             return
-        x, *statistics = activations
+        x, *statistics = call.activations
         rows, channels = x.shape[:2]
         x = x.reshape(rows, channels, -1)
         if not statistics:
-            groups = getattr(module, "num_groups", channels)
-            statistics = ops.normalization_statistics(x, groups, module.eps)
+            groups = getattr(call.module, "num_groups", channels)
+            statistics = ops.normalization_statistics(x, groups, call.module.eps)
         mean, rstd = statistics
         weight, bias = ops.normalization_grad_sample(x, grad, mean, rstd)
-        yield "weight", StoredOperand(sum_rows(weight, samples))
-        if "bias" in wanted:
-            yield "bias", StoredOperand(sum_rows(bias, samples))
+        yield "weight", StoredOperand(sum_rows(weight, call.samples))
+        if "bias" in call.wanted:
+            yield "bias", StoredOperand(sum_rows(bias, call.samples))
 
 
 class LayerNormRule(Rule):
@@ -126,24 +117,17 @@ class LayerNormRule(Rule):
     def batched(self, module: nn.Module, input: torch.Tensor) -> bool:
         return input.ndim > len(module.normalized_shape)
 
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        module, samples = call.module, call.samples
         shape = tuple(module.normalized_shape)
-        width = math.prod(shape)
-        grad = merge_rows(backprops.reshape(len(backprops), -1, width), samples)
+        grad = merge_positions(call.backprops.flatten(-len(shape)), samples)
         grad = grad if grad.dtype.itemsize > 2 else grad.float()
-        if "weight" not in wanted:
+        if "weight" not in call.wanted:
             bias = ops.bias_last_grad_sample(grad)
             yield "bias", StoredOperand(bias.reshape(samples, *shape))
             return
-        x, *statistics = activations
-        x = merge_rows(x.reshape(len(x), -1, width), samples)
+        x, *statistics = call.activations
+        x = merge_positions(x.flatten(-len(shape)), samples)
         if isinstance(module, nn.RMSNorm):
             x = x.to(grad.dtype)
             eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
@@ -152,11 +136,11 @@ class LayerNormRule(Rule):
             yield "weight", StoredOperand(weight.reshape(samples, *shape))
             return
         if not statistics:
-            statistics = ops.normalization_statistics(x.reshape(-1, 1, width), 1, module.eps)
+            statistics = ops.normalization_statistics(x.reshape(-1, 1, x.shape[-1]), 1, module.eps)
         mean, rstd = (s.reshape(samples, -1) for s in statistics)
         weight, bias = ops.normalization_last_grad_sample(x, grad, mean, rstd)
         yield "weight", StoredOperand(weight.reshape(samples, *shape))
-        if "bias" in wanted:
+        if "bias" in call.wanted:
             yield "bias", StoredOperand(bias.reshape(samples, *shape))
 
 
@@ -166,16 +150,8 @@ class PReLURule(Rule):
     handles = (nn.PReLU,)
     parameters = ("weight",)
 
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
-        (x,) = activations
-        channels = module.num_parameters
-        x = x.reshape(len(x), channels, -1).clamp(max=0)
-        slope = ops.affine_grad_sample(x.to(backprops.dtype), backprops.reshape(x.shape))
-        yield "weight", StoredOperand(sum_rows(slope, samples))
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        x, grad = call.activations[0], call.backprops
+        x = x.reshape(len(x), call.module.num_parameters, -1).clamp(max=0)
+        slope = ops.affine_grad_sample(x.to(grad.dtype), grad.reshape(x.shape))
+        yield "weight", StoredOperand(sum_rows(slope, call.samples))

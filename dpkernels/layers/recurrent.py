@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpkernels.layers.composite import CompositeRule, Found, Part, Recorder, linear_operands
-from dpkernels.layers.recurrent_cells import Cell, GRUCell, LSTMCell, RNNCell, Weights
+from dpkernels.layers.fold import without_samples
+from dpkernels.layers.recurrent_cells import Cell, GRUCell, LSTMCell, RNNCell, Run, Weights
 from dpkernels.ops.recurrence.steps import Steps
 
 _CELLS: dict[str, Cell] = {
@@ -141,9 +142,8 @@ class _Recurrence(torch.autograd.Function):
         data, before, *rest = saved
         with torch.no_grad(), torch.autocast(data.device.type, enabled=False):
             weights = Weights(weight, state, projection, None, None)
-            backprops = ctx.cell.backward(
-                [before, *rest], weights, ctx.steps, grad_output.contiguous(), grad_last
-            )
+            run = Run(grad_output.contiguous(), grad_last, [before, *rest])
+            backprops = ctx.cell.backward(run, weights, ctx.steps)
             grad_data = backprops.input @ weight if ctx.needs_input_grad[5] else None
         hidden = rest[-1] if ctx.projected else None
         ctx.receive(data, before, hidden, backprops)
@@ -166,10 +166,7 @@ class RecurrentRule(CompositeRule):
         if isinstance(input, PackedSequence):
             return int(input.batch_sizes[0])
         if input.ndim != 3:
-            raise ValueError(
-                f"its input of shape {tuple(input.shape)} has no sample axis; give it a batched "
-                "input"
-            )
+            raise without_samples("input", input)
         return input.shape[0 if module.batch_first else 1]
 
     def run(self, module: Any, arguments: dict[str, Any], recorder: Recorder) -> Any:

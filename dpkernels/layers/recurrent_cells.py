@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +18,9 @@ from dpkernels import ops
 from dpkernels.ops.recurrence.steps import Steps, replaced, running
 
 aten = torch.ops.aten
+
+#: the states of a layer in one direction: h, and c for the LSTM
+States = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,20 @@ class Weights:
     bias_hh: torch.Tensor | None
 
 
+class Run(NamedTuple):
+    """One run over time, or, on the way back, the gradients at what the run returned.
+
+    Attributes:
+        output: [N, P]: the outputs of all steps.
+        last: the last states.
+        saved: what the way back needs; the first tensor has the states before each step, [N, P].
+    """
+
+    output: torch.Tensor
+    last: States
+    saved: Sequence[torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Backprops:
     """The gradients that backpropagation through time returns.
@@ -53,7 +70,7 @@ class Backprops:
     input: torch.Tensor
     state: torch.Tensor
     projection: torch.Tensor | None
-    first: tuple[torch.Tensor, ...]
+    first: States
 
 
 class Cell(Protocol):
@@ -62,9 +79,7 @@ class Cell(Protocol):
     #: whether the biases of both projections are added up to a single bias
     one_bias: bool
 
-    def forward(
-        self, data: torch.Tensor, first: tuple[torch.Tensor, ...], weights: Weights, steps: Steps
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[torch.Tensor]]:
+    def forward(self, data: torch.Tensor, first: States, weights: Weights, steps: Steps) -> Run:
         """Run over time.
 
         Args:
@@ -74,19 +89,17 @@ class Cell(Protocol):
             steps: the order of time.
 
         Returns:
-            Outputs [N, P]; last states; the tensors that :meth:`backward` needs, of which the first
-            holds the states before each step, [N, P].
+            The outputs, the last states, and what :meth:`backward` needs of the run.
         """
 
-    def backward(
-        self,
-        saved: Sequence[torch.Tensor],
-        weights: Weights,
-        steps: Steps,
-        grad_output: torch.Tensor,
-        grad_last: tuple[torch.Tensor, ...],
-    ) -> Backprops:
-        """Run back in time; `grad_output` is [N, P], `grad_last` the gradients of last states."""
+    def backward(self, run: Run, weights: Weights, steps: Steps) -> Backprops:
+        """Run back in time.
+
+        Args:
+            run: the gradients at outputs and last states, and what :meth:`forward` saved.
+            weights: of this layer and direction.
+            steps: the order of time.
+        """
 
 
 class RNNCell:
@@ -97,9 +110,7 @@ class RNNCell:
     def __init__(self, activation: str):
         self.activation = activation
 
-    def forward(
-        self, data: torch.Tensor, first: tuple[torch.Tensor, ...], weights: Weights, steps: Steps
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[torch.Tensor]]:
+    def forward(self, data: torch.Tensor, first: States, weights: Weights, steps: Steps) -> Run:
         (h,) = first
         gates = F.linear(data, weights.input, weights.bias)
         recurrent = weights.state.t()
@@ -109,22 +120,15 @@ class RNNCell:
             before[t] = running(h, steps.sizes[t])
             new = step[t].addmm_(before[t], recurrent)
             h = replaced(h, new.tanh_() if self.activation == "tanh" else new.relu_())
-        return gates, (h.clone(),), [torch.cat(before), gates]
+        return Run(gates, (h.clone(),), [torch.cat(before), gates])
 
-    def backward(
-        self,
-        saved: Sequence[torch.Tensor],
-        weights: Weights,
-        steps: Steps,
-        grad_output: torch.Tensor,
-        grad_last: tuple[torch.Tensor, ...],
-    ) -> Backprops:
-        _, output = saved
+    def backward(self, run: Run, weights: Weights, steps: Steps) -> Backprops:
+        _, output = run.saved
         slope = 1 - output.square() if self.activation == "tanh" else (output > 0).to(output.dtype)
-        slopes, outer = steps.split(slope), steps.split(grad_output)
+        slopes, outer = steps.split(slope), steps.split(run.output)
         grad = torch.empty_like(output)
         step = steps.split(grad)
-        (dh,) = grad_last
+        (dh,) = run.last
         for t in reversed(list(steps.order())):
             torch.mul(running(dh, steps.sizes[t]) + outer[t], slopes[t], out=step[t])
             dh = replaced(dh, step[t] @ weights.state)
@@ -136,9 +140,7 @@ class GRUCell:
 
     one_bias = False
 
-    def forward(
-        self, data: torch.Tensor, first: tuple[torch.Tensor, ...], weights: Weights, steps: Steps
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[torch.Tensor]]:
+    def forward(self, data: torch.Tensor, first: States, weights: Weights, steps: Steps) -> Run:
         (h,) = first
         gates = F.linear(data, weights.input, weights.bias)
         width = h.shape[1]
@@ -159,17 +161,10 @@ class GRUCell:
             candidates[t].copy_(projected[:, 2 * width :])
             new.addcmul_(reset, candidates[t]).tanh_()
             h = replaced(h, torch.lerp(new, now, update, out=outputs[t]))
-        return output, (h.clone(),), [torch.cat(before), gates, candidate]
+        return Run(output, (h.clone(),), [torch.cat(before), gates, candidate])
 
-    def backward(
-        self,
-        saved: Sequence[torch.Tensor],
-        weights: Weights,
-        steps: Steps,
-        grad_output: torch.Tensor,
-        grad_last: tuple[torch.Tensor, ...],
-    ) -> Backprops:
-        before, gates, candidate = saved
+    def backward(self, run: Run, weights: Weights, steps: Steps) -> Backprops:
+        before, gates, candidate = run.saved
         reset, update, new = gates.chunk(3, 1)
         to_new = (1 - update) * (1 - new.square())
         to_gates = torch.stack(
@@ -181,10 +176,10 @@ class GRUCell:
             1,
         )
         grad_gates, grad_h = torch.empty_like(gates), torch.empty_like(before)
-        factors, updates, outer = map(steps.split, (to_gates, update, grad_output))
+        factors, updates, outer = map(steps.split, (to_gates, update, run.output))
         step, grads = steps.split(grad_gates), steps.split(grad_h)
         per_gate = steps.split(grad_gates.unflatten(1, (3, -1)))
-        (dh,) = grad_last
+        (dh,) = run.last
         for t in reversed(list(steps.order())):
             now = torch.add(running(dh, steps.sizes[t]), outer[t], out=grads[t])
             torch.mul(factors[t], now.unsqueeze(1), out=per_gate[t])
@@ -199,25 +194,16 @@ class LSTMCell:
 
     one_bias = True
 
-    def forward(
-        self, data: torch.Tensor, first: tuple[torch.Tensor, ...], weights: Weights, steps: Steps
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[torch.Tensor]]:
+    def forward(self, data: torch.Tensor, first: States, weights: Weights, steps: Steps) -> Run:
         products = weights.input, weights.state, weights.projection, weights.bias
         output, h, c, *saved = ops.lstm(data, *products, *first, steps.sizes, steps.reverse)
-        return output, (h, c), saved
+        return Run(output, (h, c), saved)
 
-    def backward(
-        self,
-        saved: Sequence[torch.Tensor],
-        weights: Weights,
-        steps: Steps,
-        grad_output: torch.Tensor,
-        grad_last: tuple[torch.Tensor, ...],
-    ) -> Backprops:
-        _, gates, before_c, cell_tanh, *_ = saved
+    def backward(self, run: Run, weights: Weights, steps: Steps) -> Backprops:
+        _, gates, before_c, cell_tanh, *_ = run.saved
         at_gates, dh, dc, *projected = ops.lstm_backward(
-            grad_output,
-            *grad_last,
+            run.output,
+            *run.last,
             gates,
             before_c,
             cell_tanh,

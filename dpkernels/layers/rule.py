@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from dpkernels.layers.operands import Operand
+
+#: given a tensor's name and the number of rows, returns [rows, *shape]
+ForEach = Callable[[str, int], torch.Tensor]
+
+
+@dataclass(slots=True)
+class CapturedCall:
+    """One call of a layer, once the gradient at its output has arrived.
+
+    Attributes:
+        module: the layer.
+        activations: the tensors that :meth:`Rule.forward` remembered, sample axis first.
+        backprops: gradient at the layer's output, sample axis first, [rows, ...].
+        samples: number of samples; rows are a multiple of it.
+        wanted: names of the trained parameters, the only ones that need an operand.
+    """
+
+    module: Any
+    activations: tuple[torch.Tensor, ...]
+    backprops: torch.Tensor
+    samples: int
+    wanted: frozenset[str]
 
 
 class Rule:
@@ -48,10 +71,7 @@ class Rule:
         return run(), (input,)
 
     def forward_each(
-        self,
-        module: nn.Module,
-        input: torch.Tensor,
-        for_each: Callable[[str, int], torch.Tensor],
+        self, module: nn.Module, input: torch.Tensor, for_each: ForEach
     ) -> torch.Tensor | None:
         """Run the layer with one set of parameters per row (views).
 
@@ -61,30 +81,15 @@ class Rule:
         Args:
             module: the layer, the trained parameters out of autograd.
             input: the layer's input, [rows, ...].
-            for_each: given a tensor's name and the number of rows, returns [rows, *shape].
+            for_each: returns one of the layer's tensors once for every row.
 
         Returns:
             The output; None where :meth:`forward` with :meth:`operands` is cheaper.
         """
         return None
 
-    def operands(
-        self,
-        module: nn.Module,
-        activations: tuple[torch.Tensor, ...],
-        backprops: torch.Tensor,
-        samples: int,
-        wanted: frozenset[str],
-    ) -> Iterable[tuple[str, Operand]]:
-        """Operands by parameter name, for the `wanted` parameters only.
-
-        Args:
-            module: the layer.
-            activations: the tensors that :meth:`forward` remembered, sample axis first.
-            backprops: gradient at the layer's output, sample axis first, [rows, ...].
-            samples: number of samples; rows are a multiple of it.
-            wanted: names of the trainable parameters.
-        """
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        """Operands by parameter name, for the wanted parameters only."""
         raise NotImplementedError
 
     def applies(self, module: nn.Module) -> bool:

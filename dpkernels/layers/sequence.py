@@ -15,6 +15,8 @@ import torch
 from opacus.layers.dp_rnn import DPRNNBase
 from torch import nn
 
+from dpkernels.layers.fold import without_samples
+
 _BATCH_FIRST: tuple[tuple[type[nn.Module], Callable[[Any], bool]], ...] = (
     (nn.MultiheadAttention, lambda m: m.batch_first),
     (nn.RNNBase, lambda m: m.batch_first),
@@ -38,9 +40,7 @@ def stated_axis(module: nn.Module) -> int | None:
 def _attention(module: Any, axis: int, name: str, tensor: torch.Tensor) -> int | None:
     if name in ("query", "key", "value"):
         if tensor.ndim != 3:
-            raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} has no sample axis; give it a batched input"
-            )
+            raise without_samples(name, tensor)
         return axis
     if name == "key_padding_mask" or (name == "attn_mask" and tensor.ndim == 3):
         return 0
@@ -49,9 +49,7 @@ def _attention(module: Any, axis: int, name: str, tensor: torch.Tensor) -> int |
 
 def _recurrent(module: Any, axis: int, name: str, tensor: torch.Tensor) -> int | None:
     if tensor.ndim != 3:
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} has no sample axis; give it a batched input"
-        )
+        raise without_samples(name, tensor)
     return axis if name == "input" else 1
 
 

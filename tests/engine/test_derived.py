@@ -97,7 +97,7 @@ def test_equal_to_microbatching(name, views):
     build, x = CASES[name]
     if len(x) % views:
         x = torch.cat([x, x[:1]])
-    assert_private(build().double(), squared_loss, (x,), views=views)
+    assert_private(build().double(), squared_loss, (x,), views_per_sample=views)
 
 
 def private(layer: nn.Module, **arguments):

@@ -120,4 +120,4 @@ def test_clipped_gradients_equal_one_patient_at_a_time(name: str, views: int) ->
     image = torch.randn(3 * views, 1, *shape, generator=generator, dtype=torch.float64)
     image *= torch.linspace(0.5, 2.0, len(image)).double().reshape(-1, *[1] * (image.ndim - 1))
     label = (torch.rand(image.shape[0], *shape, generator=generator) < 0.3).long()
-    assert_private(model, dice_loss, (image, label), views=views)
+    assert_private(model, dice_loss, (image, label), views_per_sample=views)

@@ -9,7 +9,7 @@ once per call, so all samples see the same weight.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,9 +129,9 @@ class ComputedWeightCall(LayerCall):
         ):
             yield
 
-    def backward(self, backprops: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> None:
+    def receive(self, backprops: torch.Tensor, saved: Sequence[torch.Tensor]) -> None:
         with self._computed():
-            super().backward(backprops, saved)
+            super().receive(backprops, saved)
 
     @contextlib.contextmanager
     def _computed(self) -> Iterator[None]:

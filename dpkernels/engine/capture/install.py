@@ -16,7 +16,8 @@ from dpkernels.engine.capture.own_parameters import OwnParametersForward
 from dpkernels.engine.capture.sample_by_sample import UnitForward
 from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.whole_model import WholeModelForward
-from dpkernels.layers import find_composite_rule, find_rule
+from dpkernels.layers import find_rule
+from dpkernels.layers.composite import CompositeRule
 from dpkernels.layers.sequence import stated_axis
 
 
@@ -79,17 +80,17 @@ def _captured(
     seen.add(id(module))
     stated = stated_axis(module)
     axis = axis if stated is None else stated
-    rule, composite = find_rule(module), find_composite_rule(module)
+    rule = find_rule(module)
     owns = _has_forward(module) and _owns_parameters(module)
-    if (composite is not None or (owns and rule is None)) and _gathers_below(module):
+    if (isinstance(rule, CompositeRule) or (owns and rule is None)) and _gathers_below(module):
         raise ValueError(
             f"module {name or '(root)'!r} ({type(module).__name__}) owns parameters and has "
             "modules below it with a fully_shard of their own, so its samples cannot be run "
             "apart; move the parameters into a module of their own, or apply fully_shard to the "
             "root only"
         )
-    if composite is not None:
-        yield PartsForward(module, name, session, composite)
+    if isinstance(rule, CompositeRule):
+        yield PartsForward(module, name, session, rule)
         seen.update(id(below) for below in module.modules())
         return
     if owns:

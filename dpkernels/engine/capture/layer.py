@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from dpkernels.engine.capture.refusals import NotPerSample
-from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.session import Session, Sink
 from dpkernels.layers.fold import sum_rows
+from dpkernels.layers.mark import mark
 from dpkernels.layers.operands import Operand, StoredOperand
-from dpkernels.layers.rule import Rule
+from dpkernels.layers.rule import CapturedCall, Rule
 from dpkernels.ops.precision import full_precision
 
 
@@ -57,59 +58,46 @@ class LayerCall:
             return value.expand(rows, *value.shape)
         self.wanted -= {name}
         anchor = self.owner.session.anchor
-        return OncePerSample.apply(anchor, value, functools.partial(self._receive, name), rows)
+        return OncePerSample.apply(anchor, value, functools.partial(self._receive_rows, name), rows)
 
-    def _receive(self, name: str, grad_rows: torch.Tensor) -> None:
+    def _receive_rows(self, name: str, grad_rows: torch.Tensor) -> None:
         """Hand on the gradient of one of the layer's tensors for each row, [rows, *shape]."""
-        owner, sink = self.owner, self.owner.session.sink
-        if sink is None or not owner.session.wants_this_backward():
-            return
-        sink.begin(self.samples)
-        found = StoredOperand(sum_rows(grad_rows, self.samples))
-        for parameter, gradient in self.trace(name, found):
-            sink.add(parameter, gradient, self.samples, owner.name)
+        sink = self._open_sink()
+        if sink is not None:
+            self._hand_on(sink, name, StoredOperand(sum_rows(grad_rows, self.samples)))
 
-    def backward(self, backprops: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> None:
-        owner, sink = self.owner, self.owner.session.sink
+    def receive(self, backprops: torch.Tensor, saved: Sequence[torch.Tensor]) -> None:
+        """Hand on what the rule makes of backprops and saved tensors."""
+        sink, owner = self._open_sink(), self.owner
         if sink is None:
             return
-        sink.begin(self.samples)
         if owner.axis:
             backprops = backprops.transpose(0, 1)
-            saved = tuple(t.transpose(0, 1) for t in saved)
-        sink.saw(owner.name, "backprops", backprops, self.samples)
-        if not self.wanted:
-            return
-        found = owner.rule.operands(owner.module, saved, backprops, self.samples, self.wanted)
-        for name, operand in found:
-            for parameter, gradient in self.trace(name, operand):
-                sink.add(parameter, gradient, self.samples, owner.name)
+            saved = [t.transpose(0, 1) for t in saved]
+        with full_precision():
+            sink.saw(owner.name, "backprops", backprops, self.samples)
+            if self.wanted:
+                call = CapturedCall(
+                    owner.module, tuple(saved), backprops, self.samples, self.wanted
+                )
+                for name, operand in owner.rule.operands(call):
+                    self._hand_on(sink, name, operand)
+
+    def _open_sink(self) -> Sink | None:
+        """The sink of the backward pass under way; None where the pass is for something else."""
+        session = self.owner.session
+        if session.sink is None or not session.wants_this_backward():
+            return None
+        session.sink.begin(self.samples)
+        return session.sink
+
+    def _hand_on(self, sink: Sink, name: str, operand: Operand) -> None:
+        for parameter, gradient in self.trace(name, operand):
+            sink.add(parameter, gradient, self.samples, self.owner.name)
 
     def trace(self, name: str, operand: Operand) -> Iterable[tuple[nn.Parameter, Operand]]:
         """The parameters behind one of the layer's tensors, each with its operand."""
         yield own_parameter(self.owner.module, name), operand
-
-
-class _Mark(torch.autograd.Function):
-    """Identity on a layer's output, in place, whose backward hands the backprops over."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: torch.Tensor, anchor: torch.Tensor, call: LayerCall, *saved: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.call = call
-        ctx.save_for_backward(*saved)
-        ctx.mark_dirty(output)
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, backprops: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        session = ctx.call.owner.session
-        if backprops is not None and session.wants_this_backward():
-            with full_precision():
-                ctx.call.backward(backprops.detach(), ctx.saved_tensors)
-        return (backprops, *(None for _ in ctx.needs_input_grad[1:]))
 
 
 class OncePerSample(torch.autograd.Function):
@@ -222,9 +210,7 @@ class LayerForward(CapturedForward):
                 output, saved = self.rule.forward(
                     self.module, x, lambda: self.original(*args, **kwargs)
                 )
-        if output._is_view():
-            output = torch.ops.aten._unsafe_view(output, output.shape)
-        return _Mark.apply(output, session.anchor, call, *(t.detach() for t in saved))
+        return mark(output, session.anchor, call.receive, *saved)
 
     def wanted(self) -> frozenset[str]:
         """Names of the layer's tensors that are trained."""

@@ -8,7 +8,6 @@ import torch
 
 from dpkernels import ops
 from dpkernels.engine.capture.session import NoGradients
-from dpkernels.layers.fold import merge_rows
 from dpkernels.ops.checks import FLOAT_DTYPES
 
 #: finite sums of squares above this bound lose nothing to float32's range
@@ -45,8 +44,8 @@ class Fingerprints(NoGradients):
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
         in_memory = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)
-        flat = rows.detach().permute(0, *in_memory).reshape(len(rows), -1)
-        moments = _moments(merge_rows(flat, samples))
+        flat = rows.detach().permute(0, *in_memory).reshape(samples, -1)
+        moments = _moments(flat)
         start = self.seen[-1].rows.stop if self.seen else 0
         own = slice(start, start + samples)
         self.seen.append(Seen(layer, kind, rows.shape, rows.dtype, own))

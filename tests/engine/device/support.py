@@ -35,6 +35,7 @@ class Private:
         return Released(
             {n: p.grad.cpu() for n, p in self.model.named_parameters() if p.requires_grad},
             torch.zeros(0) if report is None else report.per_sample_norm.cpu(),
+            self.optimizer.max_grad_norm,
         )
 
     def contribution(self) -> torch.Tensor:

@@ -34,7 +34,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("views", [1, 2])
 def test_bare_parameters_beside_layers(views: int) -> None:
     torch.manual_seed(0)
-    assert_private(Tokens().double(), squared_loss, (values(4, 4, 6),), views=views)
+    assert_private(Tokens().double(), squared_loss, (values(4, 4, 6),), views_per_sample=views)
 
 
 def test_layers_beside_bare_parameters_keep_their_rules() -> None:

@@ -82,4 +82,4 @@ def test_criteria_that_couple_samples_are_found(criterion: Callable[..., torch.T
 def test_rows_of_one_patient_are_one_sample() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(12, 2))
-    assert_private(model.double(), squared_loss, (values(6, 1, 4, 4),), views=2)
+    assert_private(model.double(), squared_loss, (values(6, 1, 4, 4),), views_per_sample=2)

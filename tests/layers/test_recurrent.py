@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.module import FusedGradSampleModule
 from dpkernels.layers.recurrent import RecurrentRule
+from dpkernels.testing import assert_per_sample
 from tests.engine.support import Call, made_private, squared_loss, values
 from tests.engine.truth import assert_private, fused, microbatching
 
@@ -56,6 +57,14 @@ def test_padded(kind: type[nn.RNNBase], options: str, length: int) -> None:
     assert_private(Call(module, everything).double(), squared_loss, (values(4, length, 5),))
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", [*KINDS, DPLSTM, DPGRU, DPRNN])
+def test_variations(kind: type[nn.Module], batch_first: bool) -> None:
+    torch.manual_seed(0)
+    module = build(kind, batch_first=batch_first)
+    assert_per_sample(module, None, (values(4, 3, 5),), batch_first=batch_first)
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("name", SPECIAL)
 def test_options_of_one_kind(name: str, samples: int) -> None:
@@ -72,7 +81,7 @@ def test_views_and_parts_that_are_frozen(kind: type[nn.RNNBase]) -> None:
     module.weight_hh_l0.requires_grad_(False)
     module.bias_ih_l1.requires_grad_(False)
     model = nn.Sequential(nn.Linear(5, 5), Call(module, everything))
-    assert_private(model.double(), squared_loss, (values(6, 3, 5),), views=2)
+    assert_private(model.double(), squared_loss, (values(6, 3, 5),), views_per_sample=2)
 
 
 class LearnedState(nn.Module):

@@ -12,6 +12,7 @@ from torch import nn
 
 from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.module import FusedGradSampleModule
+from dpkernels.testing import assert_per_sample
 from tests.engine.support import Call, made_private, squared_loss, values
 from tests.engine.truth import assert_private
 
@@ -86,6 +87,14 @@ def test_equal_to_one_sample_at_a_time(name: str, build: str) -> None:
     torch.testing.assert_close(captured(x), Call(plain, attend(name))(x))
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_variations(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    x = values(4, 3, 8)
+    module = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    assert_per_sample(module, None, (x, x.cos(), x.sin()), batch_first=batch_first)
+
+
 def test_keys_and_values_of_other_widths() -> None:
     torch.manual_seed(0)
     module = nn.MultiheadAttention(8, 2, kdim=3, vdim=5, batch_first=True)
@@ -99,7 +108,7 @@ def test_views_and_frozen_projections() -> None:
     module.in_proj_bias.requires_grad_(False)
     module.out_proj.weight.requires_grad_(False)
     assert_private(
-        Call(module, attend("three")).double(), squared_loss, (values(6, 3, 8),), views=2
+        Call(module, attend("three")).double(), squared_loss, (values(6, 3, 8),), views_per_sample=2
     )
 
 
