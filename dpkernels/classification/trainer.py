@@ -47,7 +47,7 @@ class ClassificationTrainer(Trainer[ClassificationConfig]):
         self._split = self.folder.read_json("split.json")
         return self._evaluate_images()
 
-    def predict(self, source: str | Path, target: str | Path) -> int:
+    def predict(self, source: str | Path, target: str | Path) -> list[str]:
         """Classify an image, or every one in a folder.
 
         Args:
@@ -55,7 +55,7 @@ class ClassificationTrainer(Trainer[ClassificationConfig]):
             target: CSV to write: image, class, and the probability of every class.
 
         Returns:
-            The number of images.
+            The names of the images.
 
         Raises:
             ValueError: no image found, a faulty one, or a file at `target`.
@@ -76,7 +76,7 @@ class ClassificationTrainer(Trainer[ClassificationConfig]):
                 writer.writerow(
                     [picture.name, classes[best], *(f"{value:.4f}" for value in probabilities)]
                 )
-        return len(found)
+        return [picture.name for picture in found]
 
     def _open_store(self) -> ImageStore:
         if self._opened is None:

@@ -89,10 +89,10 @@ def test_evaluation_and_prediction_agree_and_can_be_repeated(finished, tmp_path)
     trainer.evaluate()
     assert json.loads((finished.folder / "metrics.json").read_text()) == before
     data = next(finished.folder.parent.glob("synthetic-*"))
-    count = ClassificationTrainer.from_run(finished.folder).predict(data, tmp_path / "out.csv")
+    named = ClassificationTrainer.from_run(finished.folder).predict(data, tmp_path / "out.csv")
     lines = (tmp_path / "out.csv").read_text().splitlines()
     assert lines[0] == "image,class,other,akiec+bcc+mel"
-    assert count == len(lines) - 1
+    assert named == [line.split(",")[0] for line in lines[1:]]
     predicted = {line.split(",")[0].split("/")[-1][:-4]: line.split(",")[1] for line in lines[1:]}
     classes = ("other", "akiec+bcc+mel")
     for case in before["cases"]:
