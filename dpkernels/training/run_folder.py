@@ -106,6 +106,10 @@ class RunFolder:
         return self.checkpoints / "last.pt"
 
     @property
+    def average(self) -> Path:
+        return self.checkpoints / "ema.pt"
+
+    @property
     def overlays(self) -> Path:
         return self.root / "overlays"
 
@@ -168,6 +172,10 @@ class RunFolder:
             ValueError: there is none, or it cannot be read.
         """
         return load_checkpoint(self.last)
+
+    def load_weights(self) -> dict[str, Any]:
+        """The averaged weights where there are some, else those of `load_checkpoint`."""
+        return load_checkpoint(self.average) if self.average.exists() else self.load_checkpoint()
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
