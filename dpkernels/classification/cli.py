@@ -48,31 +48,26 @@ TASK = Task(
     },
     data="Folder of images. Default: synthetic skin lesions.",
     subjects="images",
-    files={
-        "metrics.json": "MCC, accuracy, and every held-out image",
-        "overlays/": "held-out images with truth and prediction",
-    },
+    metrics="MCC, accuracy, and every held-out image",
     examples={
         "train": (
-            "dpkernels classify train",
-            "dpkernels classify train --data HAM10000 --preset ham10000 --epsilon 8 "
-            "--out runs/skin",
-            "dpkernels classify train --data my_images --positive '' --set data.size=64 "
-            "--out runs/mine",
-            "dpkernels classify train --resume --out runs/skin",
+            "train",
+            "train --data HAM10000 --preset ham10000 --epsilon 8 --out runs/skin",
+            "train --data my_images --positive '' --set data.size=64 --out runs/mine",
+            "train --resume --out runs/skin",
         ),
-        "attack": ("dpkernels classify attack runs/skin --attacks imprint,optimal",),
+        "attack": ("attack runs/skin --attacks imprint,optimal",),
         "study": (
-            "dpkernels classify study --epsilons 1,8,1e6,inf",
-            "dpkernels classify study --data HAM10000 --preset ham10000 --out runs/skin-study",
+            "study --epsilons 1,8,1e6,inf",
+            "study --data HAM10000 --preset ham10000 --out runs/skin-study",
         ),
     },
     study_out="runs/classify-study",
     prediction=Prediction(
-        help="Classify new images: one line each, with the probability of every class.",
-        source="Image or folder of them.",
-        target="CSV to write.",
-        written="predictions",
+        "Classify new images: one line each, with the probability of every class.",
+        "Image or folder of them.",
+        "CSV to write.",
+        "predictions",
     ),
     settings=(
         Setting(

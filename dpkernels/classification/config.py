@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from dpkernels.classification.folders import LAYOUTS
 from dpkernels.classification.presets import PRESETS
 from dpkernels.training.config import DatasetConfig, RunConfig
-from dpkernels.training.settings import require
+from dpkernels.training.settings import require_all
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,12 @@ class ImageDataConfig(DatasetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         layouts = ("auto", *LAYOUTS)
-        require(self.layout in layouts, "data.layout", self.layout, f"one of {', '.join(layouts)}")
-        require(self.size >= 8, "data.size", self.size, "at least 8 pixels")
-        require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
+        rules = {
+            "layout": (self.layout in layouts, f"one of {', '.join(layouts)}"),
+            "size": (self.size >= 8, "at least 8 pixels"),
+            "channels": (self.channels in (1, 3), "1 or 3"),
+        }
+        require_all(self, "data", rules)
 
 
 @dataclass(frozen=True, kw_only=True)

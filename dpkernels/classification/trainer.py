@@ -25,6 +25,7 @@ from dpkernels.training.criteria import check_decomposable
 from dpkernels.training.run_folder import atomic
 from dpkernels.training.targets import build_model, instantiate
 from dpkernels.training.trainer import Trainer
+from dpkernels.training.trainer_base import Summary
 
 
 class ClassificationTrainer(Trainer[ClassificationConfig, ImageStore, ImageResult]):
@@ -123,12 +124,12 @@ class ClassificationTrainer(Trainer[ClassificationConfig, ImageStore, ImageResul
             pictures.draw_predictions(shown, results, self._classes(), path)
         return results
 
-    def _summary(self, results: Sequence[ImageResult]) -> dict[str, dict[str, float]]:
+    def _summary(self, results: Sequence[ImageResult]) -> Summary:
         classes = self._classes()
         confusion = confusion_matrix(
             [r.truth for r in results], [r.predicted for r in results], len(classes)
         )
         return summarise(confusion, classes)
 
-    def _utility(self, summary: dict[str, dict[str, float]]) -> float:
+    def _utility(self, summary: Summary) -> float:
         return summary["all"]["mcc"]

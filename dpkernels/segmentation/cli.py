@@ -41,29 +41,22 @@ TASK = Task(
         "cases": ("cases", "d"),
     },
     data="Decathlon folder. Default: the embedded synthetic phantom.",
-    files={
-        "metrics.json": "Dice and surface distance per class and case",
-        "overlays/": "held-out scans with truth and prediction",
-    },
+    metrics="Dice and surface distance per class and case",
     examples={
         "train": (
-            "dpkernels segment train",
-            "dpkernels segment train --data Task03_Liver --preset msd-liver --epsilon 8 "
-            "--out runs/liver",
-            "dpkernels segment train --resume --out runs/liver",
+            "train",
+            "train --data Task03_Liver --preset msd-liver --epsilon 8 --out runs/liver",
+            "train --resume --out runs/liver",
         ),
-        "attack": ("dpkernels segment attack runs/liver --attacks imprint,optimal",),
-        "study": (
-            "dpkernels segment study",
-            "dpkernels segment study --data Task03_Liver --preset msd-liver --out runs/liver-study",
-        ),
+        "attack": ("attack runs/liver --attacks imprint,optimal",),
+        "study": ("study", "study --data Task03_Liver --preset msd-liver --out runs/liver-study"),
     },
     study_preset="phantom-study",
     prediction=Prediction(
-        help="Segment new scans; each label map lies on the grid of its own file.",
-        source="NIfTI file or folder of them.",
-        target="Folder for the label maps.",
-        written="label maps",
+        "Segment new scans; each label map lies on the grid of its own file.",
+        "NIfTI file or folder of them.",
+        "Folder for the label maps.",
+        "label maps",
     ),
 )
 

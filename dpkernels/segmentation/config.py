@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dpkernels.segmentation.presets import PRESETS
 from dpkernels.training.config import DatasetConfig, RunConfig
-from dpkernels.training.settings import require
+from dpkernels.training.settings import require, require_all
 
 
 @dataclass(frozen=True)
@@ -46,44 +46,27 @@ class DataConfig(DatasetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            (self.shape is None) != (self.spacing is None),
-            "data.shape",
-            self.shape,
-            "either data.shape or data.spacing, not both and not neither",
-        )
         for name in ("shape", "spacing", "crop"):
             value = getattr(self, name)
-            require(
-                value is None or (len(value) == 3 and all(v > 0 for v in value)),
-                f"data.{name}",
-                value,
-                "three positive numbers",
-            )
-        require(
-            self.spacing is None or self.crop is not None,
-            "data.crop",
-            self.crop,
-            "the size of a crop, because data.spacing gives volumes of different sizes",
-        )
-        require(
-            0 <= self.foreground_share <= 1,
-            "data.foreground_share",
-            self.foreground_share,
-            "between 0 and 1",
-        )
-        require(
-            self.intensity in ("window", "zscore"),
-            "data.intensity",
-            self.intensity,
-            "window or zscore",
-        )
-        require(
-            len(self.window) == 2 and self.window[0] < self.window[1],
-            "data.window",
-            self.window,
-            "[low, high] with low < high",
-        )
+            right = value is None or (len(value) == 3 and all(v > 0 for v in value))
+            require(right, f"data.{name}", value, "three positive numbers")
+        rules = {
+            "shape": (
+                (self.shape is None) != (self.spacing is None),
+                "either data.shape or data.spacing, not both and not neither",
+            ),
+            "crop": (
+                self.spacing is None or self.crop is not None,
+                "the size of a crop, because data.spacing gives volumes of different sizes",
+            ),
+            "foreground_share": (0 <= self.foreground_share <= 1, "between 0 and 1"),
+            "intensity": (self.intensity in ("window", "zscore"), "window or zscore"),
+            "window": (
+                len(self.window) == 2 and self.window[0] < self.window[1],
+                "[low, high] with low < high",
+            ),
+        }
+        require_all(self, "data", rules)
 
 
 @dataclass(frozen=True)

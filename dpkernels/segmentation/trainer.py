@@ -21,6 +21,7 @@ from dpkernels.segmentation.predict import predict_path
 from dpkernels.segmentation.scans import Scan, ScanFolder
 from dpkernels.segmentation.volume import Volume
 from dpkernels.training.trainer import Trainer
+from dpkernels.training.trainer_base import Summary
 
 
 class SegmentationTrainer(Trainer[SegmentationConfig, CaseStore, CaseResult]):
@@ -125,9 +126,9 @@ class SegmentationTrainer(Trainer[SegmentationConfig, CaseStore, CaseResult]):
             on_case=on_case,
         )
 
-    def _summary(self, results: Sequence[CaseResult]) -> dict[str, dict[str, float]]:
+    def _summary(self, results: Sequence[CaseResult]) -> Summary:
         return summarise(results)
 
-    def _utility(self, summary: dict[str, dict[str, float]]) -> float:
+    def _utility(self, summary: Summary) -> float:
         """Dice of the first class: the organ, where the others are lesions in it."""
         return next(iter(summary.values()))["dice"]

@@ -46,8 +46,7 @@ def command_line(task: Task) -> typer.Typer:
         commands.append((task.prediction.help, _predict(task, task.prediction)))
     commands += [(_REPORT, _report(task)), (_ATTACK, _attack(task)), (_STUDY, _study(task))]
     for text, command in commands:
-        words = text.format(subjects=task.subjects, record=task.record)
-        app.command(help=words + task.examples_of(command.__name__))(command)
+        app.command(help=task.help_of(command.__name__, text))(command)
     return app
 
 
@@ -100,7 +99,7 @@ def _train(task: Task) -> Callable[..., None]:
             console.print(f"Run folder: [bold]{trainer.folder.root}[/]", highlight=False)
             result = trainer.fit(resume=resume)
             console.print(_results(task, result.summary))
-            options.print_outcome(console, result, trainer.plan().unit, task.files)
+            options.print_outcome(console, result, trainer.plan().unit, task)
 
     return _with_settings(train, task)
 

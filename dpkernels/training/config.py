@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from dpkernels.training.settings import build, merge, plain, require
+from dpkernels.training.settings import build, merge, plain, require, require_all
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,17 @@ class DatasetConfig:
     cache: str = "memory"
 
     def __post_init__(self) -> None:
-        require(0 < self.test_share < 1, "data.test_share", self.test_share, "between 0 and 1")
-        require(
-            0 <= self.validation_share < 1 - self.test_share,
-            "data.validation_share",
-            self.validation_share,
-            "between 0 and 1 - data.test_share",
-        )
-        require(
-            self.views_per_patient >= 1,
-            "data.views_per_patient",
-            self.views_per_patient,
-            "at least 1",
-        )
-        require(self.cache in ("memory", "none"), "data.cache", self.cache, "memory or none")
+        left = 1 - self.test_share
+        rules = {
+            "test_share": (0 < self.test_share < 1, "between 0 and 1"),
+            "validation_share": (
+                0 <= self.validation_share < left,
+                "between 0 and 1 - data.test_share",
+            ),
+            "views_per_patient": (self.views_per_patient >= 1, "at least 1"),
+            "cache": (self.cache in ("memory", "none"), "memory or none"),
+        }
+        require_all(self, "data", rules)
 
 
 @dataclass(frozen=True)
@@ -87,33 +84,15 @@ class TrainingConfig:
     train_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("physical_batch_size", 0),
-            ("validate_every", 0),
-            ("checkpoint_every", 0),
-            ("seed", 0),
-        ):
-            require(
-                getattr(self, name) >= least,
-                f"training.{name}",
-                getattr(self, name),
-                f"at least {least}",
-            )
-        require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
-        require(
-            self.schedule in ("constant", "cosine"),
-            "training.schedule",
-            self.schedule,
-            "constant or cosine",
-        )
-        require(
-            self.precision in ("float32", "bfloat16"),
-            "training.precision",
-            self.precision,
-            "float32 or bfloat16",
-        )
+        least = {"steps": 1, "batch_size": 1, "physical_batch_size": 0, "validate_every": 0}
+        least |= {"checkpoint_every": 0, "seed": 0}
+        rules = {n: (getattr(self, n) >= low, f"at least {low}") for n, low in least.items()}
+        rules |= {
+            "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
+            "schedule": (self.schedule in ("constant", "cosine"), "constant or cosine"),
+            "precision": (self.precision in ("float32", "bfloat16"), "float32 or bfloat16"),
+        }
+        require_all(self, "training", rules)
 
 
 @dataclass(frozen=True)

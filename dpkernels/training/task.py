@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from dpkernels.training.trainer import Trainer
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The words of the command `predict`.
-
-    Attributes:
-        help: what the command does.
-        source: help of its argument IN.
-        target: help of its argument OUT.
-        written: what it writes, in the plural.
-    """
+class Prediction(NamedTuple):
+    """The command `predict`: its help, that of IN and of OUT, and what it writes, in the plural."""
 
     help: str
     source: str
@@ -46,7 +38,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of training, with `train`, `evaluate`, `report`, `attack`, `study` and `predict`.
+    """A kind of training, with the commands train, evaluate, report, attack, study and predict.
 
     Attributes:
         name: of its command, below `dpkernels`.
@@ -57,8 +49,8 @@ class Task:
         columns: of the table of results: title to key in a summary's row, and number format.
         data: help of --data.
         subjects: who is held out and attacked, in the plural: "patients", "images".
-        files: what a run folder holds besides what every run folder holds, with its meaning.
-        examples: whole command lines, by command.
+        metrics: what metrics.json holds.
+        examples: command lines without "dpkernels" and the task's name, by command.
         study_preset: default of `study`; "": that of `train`.
         study_out: default folder of `study`.
         prediction: None: the task has no command `predict`.
@@ -73,7 +65,7 @@ class Task:
     columns: Mapping[str, tuple[str, str]]
     data: str
     subjects: str = "patients"
-    files: Mapping[str, str] = field(default_factory=dict)
+    metrics: str = "every metric"
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
     study_preset: str = ""
     study_out: str = "runs/study"
@@ -90,8 +82,9 @@ class Task:
         """The names of the presets, `first` first, separated by commas."""
         return ", ".join([first, *[name for name in self.presets if name != first]])
 
-    def examples_of(self, command: str) -> str:
-        """The end of a command's help; "" without examples."""
-        lines = self.examples.get(command, ())
-        title = "Example" if len(lines) == 1 else "Examples"
-        return "\n\n".join([f"\n\n{title}:", *[f"  {line}" for line in lines]]) if lines else ""
+    def help_of(self, command: str, text: str) -> str:
+        """Help of a command: its text in this task's words, and its examples."""
+        lines = [f"  dpkernels {self.name} {line}" for line in self.examples.get(command, ())]
+        title = ["Examples:"] if lines else []
+        words = text.format(subjects=self.subjects, record=self.record)
+        return "\n\n".join([words, *title, *lines])

@@ -19,7 +19,7 @@ from dpkernels.training.progress import SilentDisplay
 from dpkernels.training.report import PrivacyReport, build_report
 from dpkernels.training.run_folder import RunFolder, environment, load_checkpoint, steps_begun
 from dpkernels.training.targets import load_weights, select_trainable
-from dpkernels.training.trainer_base import Config, Result, Store, TrainerBase
+from dpkernels.training.trainer_base import Config, Result, Store, Summary, TrainerBase
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainingResult:
     """
 
     folder: Path
-    summary: dict[str, dict[str, float]]
+    summary: Summary
     utility: float
     metric: str
     epsilon: float | None
@@ -137,9 +137,7 @@ class Trainer(TrainerBase[Config, Store, Result]):
         summary = self._summary(self._evaluate())
         report = self._report(plan, steps)
         self.save_report(report)
-        return TrainingResult(
-            self.folder.root, summary, self._utility(summary), self.metric, report.epsilon, steps
-        )
+        return self._result(summary, report)
 
     def privacy_report(self) -> PrivacyReport:
         """The report of the run, for the steps counted so far.
@@ -180,15 +178,11 @@ class Trainer(TrainerBase[Config, Store, Result]):
             name: {key: math.nan if value is None else value for key, value in row.items()}
             for name, row in stored.items()
         }
-        report = self.privacy_report()
-        return TrainingResult(
-            self.folder.root,
-            summary,
-            self._utility(summary),
-            self.metric,
-            report.epsilon,
-            report.steps,
-        )
+        return self._result(summary, self.privacy_report())
+
+    def _result(self, summary: Summary, report: PrivacyReport) -> TrainingResult:
+        utility, root = self._utility(summary), self.folder.root
+        return TrainingResult(root, summary, utility, self.metric, report.epsilon, report.steps)
 
     def exposed(self, patients: int) -> Exposed:
         """What an attack on the finished run needs.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from torch import nn
 from typing_extensions import Self
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound=RunConfig)
 Store = TypeVar("Store", bound=RecordStore)
+#: by class (or for all records): name of a metric to its value
+Summary: TypeAlias = dict[str, dict[str, float]]
 #: a dataclass of plain values: what was found for one held-out record
 Result = TypeVar("Result", bound="DataclassInstance")
 
@@ -123,11 +125,11 @@ class TrainerBase(ABC, Generic[Config, Store, Result]):
         """
 
     @abstractmethod
-    def _summary(self, results: Sequence[Result]) -> dict[str, dict[str, float]]:
-        """The metrics over all results: by class, name of a metric to its value."""
+    def _summary(self, results: Sequence[Result]) -> Summary:
+        """The metrics over all results."""
 
     @abstractmethod
-    def _utility(self, summary: dict[str, dict[str, float]]) -> float:
+    def _utility(self, summary: Summary) -> float:
         """The one number of a summary that a run is judged by."""
 
     def _by_products(self) -> Sequence[str]:
