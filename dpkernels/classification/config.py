@@ -61,4 +61,3 @@ class ClassificationConfig(RunConfig):
     presets = PRESETS
 
     data: ImageDataConfig
-    loss: dict = field(default_factory=lambda: {"_target_": "torch.nn.CrossEntropyLoss"})

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dpkernels.classification import pictures
@@ -21,9 +20,9 @@ from dpkernels.classification.evaluate import (
 )
 from dpkernels.classification.folders import ImageFolder, Picture, read_images, single_pictures
 from dpkernels.classification.synthetic import write_synthetic
-from dpkernels.training.criteria import check_decomposable
+from dpkernels.training.criteria import class_criterion
 from dpkernels.training.run_folder import atomic
-from dpkernels.training.targets import build_model, instantiate
+from dpkernels.training.targets import build_model
 from dpkernels.training.trainer import Trainer
 from dpkernels.training.trainer_base import Summary
 
@@ -94,13 +93,7 @@ class ClassificationTrainer(Trainer[ClassificationConfig, ImageStore, ImageResul
         return build_model(self.config.network, wanted, "the data set", seed)
 
     def _build_criterion(self) -> nn.Module:
-        criterion = instantiate(self.config.loss, "loss")
-        classes = len(self._classes())
-        generator = torch.Generator().manual_seed(0)
-        scores = torch.randn(2 * classes, classes, generator=generator)
-        labels = torch.arange(2 * classes) % classes
-        check_decomposable(criterion, scores, labels, self.config.loss)
-        return criterion
+        return class_criterion(self.config.loss, len(self._classes()))
 
     def _measure(
         self,

@@ -155,7 +155,7 @@ class RunConfig:
 
     data: DatasetConfig
     network: dict
-    loss: dict
+    loss: dict = field(default_factory=lambda: {"_target_": "torch.nn.CrossEntropyLoss"})
     training: TrainingConfig = field(default_factory=TrainingConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     preset: str = ""
