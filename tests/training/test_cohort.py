@@ -60,9 +60,7 @@ def test_where_nobody_says_whose_the_records_are_the_report_says_so(own, unit):
 
 
 def test_a_record_without_a_patient_among_others_with_one_is_refused(table):
-    with pytest.raises(
-        ValueError, match=r"list.json: no patient_id for b; give one to every n"
-    ):
+    with pytest.raises(ValueError, match=r"list.json: no patient_id for b; give one to every n"):
         assigned(("a", "ann"), ("b", ""))
     message = r"patients.csv: no patient_id for b; .*There is no such note: B"
     with pytest.raises(ValueError, match=message):
