@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from dpkernels.training.curves import draw_progress
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.loop import TrainingLoop, rows_loss
 from dpkernels.training.privacy import PrivacyPlan, check_patients_do_not_mix, plan_privacy
 from dpkernels.training.processes import ALONE, TrainingProcesses
-from dpkernels.training.progress import SilentDisplay
+from dpkernels.training.progress import Display, SilentDisplay
 from dpkernels.training.report import PrivacyReport, build_report
 from dpkernels.training.run_folder import RunFolder, environment, load_checkpoint, steps_begun
-from dpkernels.training.targets import load_weights, select_trainable
+from dpkernels.training.settings import load_yaml
+from dpkernels.training.targets import load_weights, resolve_device, select_trainable
 from dpkernels.training.trainer_base import Config, Result, Store, Summary, TrainerBase
 
 
@@ -77,7 +80,26 @@ class Trainer(TrainerBase[Config, Store, Result]):
         guarantee; the report lists them.
     """
 
-    _processes: TrainingProcesses = ALONE
+    def __init__(
+        self, config: Config, out: str | Path | None = None, display: Display | None = None
+    ) -> None:
+        self.config = config
+        self.folder = RunFolder(out or _default_run(config.preset))
+        self.display = display or SilentDisplay()
+        self.device = resolve_device(config.training.device)
+        self._split = {}
+        self._processes = ALONE
+
+    @classmethod
+    def from_run(cls, out: str | Path, display: Display | None = None) -> Self:
+        """The trainer of an existing run, configured by its config.yaml.
+
+        Raises:
+            ValueError: `out` is not a run folder.
+        """
+        folder = RunFolder.open(out)
+        config = cls.config_class.from_dict(load_yaml(folder.config))
+        return cls(config, out, display)  # type: ignore[arg-type]
 
     def fit(self, *, resume: bool = False) -> TrainingResult:
         """Train, evaluate and write the run folder.
@@ -270,3 +292,8 @@ class Trainer(TrainerBase[Config, Store, Result]):
             data["notes"],
             math.prod(data["view"]),
         )
+
+
+def _default_run(preset: str) -> Path:
+    """runs/<preset>-<date>-<time>."""
+    return Path("runs") / f"{preset or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -5,21 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
+import torch
 from torch import nn
-from typing_extensions import Self
 
 from dpkernels.training.augment import build_augmentation
 from dpkernels.training.config import RunConfig
-from dpkernels.training.progress import Display, SilentDisplay
+from dpkernels.training.progress import Display
 from dpkernels.training.reading import split_patients
 from dpkernels.training.run_folder import RunFolder
-from dpkernels.training.settings import load_yaml
 from dpkernels.training.store import PatientDataset, RecordStore
-from dpkernels.training.targets import resolve_device
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -42,26 +39,12 @@ class TrainerBase(ABC, Generic[Config, Store, Result]):
     #: name of the metric that a run is judged by
     metric: ClassVar[str]
 
-    def __init__(
-        self, config: Config, out: str | Path | None = None, display: Display | None = None
-    ) -> None:
-        self.config = config
-        self.folder = RunFolder(out or _default_run(config.preset))
-        self.display = display or SilentDisplay()
-        self.device = resolve_device(config.training.device)
-        self._split: dict[str, list[str]] = {}
-        self._opened: Store | None = None
-
-    @classmethod
-    def from_run(cls, out: str | Path, display: Display | None = None) -> Self:
-        """The trainer of an existing run, configured by its config.yaml.
-
-        Raises:
-            ValueError: `out` is not a run folder.
-        """
-        folder = RunFolder.open(out)
-        config = cls.config_class.from_dict(load_yaml(folder.config))
-        return cls(config, out, display)  # type: ignore[arg-type]
+    config: Config
+    folder: RunFolder
+    display: Display
+    device: torch.device
+    _split: dict[str, list[str]]
+    _opened: Store | None = None
 
     def evaluate(self) -> list[Result]:
         """Evaluate the run's weights on its held-out patients; writes metrics.json, overlays."""
@@ -227,8 +210,3 @@ class TrainerBase(ABC, Generic[Config, Store, Result]):
         network = self._build_network(seed=0)
         network.load_state_dict(state["model"])
         return network.to(self.device)
-
-
-def _default_run(preset: str) -> Path:
-    """runs/<preset>-<date>-<time>."""
-    return Path("runs") / f"{preset or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
