@@ -1,8 +1,6 @@
-"""From image files to the network's input: decoding, cache, and one row block per patient."""
+"""From image files to the network's input: decoding and resizing."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,9 +8,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dpkernels.classification.config import ImageDataConfig
 from dpkernels.classification.folders import ImageFolder, Picture
-from dpkernels.training.augment import Augmentation, augmented
-from dpkernels.training.reading import for_each
-from dpkernels.training.sampling import PatientViews
+from dpkernels.training.store import RecordStore
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -39,67 +35,21 @@ def load_picture(path: str, size: int, channels: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-class ImageStore:
-    """Prepared images, read once (cache "memory") or on every access ("none")."""
+class ImageStore(RecordStore[Picture, torch.Tensor]):
+    """Images [C, H, W], uint8, of one size."""
 
-    def __init__(self, folder: ImageFolder, config: ImageDataConfig) -> None:
-        self.folder = folder
-        self.config = config
-        self._pixels: dict[str, torch.Tensor] = {}
+    record = "image"
+    folder: ImageFolder
+    config: ImageDataConfig
 
-    def read_all(self, on_progress: Callable[[], None] = lambda: None) -> None:
-        """Read every image, before any training.
-
-        Raises:
-            ValueError: the faulty files, each by name.
-        """
-
-        def read(picture: Picture) -> None:
-            pixels = self._load(picture)
-            if self.config.cache == "memory":
-                self._pixels[picture.name] = pixels
-            on_progress()
-
-        for_each(self.folder.pictures, read, "images")
+    def load(self, picture: Picture) -> torch.Tensor:
+        """See `RecordStore`."""
+        return load_picture(str(picture.path), self.config.size, self.config.channels)
 
     def image(self, picture: Picture) -> torch.Tensor:
         """[C, H, W], float32 in [0, 1]."""
-        pixels = self._pixels.get(picture.name)
-        return (self._load(picture) if pixels is None else pixels).float() / 255
+        return self.item(picture).float() / 255
 
-    def _load(self, picture: Picture) -> torch.Tensor:
-        return load_picture(str(picture.path), self.config.size, self.config.channels)
-
-
-class PatientImages(PatientViews):
-    """One item per patient: K augmented images, as adjacent rows.
-
-    A view is drawn from any of the patient's images. What is drawn depends only on the seed, the
-    step and the patient, so a resumed run draws what the uninterrupted one would have.
-    """
-
-    def __init__(
-        self, patients: Sequence[str], store: ImageStore, augment: Augmentation | None, seed: int
-    ) -> None:
-        self.patients = list(patients)
-        self.store = store
-        self._augment = augment
-        self._seed = seed
-        self._pictures = store.folder.patients
-
-    def __len__(self) -> int:
-        return len(self.patients)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The patient's views: image [K, C, H, W] float32 and label [K] int64."""
-        rng = np.random.default_rng([self._seed, self.step, index])
-        pictures = self._pictures[self.patients[index]]
-        images, labels = [], []
-        for _ in range(self.store.config.views_per_patient):
-            picture = pictures[int(rng.integers(len(pictures)))]
-            image = self.store.image(picture)
-            if self._augment is not None:
-                image = augmented(self._augment, {"image": image}, rng)["image"]
-            images.append(image)
-            labels.append(picture.label)
-        return torch.stack(images).contiguous(), torch.tensor(labels)
+    def view(self, picture: Picture, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image, and its label as an int64 scalar."""
+        return self.image(picture), torch.tensor(picture.label)

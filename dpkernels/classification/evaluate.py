@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpkernels.training.targets import evaluating
+
 _ROWS = 64
 
 
@@ -24,19 +26,14 @@ class ImageResult:
     probabilities: tuple[float, ...]
 
 
-@torch.no_grad()
 def predict_rows(
     network: nn.Module, images: Iterable[torch.Tensor], device: torch.device
 ) -> Iterator[tuple[float, ...]]:
     """Class probabilities of images [C, H, W], in evaluation mode."""
-    training = network.training
-    network.eval()
-    try:
-        for block in _blocks(images):
-            scores = network(torch.stack(block).to(device))
-            yield from map(tuple, torch.softmax(scores.float(), dim=1).cpu().tolist())
-    finally:
-        network.train(training)
+    for block in _blocks(images):
+        with evaluating(network):
+            scores = network(torch.stack(block).to(device)).float()
+        yield from map(tuple, torch.softmax(scores, dim=1).cpu().tolist())
 
 
 def _blocks(images: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""From scans to the network's input: preparation, cache, split, and one row block per patient."""
+"""From scans to the network's input: preparation, crops, and the way back."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from dpkernels.segmentation.config import DataConfig
-from dpkernels.segmentation.decathlon import DecathlonFolder, Scan
+from dpkernels.segmentation.scans import Scan, ScanFolder
 from dpkernels.segmentation.volume import Volume, check_headers, load_volume
-from dpkernels.training.augment import Augmentation, augmented
 from dpkernels.training.reading import for_each
-from dpkernels.training.sampling import PatientViews
+from dpkernels.training.store import RecordStore
 
 _FOREGROUND_VOXELS = 4096
 
@@ -98,14 +97,23 @@ def _target_shape(
     return x, y, z
 
 
-class CaseStore:
-    """Prepared scans, read once (cache "memory") or on every access ("none")."""
+class CaseStore(RecordStore[Scan, Case]):
+    """Prepared scans.
 
-    def __init__(self, folder: DecathlonFolder, config: DataConfig, divisor: int) -> None:
-        self.folder = folder
-        self.config = config
+    Args:
+        folder: the scans.
+        config: grid, intensities and crops.
+        divisor: see `prepare`.
+    """
+
+    record = "scan"
+    folder: ScanFolder
+    config: DataConfig
+
+    def __init__(self, folder: ScanFolder, config: DataConfig, divisor: int) -> None:
+        super().__init__(folder, config)
         self.divisor = divisor
-        self._cases: dict[str, Case] = {}
+        self._prints: dict[str, bytes] = {}
 
     def read_all(self, on_progress: Callable[[], None] = lambda: None) -> None:
         """Check every header, then read every scan, before any training.
@@ -113,20 +121,11 @@ class CaseStore:
         Raises:
             ValueError: the faulty files, each by name; one scan given to two patients.
         """
-        for_each(self.folder.scans, check_headers, "scans")
-        prints: dict[str, bytes] = {}
-
-        def read(scan: Scan) -> None:
-            volume = self.volume(scan)
-            prints[scan.name] = blake2b(volume.image.tobytes()).digest()
-            if self.config.cache == "memory":
-                self._cases[scan.name] = prepare(volume, self.config, self.divisor)
-            on_progress()
-
-        for_each(self.folder.scans, read, "scans")
+        for_each(self.folder.records, check_headers, "scans")
+        super().read_all(on_progress)
         owner: dict[bytes, Scan] = {}
-        for scan in self.folder.scans:
-            other = owner.setdefault(prints[scan.name], scan)
+        for scan in self.folder.records:
+            other = owner.setdefault(self._prints[scan.name], scan)
             if other.patient_id != scan.patient_id:
                 raise ValueError(
                     f"{other.image} and {scan.image} have the same voxels, but the patients "
@@ -138,57 +137,19 @@ class CaseStore:
         """The scan on its native grid."""
         return load_volume(scan, channels=len(self.folder.modalities), labels=self.folder.labels)
 
-    def case(self, scan: Scan) -> Case:
-        """The prepared scan."""
-        return self._cases.get(scan.name) or self._load(scan)
+    def load(self, scan: Scan) -> Case:
+        """See `RecordStore`; also remembers what the scan's voxels are, for `read_all`."""
+        volume = self.volume(scan)
+        if scan.name not in self._prints:
+            self._prints[scan.name] = blake2b(volume.image.tobytes()).digest()
+        return prepare(volume, self.config, self.divisor)
 
-    def _load(self, scan: Scan) -> Case:
-        return prepare(self.volume(scan), self.config, self.divisor)
-
-
-class PatientDataset(PatientViews):
-    """One item per patient: K views, cropped and augmented, as adjacent rows.
-
-    A view is drawn from any of the patient's scans. What is drawn depends only on the seed, the
-    step and the patient, so a resumed run draws what the uninterrupted one would have.
-    """
-
-    def __init__(
-        self, patients: Sequence[str], store: CaseStore, augment: Augmentation | None, seed: int
-    ) -> None:
-        self.patients = list(patients)
-        self.store = store
-        self._augment = augment
-        self._seed = seed
-        self._scans = store.folder.patients
-
-    def __len__(self) -> int:
-        return len(self.patients)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The patient's views.
-
-        Returns:
-            image [K, M, *crop] float32 and label [K, 1, *crop] uint8.
-        """
-        rng = np.random.default_rng([self._seed, self.step, index])
-        scans = self._scans[self.patients[index]]
-        views = [
-            self._view(scans[int(rng.integers(len(scans)))], rng)
-            for _ in range(self.store.config.views_per_patient)
-        ]
-        images, labels = zip(*views, strict=True)
-        return torch.stack(images), torch.stack(labels)
-
-    def _view(self, scan: Scan, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        case, config = self.store.case(scan), self.store.config
-        image, label = case.image, case.label
-        if config.crop is not None:
-            image, label = crop_view(case, config.crop, config.foreground_share, rng)
-        if self._augment is not None:
-            sample = augmented(self._augment, {"image": image, "label": label}, rng)
-            image, label = sample["image"].float(), sample["label"]
-        return image, label.to(torch.uint8)
+    def view(self, scan: Scan, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """A crop, or the whole scan: image [M, *crop] float32 and label [1, *crop] uint8."""
+        case = self.item(scan)
+        if self.config.crop is None:
+            return case.image, case.label
+        return crop_view(case, self.config.crop, self.config.foreground_share, rng)
 
 
 def crop_view(

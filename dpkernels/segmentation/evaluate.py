@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -16,9 +15,10 @@ from torch import nn
 
 from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.data import Case, CaseStore, restore
-from dpkernels.segmentation.decathlon import Scan
 from dpkernels.segmentation.model import head_outputs
+from dpkernels.segmentation.scans import Scan
 from dpkernels.segmentation.volume import Volume
+from dpkernels.training.targets import evaluating
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Predictor:
     def logits(self, case: Case) -> torch.Tensor:
         """Class scores [C, X, Y, Z] on the prepared grid, on the CPU."""
         window = self._config.data.crop or tuple(case.image.shape[1:])
-        with evaluating(self._network), torch.no_grad():
+        with evaluating(self._network):
             scores = sliding_window_inference(
                 case.image[None].to(self._device),
                 roi_size=window,
@@ -92,7 +92,7 @@ def evaluate_scans(
     results = []
     for scan in scans:
         volume = store.volume(scan)
-        prediction = predictor.segment(store.case(scan), volume)
+        prediction = predictor.segment(store.item(scan), volume)
         dice, hd95 = {}, {}
         for value, name in names.items():
             if value == 0:
@@ -152,14 +152,3 @@ def summarise(results: Sequence[CaseResult]) -> dict[str, dict[str, float]]:
             "cases": len(dice),
         }
     return summary
-
-
-@contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block, the previous mode after it."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.data import prepare
-from dpkernels.segmentation.decathlon import Scan, scan_name
 from dpkernels.segmentation.evaluate import Predictor
+from dpkernels.segmentation.scans import Scan, scan_name
 from dpkernels.segmentation.volume import check_headers, load_volume
 from dpkernels.training.progress import Display
 from dpkernels.training.run_folder import atomic

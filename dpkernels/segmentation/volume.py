@@ -14,7 +14,7 @@ import numpy as np
 from nibabel.nifti1 import Nifti1Image
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from dpkernels.segmentation.decathlon import Scan
+from dpkernels.segmentation.scans import Scan
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from rich.table import Table
 from dpkernels.study import results
 from dpkernels.study.campaign import ADVERSARIES, ETA, participations
 from dpkernels.study.runner import Study, StudyReport, attack_folder
+from dpkernels.training.options import print_files
 from dpkernels.training.trainer import Trainer
 
 
@@ -38,12 +39,8 @@ def attack(console: Console, trainer: Trainer, adversaries: tuple[str, ...], pat
             f"{result.success:.0%}",
         )
     console.print(shown)
-    folder = trainer.folder.root / "attack"
-    for name, meaning in (
-        ("attack.json", "every number"),
-        ("reconstructions.png", "records and reconstructions"),
-    ):
-        console.print(f"  {folder / name}  [dim]{meaning}[/]", highlight=False, soft_wrap=True)
+    files = {"attack.json": "every number", "reconstructions.png": "records and reconstructions"}
+    print_files(console, trainer.folder.root / "attack", files)
 
 
 def _shown(report: StudyReport) -> set[str]:
@@ -82,12 +79,10 @@ def study(console: Console, study: Study, dry_run: bool) -> None:
     console.print(shown)
     for sentence in report.verdict.sentences:
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
-    for name, meaning in (
-        ("report.html", "table, pictures and conclusion in one file"),
-        ("table.csv, table.md", "the table"),
-        ("grid.png", "best reconstruction at each budget"),
-        ("curves.png", "utility and risk over the budgets"),
-    ):
-        console.print(
-            f"  {report.folder / name}  [dim]{meaning}[/]", highlight=False, soft_wrap=True
-        )
+    files = {
+        "report.html": "table, pictures and conclusion in one file",
+        "table.csv, table.md": "the table",
+        "grid.png": "best reconstruction at each budget",
+        "curves.png": "utility and risk over the budgets",
+    }
+    print_files(console, report.folder, files)

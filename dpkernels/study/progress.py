@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from dpkernels.training.privacy import PrivacyPlan, StepStatistics
-from dpkernels.training.progress import EpsilonMeter, TrainingBar
+from dpkernels.training.progress import TrainingBar
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -91,12 +91,12 @@ class StudyDisplay:
         yield _Part(self, plan, done)
 
 
-class _Part:
+class _Part(TrainingBar):
     def __init__(self, display: StudyDisplay, plan: PrivacyPlan, done: int) -> None:
+        super().__init__(plan, done)
         self._display = display
-        self._meter = EpsilonMeter(plan, done)
 
     def advance(self, statistics: StepStatistics) -> float | None:
         """See `TrainingBar`."""
         self._display.advance(1)
-        return self._meter.advance()
+        return super().advance(statistics)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from dpkernels.accounting.accountants import guaranteeing
@@ -200,24 +199,17 @@ class Study:
         plan, exposed = trainer.plan(), trainer.exposed(self.settings.patients)
         found = attack_run(exposed, plan, self.settings.adversaries, attacked)
         pictures.save_sections(found, exposed, folder / "sections.npz")
-        observations = participations(plan) if plan.noise_multiplier else 1
-        risk = results.risk_of(plan, exposed.images[0].numel(), observations)
         RunFolder(folder).write_json(
             "study.json",
             {
+                **_attacked(plan, exposed, found),
                 "epsilon": epsilon,
                 "seed": seed,
-                "noise_multiplier": plan.noise_multiplier,
                 "epsilon_tight": plan.epsilon(accountant="tight"),
                 "utility": result.utility,
                 "metric": result.metric,
                 "summary": result.summary,
                 "plan": plan.to_dict(),
-                "data_norms": _norms(exposed),
-                "dimension": exposed.images[0].numel(),
-                "risk": asdict(risk),
-                "prior_ncc": guess_without_model(exposed),
-                "attacks": {name: attack.to_dict() for name, attack in found.items()},
                 "environment": trainer.folder.read_json("env.json"),
                 "seconds": {
                     "training": round(sum(read_metrics(trainer.folder.metrics_csv)["seconds"]), 1),
@@ -324,9 +316,21 @@ def _differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
     return [] if stored == wanted else [f"{path[:-1]} was {stored!r}, is {wanted!r}"]
 
 
-def _norms(exposed: Exposed) -> list[float]:
-    flat = exposed.images.flatten(1).float()
-    return [round(float(norm), 3) for norm in np.atleast_1d(flat.norm(dim=1).cpu().numpy())]
+def _attacked(
+    plan: PrivacyPlan, exposed: Exposed, found: dict[str, AttackResult]
+) -> dict[str, Any]:
+    """What is stored of the attacks on one run, beside the bounds for it."""
+    norms = exposed.images.flatten(1).float().norm(dim=1).tolist()
+    dimension = exposed.images[0].numel()
+    observations = participations(plan) if plan.noise_multiplier else 1
+    return {
+        "noise_multiplier": plan.noise_multiplier,
+        "dimension": dimension,
+        "data_norms": [round(norm, 3) for norm in norms],
+        "risk": asdict(results.risk_of(plan, dimension, observations)),
+        "prior_ncc": guess_without_model(exposed),
+        "attacks": {name: attack.to_dict() for name, attack in found.items()},
+    }
 
 
 def attack_folder(
@@ -353,19 +357,7 @@ def attack_folder(
         found = attack_run(exposed, plan, adversaries, display.advance)
     out = trainer.folder.root / "attack"
     out.mkdir(exist_ok=True)
-    observations = participations(plan) if plan.noise_multiplier else 1
-    RunFolder(out).write_json(
-        "attack.json",
-        {
-            "noise_multiplier": plan.noise_multiplier,
-            "max_grad_norm": plan.max_grad_norm,
-            "participations": participations(plan),
-            "dimension": exposed.images[0].numel(),
-            "data_norms": _norms(exposed),
-            "risk": asdict(results.risk_of(plan, exposed.images[0].numel(), observations)),
-            "prior_ncc": guess_without_model(exposed),
-            "attacks": {name: attack.to_dict() for name, attack in found.items()},
-        },
-    )
+    stated = {"max_grad_norm": plan.max_grad_norm, "participations": participations(plan)}
+    RunFolder(out).write_json("attack.json", {**_attacked(plan, exposed, found), **stated})
     pictures.draw_patients(found, exposed, out / "reconstructions.png")
     return found

@@ -10,7 +10,44 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from dpkernels.accounting.accountants import guaranteeing
-from dpkernels.training.settings import build, merge, plain, require
+from dpkernels.training.settings import build, merge, plain, require, require_all
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What every task asks of its data; a task adds how a record becomes the network's input.
+
+    Attributes:
+        root: folder of the data set; "" means the embedded one.
+        patients_csv: CSV that says whose each record is; overrides what the data set says.
+        test_share: share of the patients held out for evaluation.
+        validation_share: share of the patients held out for the curve during training.
+        views_per_patient: crops or augmentations of one patient per step. They are averaged
+            before clipping: the patient stays the privacy unit.
+        augmentations: MONAI dictionary transforms over the keys image and label.
+        cache: "memory" keeps prepared records in RAM, "none" reads them from disk each time.
+    """
+
+    root: str = ""
+    patients_csv: str = ""
+    test_share: float = 0.2
+    validation_share: float = 0.0
+    views_per_patient: int = 1
+    augmentations: tuple[dict, ...] = ()
+    cache: str = "memory"
+
+    def __post_init__(self) -> None:
+        left = 1 - self.test_share
+        rules = {
+            "test_share": (0 < self.test_share < 1, "between 0 and 1"),
+            "validation_share": (
+                0 <= self.validation_share < left,
+                "between 0 and 1 - data.test_share",
+            ),
+            "views_per_patient": (self.views_per_patient >= 1, "at least 1"),
+            "cache": (self.cache in ("memory", "none"), "memory or none"),
+        }
+        require_all(self, "data", rules)
 
 
 @dataclass(frozen=True)
@@ -48,33 +85,15 @@ class TrainingConfig:
     train_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("physical_batch_size", 0),
-            ("validate_every", 0),
-            ("checkpoint_every", 0),
-            ("seed", 0),
-        ):
-            require(
-                getattr(self, name) >= least,
-                f"training.{name}",
-                getattr(self, name),
-                f"at least {least}",
-            )
-        require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
-        require(
-            self.schedule in ("constant", "cosine"),
-            "training.schedule",
-            self.schedule,
-            "constant or cosine",
-        )
-        require(
-            self.precision in ("float32", "bfloat16"),
-            "training.precision",
-            self.precision,
-            "float32 or bfloat16",
-        )
+        least = {"steps": 1, "batch_size": 1, "physical_batch_size": 0, "validate_every": 0}
+        least |= {"checkpoint_every": 0, "seed": 0}
+        rules = {n: (getattr(self, n) >= low, f"at least {low}") for n, low in least.items()}
+        rules |= {
+            "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
+            "schedule": (self.schedule in ("constant", "cosine"), "constant or cosine"),
+            "precision": (self.precision in ("float32", "bfloat16"), "float32 or bfloat16"),
+        }
+        require_all(self, "training", rules)
 
 
 @dataclass(frozen=True)
@@ -124,30 +143,29 @@ class PrivacyConfig:
         require(self.max_grad_norm > 0, "privacy.max_grad_norm", self.max_grad_norm, "positive")
 
 
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that a run depends on; `config.yaml` in the run folder is this, resolved.
 
-    The base of one frozen dataclass per task.
+    The base of one frozen dataclass per task, which names the class of its `data`. `network` and
+    `loss` are MONAI ConfigParser blocks: a `_target_` naming any importable class, and its keyword
+    arguments.
     """
 
     #: named starting points, nested dictionaries that hold every setting without a default
     presets: ClassVar[Mapping[str, dict[str, Any]]] = {}
 
-    #: of the task; it has `views_per_patient`
-    data: Any
-    training: TrainingConfig
-    privacy: PrivacyConfig
-    preset: str
+    data: DatasetConfig
+    network: dict
+    loss: dict = field(default_factory=lambda: {"_target_": "torch.nn.CrossEntropyLoss"})
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    preset: str = ""
 
     def __post_init__(self) -> None:
         for name in ("network", "loss"):
             block = getattr(self, name)
             require("_target_" in block, name, block, "a block with `_target_` naming a class")
-
-    @property
-    def views_per_patient(self) -> int:
-        """Rows averaged into one patient before clipping."""
-        return self.data.views_per_patient
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -176,4 +194,4 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries and lists only, as written to YAML."""
-        return plain(dataclasses.asdict(self))  # type: ignore[call-overload]
+        return plain(dataclasses.asdict(self))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpkernels.training.targets import instantiate
+
 _SUSPECTS = {
     "batch": "batch=True computes one overlap for the whole batch; use batch=False",
     "weight": "class weights normalise by the weight sum of the batch; leave weight out",
@@ -61,6 +63,19 @@ def check_decomposable(
             f"differs from the mean over single rows by {error:.2g} (relative), so a patient's own "
             f"gradient does not exist. {_advice(block)}"
         )
+
+
+def class_criterion(block: dict[str, Any], classes: int) -> nn.Module:
+    """Build a loss of scores [rows, classes] and labels [rows], and check it on made-up rows.
+
+    Raises:
+        ValueError: the block cannot be built, or see `check_decomposable`.
+    """
+    criterion = instantiate(block, "loss")
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2 * classes, classes, generator=generator)
+    check_decomposable(criterion, scores, torch.arange(2 * classes) % classes, block)
+    return criterion
 
 
 def _value_and_gradient(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -96,22 +97,22 @@ def configuration(
     kind: type[Config],
     *,
     preset: str,
-    out: Path | None,
-    resume: bool,
     config: Path | None,
     changes: Mapping[str, Any],
-    overrides: list[str],
+    overrides: Sequence[str],
+    out: Path | None = None,
+    resume: bool = False,
 ) -> Config:
     """Preset or stored run, then --config, then options, then --set.
 
     Args:
         kind: the dataclass of the task.
         preset: name of the starting point of a new run.
-        out: run folder; needed to resume.
-        resume: start from the configuration of the run in `out`.
         config: YAML file.
         changes: dotted path to value; None: not given.
         overrides: `section.name=value`.
+        out: run folder; needed to resume.
+        resume: start from the configuration of the run in `out`.
 
     Raises:
         ValueError: a faulty setting, by name.
@@ -158,6 +159,14 @@ def display(console: Console) -> ConsoleDisplay:
     from dpkernels.training.progress import ConsoleDisplay
 
     return ConsoleDisplay(console)
+
+
+@contextlib.contextmanager
+def writing(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """What surrounds a command that writes a data set: yields what counts one item as written."""
+    terminal = console()
+    with PlainErrors(terminal), display(terminal).counting(title, total) as advance:
+        yield advance
 
 
 class PlainErrors:
@@ -233,7 +242,10 @@ def print_outcome(
         **files,
         "checkpoints/": "weights",
     }
-    for name, meaning in everything.items():
-        console.print(
-            f"  {result.folder / name}  [dim]{meaning}[/]", highlight=False, soft_wrap=True
-        )
+    print_files(console, result.folder, everything)
+
+
+def print_files(console: Console, folder: Path, files: Mapping[str, str]) -> None:
+    """What lies in a folder, with its meaning."""
+    for name, meaning in files.items():
+        console.print(f"  {folder / name}  [dim]{meaning}[/]", highlight=False, soft_wrap=True)

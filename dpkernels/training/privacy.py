@@ -1,10 +1,11 @@
 """The privacy of a run: what is planned, and the update that keeps to it.
 
-`PrivateUpdate` and `PlainUpdate` have one interface, so the trainer does not know which it holds.
+The trainer does not know which `Update` it holds, a `PrivateUpdate` or a `PlainUpdate`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import nn
+from torch.utils.data import DataLoader
 
 from dpkernels import PrivacyEngine
 from dpkernels.accounting import get_epsilon, get_noise_multiplier
@@ -119,7 +121,7 @@ def plan_privacy(config: RunConfig, patients: int, unit: str = "patient") -> Pri
         steps=training.steps,
         noise_multiplier=float(sigma) if privacy.enabled else 0.0,
         max_grad_norm=privacy.max_grad_norm,
-        views_per_patient=config.views_per_patient,
+        views_per_patient=config.data.views_per_patient,
         delta=privacy.delta,
         accountant=privacy.accountant,
         insecure_fixed_noise=privacy.insecure_fixed_noise,
@@ -169,13 +171,16 @@ class StepStatistics:
 LossOfRows = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class PrivateUpdate:
-    """DP-SGD steps through the engine: Poisson batches, one clip per patient, noise once per step.
+class Update(ABC):
+    """Steps over Poisson batches of patients.
 
-    Guarantees:
-        Every step, also on an empty batch, adds noise of std noise_multiplier * max_grad_norm and
-        is counted. Sampling and noise are drawn from the operating system's entropy, never from a
-        seed of the run (except with `insecure_fixed_noise`, which voids the guarantee).
+    Args:
+        network: to train, in place.
+        optimizer: of its trainable parameters.
+        dataset: the training patients.
+        plan: privacy of the run.
+        physical_batch_size: patients per forward pass; 0: all.
+        processes: those that take the steps together.
     """
 
     def __init__(
@@ -188,12 +193,41 @@ class PrivateUpdate:
         processes: TrainingProcesses = ALONE,
     ) -> None:
         self.plan = plan
+        self.model: nn.Module = network
+        self.optimizer: Any = optimizer
         self._physical = physical_batch_size
+        self._batches = iter(self._prepare(dataset, processes))
+
+    @abstractmethod
+    def _prepare(self, dataset: PatientViews, processes: TrainingProcesses) -> DataLoader:
+        """Make model and optimizer ready; returns the loader of the batches."""
+
+    @abstractmethod
+    def step(self, loss_of_rows: LossOfRows) -> StepStatistics:
+        """Draw a batch and take one step."""
+
+    def _passes(self, image: torch.Tensor, label: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """Image and label [B, K, ...] of each forward pass."""
+        size = self._physical or len(image)
+        return list(zip(image.split(size), label.split(size), strict=True))
+
+
+class PrivateUpdate(Update):
+    """DP-SGD steps through the engine: Poisson batches, one clip per patient, noise once per step.
+
+    Guarantees:
+        Every step, also on an empty batch, adds noise of std noise_multiplier * max_grad_norm and
+        is counted. Sampling and noise are drawn from the operating system's entropy, never from a
+        seed of the run (except with `insecure_fixed_noise`, which voids the guarantee).
+    """
+
+    def _prepare(self, dataset: PatientViews, processes: TrainingProcesses) -> DataLoader:
+        plan, network = self.plan, self.model
         self._engine = PrivacyEngine(accountant=plan.accountant)
         several = processes.world_size > 1
         self.model, self.optimizer, loader = self._engine.make_private(
             module=DifferentiallyPrivateDistributedDataParallel(network) if several else network,
-            optimizer=optimizer,
+            optimizer=self.optimizer,
             data_loader=patient_batches(
                 dataset, plan.sample_rate, plan.insecure_fixed_noise, processes
             ),
@@ -203,33 +237,31 @@ class PrivateUpdate:
             noise_generator=_noise_generator(plan),
             views_per_sample=plan.views_per_patient,
         )
-        self._batches = iter(loader)
+        return loader
 
     def step(self, loss_of_rows: LossOfRows) -> StepStatistics:
         """Draw a batch and take one step."""
-        image, label = next(self._batches)
-        if len(image) == 0:
+        batch = next(self._batches)
+        patients = len(batch[0])
+        if not patients:
             self.optimizer.make_private_noise_only()
             self.optimizer.step()
             self.optimizer.zero_grad()
             return StepStatistics(0)
         total, norms, factors = 0.0, [], []
-        size = self._physical or len(image)
-        for start in range(0, len(image), size):
-            rows = image[start : start + size]
-            self.optimizer.signal_skip_step(do_skip=start + size < len(image))
-            loss = loss_of_rows(
-                self.model, flatten_views(rows), flatten_views(label[start : start + size])
-            )
+        passes = self._passes(*batch)
+        for number, (image, label) in enumerate(passes, start=1):
+            self.optimizer.signal_skip_step(do_skip=number < len(passes))
+            loss = loss_of_rows(self.model, flatten_views(image), flatten_views(label))
             loss.backward()
             self.optimizer.step()
             norms.append(self.optimizer.last_step.per_sample_norm.detach().cpu())
             factors.append(self.optimizer.last_step.clip_factor.detach().cpu())
             self.optimizer.zero_grad()
-            total += float(loss.detach()) * len(rows)
+            total += float(loss.detach()) * len(image)
         return StepStatistics(
-            len(image),
-            total / len(image),
+            patients,
+            total / patients,
             float((torch.cat(factors) < 1).float().mean()),
             float(torch.cat(norms).median()),
         )
@@ -259,47 +291,33 @@ class PrivateUpdate:
         self._engine.accountant.load_state_dict(state["accountant"])
 
 
-class PlainUpdate:
+class PlainUpdate(Update):
     """Ordinary steps over the same Poisson batches, without clipping, noise or any guarantee."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        dataset: PatientViews,
-        plan: PrivacyPlan,
-        physical_batch_size: int,
-        processes: TrainingProcesses = ALONE,
-    ) -> None:
+    def _prepare(self, dataset: PatientViews, processes: TrainingProcesses) -> DataLoader:
         if processes.world_size > 1:
             raise ValueError(
                 f"--non-private: {processes.world_size} processes train together, which only a "
                 "private run does; start it without torchrun"
             )
-        self.plan = plan
-        self.model = network
-        self.optimizer = optimizer
-        self._physical = physical_batch_size
-        self._batches = iter(patient_batches(dataset, plan.sample_rate))
         self.steps_counted = 0
+        return patient_batches(dataset, self.plan.sample_rate)
 
     def step(self, loss_of_rows: LossOfRows) -> StepStatistics:
         """Draw a batch and take one step; an empty batch is passed over."""
         self.steps_counted += 1
-        image, label = next(self._batches)
-        if len(image) == 0:
+        batch = next(self._batches)
+        patients = len(batch[0])
+        if not patients:
             return StepStatistics(0)
-        total, size = 0.0, self._physical or len(image)
+        total = 0.0
         self.optimizer.zero_grad()
-        for start in range(0, len(image), size):
-            rows = image[start : start + size]
-            loss = loss_of_rows(
-                self.model, flatten_views(rows), flatten_views(label[start : start + size])
-            )
-            (loss * len(rows) / len(image)).backward()
-            total += float(loss.detach()) * len(rows)
+        for image, label in self._passes(*batch):
+            loss = loss_of_rows(self.model, flatten_views(image), flatten_views(label))
+            (loss * len(image) / patients).backward()
+            total += float(loss.detach()) * len(image)
         self.optimizer.step()
-        return StepStatistics(len(image), total / len(image))
+        return StepStatistics(patients, total / patients)
 
     def count_lost_steps(self, steps: int) -> None:
         """Keep the step number in line after a resume."""

@@ -25,11 +25,32 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SMOOTHING = 0.9
 
 
-class TrainingBar(Protocol):
-    """Takes in steps as they are taken."""
+class TrainingBar:
+    """Takes in steps as they are taken; shows nothing.
+
+    Epsilon so far is computed no more often than its cost allows (5 % of the time).
+
+    Args:
+        plan: privacy of the run.
+        done: steps taken before.
+    """
+
+    def __init__(self, plan: PrivacyPlan, done: int) -> None:
+        self._plan = plan
+        self._steps = done
+        self._next = 0.0
+        self.latest: float | None = None
 
     def advance(self, statistics: StepStatistics) -> float | None:
-        """Show one more step; returns epsilon so far when it was computed for this step."""
+        """Count one more step; epsilon when it was computed for this step, else None."""
+        self._steps += 1
+        began = time.monotonic()
+        last = self._steps == self._plan.steps
+        if not self._plan.enabled or (began < self._next and not last):
+            return None
+        self.latest = self._plan.epsilon(self._steps)
+        self._next = time.monotonic() + 20 * (time.monotonic() - began)
+        return self.latest
 
 
 class Display(Protocol):
@@ -40,27 +61,6 @@ class Display(Protocol):
 
     def training(self, plan: PrivacyPlan, done: int) -> AbstractContextManager[TrainingBar]:
         """A bar over the planned steps, of which `done` are taken."""
-
-
-class EpsilonMeter:
-    """Epsilon so far, computed no more often than its cost allows (5 % of the time)."""
-
-    def __init__(self, plan: PrivacyPlan, done: int) -> None:
-        self._plan = plan
-        self._steps = done
-        self._next = 0.0
-        self.latest: float | None = None
-
-    def advance(self) -> float | None:
-        """Count one step; epsilon when it was computed, else None."""
-        self._steps += 1
-        began = time.monotonic()
-        last = self._steps == self._plan.steps
-        if not self._plan.enabled or (began < self._next and not last):
-            return None
-        self.latest = self._plan.epsilon(self._steps)
-        self._next = time.monotonic() + 20 * (time.monotonic() - began)
-        return self.latest
 
 
 class SilentDisplay:
@@ -74,18 +74,7 @@ class SilentDisplay:
     @contextlib.contextmanager
     def training(self, plan: PrivacyPlan, done: int) -> Iterator[TrainingBar]:
         """See `Display`."""
-        yield EpsilonOnly(plan, done)
-
-
-class EpsilonOnly:
-    """A training bar without a bar."""
-
-    def __init__(self, plan: PrivacyPlan, done: int) -> None:
-        self._meter = EpsilonMeter(plan, done)
-
-    def advance(self, statistics: StepStatistics) -> float | None:
-        """See `TrainingBar`."""
-        return self._meter.advance()
+        yield TrainingBar(plan, done)
 
 
 class ConsoleDisplay:
@@ -124,33 +113,33 @@ class ConsoleDisplay:
         )
 
 
-class _ConsoleTrainingBar:
+class _ConsoleTrainingBar(TrainingBar):
     def __init__(self, console: Console, progress: Progress, plan: PrivacyPlan, done: int) -> None:
-        self._console, self._progress, self._plan = console, progress, plan
-        self._meter = EpsilonMeter(plan, done)
+        super().__init__(plan, done)
+        self._console, self._progress = console, progress
         self._task = progress.add_task("Training", total=plan.steps, completed=done, shown="")
         self._loss: float | None = None
         self._clipped: float | None = None
-        self._began, self._first, self._done = time.monotonic(), done, done
+        self._began, self._first = time.monotonic(), done
         self._line = self._began + _SECONDS_BETWEEN_LINES
 
     def advance(self, statistics: StepStatistics) -> float | None:
         """See `TrainingBar`."""
-        self._done += 1
-        epsilon = self._meter.advance()
+        epsilon = super().advance(statistics)
         self._loss = _smooth(self._loss, statistics.loss)
         self._clipped = _smooth(self._clipped, statistics.clipped)
         shown = self._text()
         self._progress.update(self._task, advance=1, shown=shown)
         now = time.monotonic()
-        last = self._done == self._plan.steps
+        last = self._steps == self._plan.steps
         if not self._console.is_terminal and (now >= self._line or last):
             self._line = now + _SECONDS_BETWEEN_LINES
             left = (
-                (now - self._began) / (self._done - self._first) * (self._plan.steps - self._done)
+                (now - self._began) / (self._steps - self._first) * (self._plan.steps - self._steps)
             )
             self._console.print(
-                f"step {self._done}/{self._plan.steps}  {shown}  {left:.0f} s left", highlight=False
+                f"step {self._steps}/{self._plan.steps}  {shown}  {left:.0f} s left",
+                highlight=False,
             )
         return epsilon
 
@@ -158,8 +147,8 @@ class _ConsoleTrainingBar:
         parts = []
         if self._loss is not None:
             parts.append(f"loss {self._loss:.3f}")
-        if self._meter.latest is not None:
-            parts.append(f"epsilon {self._meter.latest:.3g}")
+        if self.latest is not None:
+            parts.append(f"epsilon {self.latest:.3g}")
         if self._clipped is not None:
             parts.append(f"clipped {self._clipped:.0%}")
         return "  ".join(parts)

@@ -198,6 +198,8 @@ def _by_products(config: RunConfig, unit: str) -> tuple[str, ...]:
         f"Settings chosen by comparing several runs on these {unit}s spend privacy that is not "
         f"counted here; the budgets of all runs on the same {unit}s add up.",
     ]
+    if config.data.validation_share:
+        texts.append(f"The validation curve shows validation {unit}s; it steers nothing here.")
     if config.training.init_from:
         texts.append(
             f"Training started from {config.training.init_from}: if those weights saw private "

@@ -24,10 +24,23 @@ class RunFolder:
 
     Attributes:
         root: the folder.
+        config, metrics_csv, metrics_json: files in it.
+        overlays: folder of the evaluation's pictures.
+        checkpoints: folder of the three files that follow.
+        last, average: weights after the last step, and averaged ones.
+        ledger: the steps begun.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.metrics_csv = self.root / "metrics.csv"
+        self.metrics_json = self.root / "metrics.json"
+        self.overlays = self.root / "overlays"
+        self.checkpoints = self.root / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.average = self.checkpoints / "ema.pt"
+        self.ledger = self.checkpoints / "steps.ledger"
 
     @classmethod
     def create(cls, root: str | Path) -> RunFolder:
@@ -93,34 +106,6 @@ class RunFolder:
                 pass  # a file system without locks
             yield
 
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def last(self) -> Path:
-        return self.checkpoints / "last.pt"
-
-    @property
-    def overlays(self) -> Path:
-        return self.root / "overlays"
-
-    @property
-    def ledger(self) -> Path:
-        return self.checkpoints / "steps.ledger"
-
-    @property
-    def metrics_csv(self) -> Path:
-        return self.root / "metrics.csv"
-
-    @property
-    def metrics_json(self) -> Path:
-        return self.root / "metrics.json"
-
     def clear_overlays(self) -> None:
         """Make room for the pictures of a new evaluation."""
         self.overlays.mkdir(exist_ok=True)
@@ -168,6 +153,10 @@ class RunFolder:
             ValueError: there is none, or it cannot be read.
         """
         return load_checkpoint(self.last)
+
+    def load_weights(self) -> dict[str, Any]:
+        """The averaged weights where there are some, else those of `load_checkpoint`."""
+        return load_checkpoint(self.average) if self.average.exists() else self.load_checkpoint()
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,15 @@ def require(condition: bool, name: str, value: Any, expected: str) -> None:
     """Raise ValueError naming the setting, what is expected and what was found."""
     if not condition:
         raise ValueError(f"{name} must be {expected}; got {value!r}")
+
+
+def require_all(settings: Any, section: str, rules: Mapping[str, tuple[bool, str]]) -> None:
+    """`require` for several settings of a dataclass.
+
+    Args:
+        settings: the dataclass.
+        section: its name in a configuration, such as "data".
+        rules: by setting, whether its value is right, and what is expected.
+    """
+    for name, (right, expected) in rules.items():
+        require(right, f"{section}.{name}", getattr(settings, name), expected)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,35 @@ def build_model(
     if not isinstance(network, nn.Module):
         raise ValueError(f"network: {block['_target_']} is not a torch.nn.Module")
     return network
+
+
+def load_weights(network: nn.Module, state: Mapping[str, Any], path: str) -> None:
+    """Start from the weights of a checkpoint.
+
+    Args:
+        network: in place.
+        state: the checkpoint.
+        path: of the checkpoint, for the error.
+
+    Raises:
+        ValueError: the checkpoint is of another network.
+    """
+    try:
+        network.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ValueError(f"training.init_from: {path} is of another network: {error}") from None
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients in the block, the previous mode after it."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)
 
 
 def build_optimizer(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
-from dpkernels.training.config import RunConfig
 from dpkernels.training.curves import draw_progress
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.loop import TrainingLoop, rows_loss
@@ -23,11 +20,9 @@ from dpkernels.training.processes import ALONE, TrainingProcesses
 from dpkernels.training.progress import Display, SilentDisplay
 from dpkernels.training.report import PrivacyReport, build_report
 from dpkernels.training.run_folder import RunFolder, environment, load_checkpoint, steps_begun
-from dpkernels.training.sampling import PatientViews
 from dpkernels.training.settings import load_yaml
-from dpkernels.training.targets import resolve_device, select_trainable
-
-Config = TypeVar("Config", bound=RunConfig)
+from dpkernels.training.targets import load_weights, resolve_device, select_trainable
+from dpkernels.training.trainer_base import Config, Result, Store, Summary, TrainerBase
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class TrainingResult:
     """
 
     folder: Path
-    summary: dict[str, dict[str, float]]
+    summary: Summary
     utility: float
     metric: str
     epsilon: float | None
@@ -70,7 +65,7 @@ class Exposed:
     unit: str
 
 
-class Trainer(ABC, Generic[Config]):
+class Trainer(TrainerBase[Config, Store, Result]):
     """Train, resume, evaluate and report. A task says what its data, network and metric are.
 
     Args:
@@ -85,10 +80,6 @@ class Trainer(ABC, Generic[Config]):
         guarantee; the report lists them.
     """
 
-    config_class: ClassVar[type[RunConfig]]
-    #: name of the metric that a run is judged by
-    metric: ClassVar[str]
-
     def __init__(
         self, config: Config, out: str | Path | None = None, display: Display | None = None
     ) -> None:
@@ -96,7 +87,7 @@ class Trainer(ABC, Generic[Config]):
         self.folder = RunFolder(out or _default_run(config.preset))
         self.display = display or SilentDisplay()
         self.device = resolve_device(config.training.device)
-        self._split: dict[str, list[str]] = {}
+        self._split = {}
         self._processes = ALONE
 
     @classmethod
@@ -144,15 +135,18 @@ class Trainer(ABC, Generic[Config]):
             return self._fit_in_folder(resume)
 
     def _fit_in_folder(self, resume: bool) -> TrainingResult | None:
-        self._open_data()
+        store = self._store()
         network = self._build_network(self.config.training.seed).to(self.device)
         criterion = self._build_criterion()
-        self._load_initial_weights(network)
+        if start := self.config.training.init_from:
+            load_weights(network, load_checkpoint(start), start)
         select_trainable(network, self.config.training.train_layers)
         self._split = self._split_patients()
-        plan = plan_privacy(self.config, len(self._split["train"]), self._unit())
+        plan = plan_privacy(self.config, len(self._split["train"]), store.folder.unit)
         checkpoint = self._resumed(plan) if resume else None
-        self._read_data()
+        records = store.folder.records
+        with self.display.counting(f"Reading and checking {store.record}s", len(records)) as read:
+            store.read_all(read)
         if not resume:
             self.folder.write_yaml("config.yaml", self.config.to_dict())
             self.folder.write_json("env.json", environment(self.device))
@@ -162,12 +156,10 @@ class Trainer(ABC, Generic[Config]):
         steps = self._train(network, criterion, plan, checkpoint)
         if not self._processes.first:
             return None
-        summary = self._evaluate()
+        summary = self._summary(self._evaluate())
         report = self._report(plan, steps)
         self.save_report(report)
-        return TrainingResult(
-            self.folder.root, summary, self._utility(summary), self.metric, report.epsilon, steps
-        )
+        return self._result(summary, report)
 
     def privacy_report(self) -> PrivacyReport:
         """The report of the run, for the steps counted so far.
@@ -192,9 +184,8 @@ class Trainer(ABC, Generic[Config]):
         Raises:
             ValueError: a faulty configuration or data set.
         """
-        self._open_data()
         self._split = self._split_patients()
-        return plan_privacy(self.config, len(self._split["train"]), self._unit())
+        return plan_privacy(self.config, len(self._split["train"]), self._store().folder.unit)
 
     def plan(self) -> PrivacyPlan:
         """The privacy parameters of the run in the folder."""
@@ -209,15 +200,11 @@ class Trainer(ABC, Generic[Config]):
             name: {key: math.nan if value is None else value for key, value in row.items()}
             for name, row in stored.items()
         }
-        report = self.privacy_report()
-        return TrainingResult(
-            self.folder.root,
-            summary,
-            self._utility(summary),
-            self.metric,
-            report.epsilon,
-            report.steps,
-        )
+        return self._result(summary, self.privacy_report())
+
+    def _result(self, summary: Summary, report: PrivacyReport) -> TrainingResult:
+        utility, root = self._utility(summary), self.folder.root
+        return TrainingResult(root, summary, utility, self.metric, report.epsilon, report.steps)
 
     def exposed(self, patients: int) -> Exposed:
         """What an attack on the finished run needs.
@@ -228,7 +215,6 @@ class Trainer(ABC, Generic[Config]):
         Raises:
             ValueError: the run has no weights yet.
         """
-        self._open_data()
         self._split = self.folder.read_json("split.json")
         views = self._training_set()
         rows = [views[index] for index in range(min(patients, len(views)))]
@@ -237,82 +223,8 @@ class Trainer(ABC, Generic[Config]):
             torch.stack([label[0] for _, label in rows]).to(self.device),
             self._trained_network(),
             self._build_criterion(),
-            self._unit(),
+            self._store().folder.unit,
         )
-
-    @abstractmethod
-    def _open_data(self) -> None:
-        """Find out what the data are; nothing large is read yet."""
-
-    @abstractmethod
-    def _read_data(self) -> None:
-        """Read and check everything, once the configuration is known to be right."""
-
-    @abstractmethod
-    def _unit(self) -> str:
-        """What the guarantee protects in these data: "patient", "lesion", "image"."""
-
-    @abstractmethod
-    def _split_patients(self) -> dict[str, list[str]]:
-        """Patients by part: train, validation, test."""
-
-    @abstractmethod
-    def _description(self) -> dict[str, Any]:
-        """What must be known of the data to predict and to report without them.
-
-        `view` is the shape of one view of a patient, `notes` are sentences for the report.
-        """
-
-    @abstractmethod
-    def _by_products(self) -> Sequence[str]:
-        """What this task shows outside the guarantee, beyond what every task does."""
-
-    @abstractmethod
-    def _build_network(self, seed: int) -> nn.Module:
-        """The network for the data, initialised from `seed`."""
-
-    @abstractmethod
-    def _build_criterion(self) -> nn.Module:
-        """The loss, a mean over rows."""
-
-    @abstractmethod
-    def _training_set(self) -> PatientViews:
-        """The views of the training patients."""
-
-    @abstractmethod
-    def _validate(self, network: nn.Module) -> float | None:
-        """The metric on the validation patients; None when there are none."""
-
-    @abstractmethod
-    def _evaluate(self) -> dict[str, dict[str, float]]:
-        """Evaluate the run's weights on held-out patients; writes metrics.json and pictures."""
-
-    @abstractmethod
-    def _utility(self, summary: dict[str, dict[str, float]]) -> float:
-        """The one number of a summary that a run is judged by."""
-
-    def _trained_network(self) -> nn.Module:
-        """The network with the run's averaged weights, or its last ones where none are."""
-        state = load_checkpoint(self._average_file()) if self._averaged() else None
-        network = self._build_network(seed=0)
-        network.load_state_dict((state or self.folder.load_checkpoint())["model"])
-        return network.to(self.device)
-
-    def _averaged(self) -> bool:
-        return self._average_file().exists()
-
-    def _average_file(self) -> Path:
-        return self.folder.checkpoints / "ema.pt"
-
-    def _load_initial_weights(self, network: nn.Module) -> None:
-        path = self.config.training.init_from
-        if not path:
-            return
-        state = load_checkpoint(path)
-        try:
-            network.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"training.init_from: {path} is of another network: {error}") from None
 
     def _is_finished(self) -> bool:
         """All steps taken and evaluated; an interrupted run may have been evaluated by hand."""

@@ -32,7 +32,7 @@ def test_every_layout_is_recognised_and_holds_the_same_images(layouts):
     classes = {layout: folder.classes for layout, folder in found.items()}
     assert len(set(classes.values())) == 1
     labels = {
-        layout: sorted((p.path.stem, folder.classes[p.label]) for p in folder.pictures)
+        layout: sorted((p.path.stem, folder.classes[p.label]) for p in folder.records)
         for layout, folder in found.items()
     }
     assert labels["ham10000"] == labels["folders"] == labels["table"]
@@ -45,14 +45,14 @@ def test_every_layout_is_recognised_and_holds_the_same_images(layouts):
 
 def test_photographs_of_one_lesion_are_one_unit(lesions):
     found = read_images(lesions)
-    assert len(found.patients) == 40 < len(found.pictures)
+    assert len(found.patients) == 40 < len(found.records)
     for lesion, pictures in found.patients.items():
         assert {f"LES_{p.name.split('_')[1]}" for p in pictures} == {lesion}
     assert "not patients" in found.notes[0]
 
 
 def test_a_table_of_patients_makes_the_patient_the_unit(layouts, tmp_path):
-    names = [p.name for p in read_images(layouts["ham10000"]).pictures]
+    names = [p.name for p in read_images(layouts["ham10000"]).records]
     table = tmp_path / "patients.csv"
     lines = [f"{name},p{number // 3}" for number, name in enumerate(names)]
     table.write_text("\n".join(["image,patient_id", *lines]))
@@ -79,15 +79,15 @@ def test_several_tables_are_one_data_set(layouts):
     (layouts["table"] / "RadiologyAI_val.csv").write_text("".join([lines[0], *lines[6:]]))
     with pytest.warns(UserWarning, match="taken by itself"):
         found = read_images(layouts["table"])
-    assert len(found.pictures) == len(lines) - 1
+    assert len(found.records) == len(lines) - 1
     assert "RadiologyAI_train.csv, RadiologyAI_val.csv" in found.notes[0]
 
 
 def test_a_binary_task_tells_some_classes_from_the_others(lesions):
     found = read_images(lesions, positive=["mel", "bcc"])
     assert found.classes == ("other", "mel+bcc")
-    every = {p.name: read_images(lesions).classes[p.label] for p in read_images(lesions).pictures}
-    assert all(p.label == int(every[p.name] in ("mel", "bcc")) for p in found.pictures)
+    every = {p.name: read_images(lesions).classes[p.label] for p in read_images(lesions).records}
+    assert all(p.label == int(every[p.name] in ("mel", "bcc")) for p in found.records)
 
 
 def test_leftovers_of_macos_are_passed_over(layouts):
@@ -97,7 +97,7 @@ def test_leftovers_of_macos_are_passed_over(layouts):
     (part / "._SYN_00000_0.jpg").write_bytes(b"leftover")
     with pytest.warns(UserWarning, match="taken by itself"):
         found = [read_images(layouts[layout]) for layout in ("folders", "ham10000")]
-    assert not any(p.path.name.startswith("._") for f in found for p in f.pictures)
+    assert not any(p.path.name.startswith("._") for f in found for p in f.records)
 
 
 @pytest.mark.parametrize(

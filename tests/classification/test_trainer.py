@@ -8,7 +8,7 @@ from PIL import Image
 
 from dpkernels.accounting import get_epsilon
 from dpkernels.classification import ClassificationConfig, ClassificationTrainer
-from dpkernels.classification.data import ImageStore, PatientImages, load_picture
+from dpkernels.classification.data import ImageStore, load_picture
 from dpkernels.classification.folders import read_images
 from dpkernels.classification.networks import ResNet9
 from dpkernels.classification.presets import PRESETS
@@ -16,6 +16,7 @@ from dpkernels.training.augment import build_augmentation
 from dpkernels.training.privacy import PrivacyPlan, PrivateUpdate
 from dpkernels.training.run_folder import load_checkpoint
 from dpkernels.training.sampling import flatten_views
+from dpkernels.training.store import PatientDataset
 
 TURNS = [{"_target_": "dpkernels.training.augment.RandTurnd", "keys": "image"}]
 
@@ -89,10 +90,10 @@ def test_evaluation_and_prediction_agree_and_can_be_repeated(finished, tmp_path)
     trainer.evaluate()
     assert json.loads((finished.folder / "metrics.json").read_text()) == before
     data = next(finished.folder.parent.glob("synthetic-*"))
-    count = ClassificationTrainer.from_run(finished.folder).predict(data, tmp_path / "out.csv")
+    named = ClassificationTrainer.from_run(finished.folder).predict(data, tmp_path / "out.csv")
     lines = (tmp_path / "out.csv").read_text().splitlines()
     assert lines[0] == "image,class,other,akiec+bcc+mel"
-    assert count == len(lines) - 1
+    assert named == [line.split(",")[0] for line in lines[1:]]
     predicted = {line.split(",")[0].split("/")[-1][:-4]: line.split(",")[1] for line in lines[1:]}
     classes = ("other", "akiec+bcc+mel")
     for case in before["cases"]:
@@ -140,7 +141,7 @@ def test_augmentations_of_one_lesion_are_averaged_and_clipped_once(lesions, tiny
     store = ImageStore(read_images(lesions, positive=["mel", "bcc"]), config.data)
     store.read_all()
     names = sorted(store.folder.patients, key=lambda n: -len(store.folder.patients[n]))[:5]
-    dataset = PatientImages(names, store, build_augmentation(TURNS), seed=0)
+    dataset = PatientDataset(names, store, build_augmentation(TURNS), seed=0)
     torch.manual_seed(0)
     network = ResNet9(3, 2, channels=(4, 4, 4, 4), groups=2).train()
     loss = torch.nn.CrossEntropyLoss()
@@ -160,7 +161,7 @@ def test_augmentations_of_one_lesion_are_averaged_and_clipped_once(lesions, tiny
 def test_views_depend_on_seed_step_and_lesion_only(lesions, tiny):
     config = tiny({"data": {"views_per_patient": 6}})
     store = ImageStore(read_images(lesions), config.data)
-    dataset = PatientImages(list(store.folder.patients), store, build_augmentation(TURNS), 0)
+    dataset = PatientDataset(list(store.folder.patients), store, build_augmentation(TURNS), 0)
     first, again = dataset[3][0], dataset[3][0]
     assert torch.equal(first, again)
     assert first.shape == (6, 3, 16, 16)
@@ -216,7 +217,7 @@ def test_grey_and_transparent_images_are_brought_to_the_stated_channels(folder, 
     for channels in (1, 3):
         config = tiny({"data": {"channels": channels}}, root=folder)
         store = ImageStore(read_images(folder), config.data)
-        grey = next(p for p in store.folder.pictures if p.path == pictures[0])
+        grey = next(p for p in store.folder.records if p.path == pictures[0])
         image = store.image(grey)
         assert image.shape == (channels, 16, 16)
         assert float((image - 128 / 255).abs().max()) < 0.02

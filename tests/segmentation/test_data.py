@@ -5,14 +5,14 @@ import torch
 from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.data import (
     CaseStore,
-    PatientDataset,
     crop_view,
     prepare,
     restore,
 )
-from dpkernels.segmentation.decathlon import read_decathlon
+from dpkernels.segmentation.layouts import read_scans
 from dpkernels.segmentation.volume import Volume
 from dpkernels.training.sampling import flatten_views
+from dpkernels.training.store import PatientDataset
 
 
 def volume(shape=(10, 12, 14), spacing=(2.0, 2.0, 2.0)) -> Volume:
@@ -24,7 +24,7 @@ def volume(shape=(10, 12, 14), spacing=(2.0, 2.0, 2.0)) -> Volume:
 
 
 def store_of(folder, **settings) -> CaseStore:
-    store = CaseStore(read_decathlon(folder), DataConfig(**settings), divisor=4)
+    store = CaseStore(read_scans(folder), DataConfig(**settings), divisor=4)
     store.read_all()
     return store
 
@@ -97,8 +97,8 @@ def test_views_of_a_patient_are_adjacent_rows_from_any_of_their_scans(folder, ma
     origins = {scan.name: 0 for scan in store.folder.patients["patient1"]}
     for view in image:
         for name in origins:
-            whole = next(s for s in store.folder.scans if s.name == name)
-            windows = store.case(whole).image[0]
+            whole = next(s for s in store.folder.records if s.name == name)
+            windows = store.item(whole).image[0]
             for axis in range(3):
                 windows = windows.unfold(axis, 8, 1)
             origins[name] += bool((windows == view[0]).flatten(3).all(-1).any())
@@ -127,9 +127,9 @@ def test_without_a_cache_the_same_cases_come_from_disk(cohort):
         store_of(cohort, shape=(8, 8, 8)),
         store_of(cohort, shape=(8, 8, 8), cache="none"),
     )
-    scan = cached.folder.scans[0]
-    assert cached.case(scan) is cached.case(scan)
-    torch.testing.assert_close(fresh.case(scan).image, cached.case(scan).image)
+    scan = cached.folder.records[0]
+    assert cached.item(scan) is cached.item(scan)
+    torch.testing.assert_close(fresh.item(scan).image, cached.item(scan).image)
 
 
 def test_crops_centre_on_labelled_voxels_as_often_as_asked():

@@ -8,7 +8,6 @@ from torch import nn
 
 from dpkernels.segmentation.config import DataConfig
 from dpkernels.segmentation.data import CaseStore
-from dpkernels.segmentation.decathlon import read_decathlon
 from dpkernels.segmentation.evaluate import (
     CaseResult,
     Predictor,
@@ -17,6 +16,7 @@ from dpkernels.segmentation.evaluate import (
     hausdorff_95,
     summarise,
 )
+from dpkernels.segmentation.layouts import read_scans
 
 
 def ball(centre, radius, shape=(24, 20, 22)) -> np.ndarray:
@@ -84,11 +84,11 @@ def test_sliding_windows_cover_the_volume_on_its_own_grid(cohort, tiny, crop):
     """A network that looks at single voxels must see the same whatever the windows are."""
     grid = {"shape": None, "spacing": [12.0, 12.0, 12.0], "crop": list(crop)} if crop else {}
     config = tiny({"data": grid})
-    store = CaseStore(read_decathlon(cohort), config.data, divisor=2)
-    scan = store.folder.scans[0]
+    store = CaseStore(read_scans(cohort), config.data, divisor=2)
+    scan = store.folder.records[0]
     oracle = Oracle().train()
     predictor = Predictor(oracle, config, torch.device("cpu"))
-    case = store.case(scan)
+    case = store.item(scan)
     torch.testing.assert_close(
         predictor.logits(case), Oracle()(case.image[None])[0], atol=1e-5, rtol=0
     )
@@ -109,5 +109,5 @@ def test_sliding_windows_cover_the_volume_on_its_own_grid(cohort, tiny, crop):
 
 
 def test_preparation_is_what_the_configuration_says(cohort):
-    store = CaseStore(read_decathlon(cohort), DataConfig(shape=(24, 16, 8)), divisor=8)
-    assert store.case(store.folder.scans[0]).image.shape == (1, 24, 16, 8)
+    store = CaseStore(read_scans(cohort), DataConfig(shape=(24, 16, 8)), divisor=8)
+    assert store.item(store.folder.records[0]).image.shape == (1, 24, 16, 8)

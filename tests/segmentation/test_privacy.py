@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpkernels.segmentation.data import CaseStore, PatientDataset
-from dpkernels.segmentation.decathlon import read_decathlon
+from dpkernels.segmentation.data import CaseStore
+from dpkernels.segmentation.layouts import read_scans
 from dpkernels.segmentation.loss import build_loss
 from dpkernels.segmentation.model import build_network
 from dpkernels.training.privacy import (
@@ -14,13 +14,14 @@ from dpkernels.training.privacy import (
     check_patients_do_not_mix,
 )
 from dpkernels.training.sampling import flatten_views
+from dpkernels.training.store import PatientDataset
 
 CROPS = {"shape": None, "spacing": [17.0, 17.0, 17.0], "crop": [8, 8, 8], "views_per_patient": 4}
 
 
 def parts(config, cohort, patients):
     """A network, a loss of rows and a dataset over the first `patients` patients."""
-    store = CaseStore(read_decathlon(cohort), config.data, divisor=2)
+    store = CaseStore(read_scans(cohort), config.data, divisor=2)
     store.read_all()
     network = build_network(config.network, in_channels=1, out_channels=3, seed=0)
     criterion = build_loss(config.loss, 3)

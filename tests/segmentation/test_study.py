@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dpkernels.segmentation.cli import app
-from dpkernels.segmentation.study import run_study
+from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.trainer import SegmentationTrainer
 from dpkernels.study import progress, runner
-from dpkernels.study.runner import StudySettings, attack_folder
+from dpkernels.study.runner import Study, StudyReport, StudySettings, attack_folder
 from dpkernels.training.run_folder import steps_begun
 
 BUDGETS = (1.0, 1e9, math.inf)
@@ -23,6 +23,10 @@ QUICK = {"evaluation": {"surface_distance": False, "overlays": 0}}
 
 def settings(**changes) -> StudySettings:
     return StudySettings(**{"epsilons": BUDGETS, "patients": 3, **changes})
+
+
+def run_study(config: SegmentationConfig, settings: StudySettings, out: Path) -> StudyReport:
+    return Study(SegmentationTrainer, config, settings, out).run()
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def test_a_run_without_steps_has_nothing_to_report(tiny, tmp_path):
         SegmentationTrainer.from_run(tmp_path / "run").privacy_report()
 
 
-@pytest.mark.filterwarnings("ignore:No patient_id")
+@pytest.mark.filterwarnings("ignore:Nothing says")
 def test_without_patient_ids_the_guarantee_is_not_said_to_be_per_patient(
     tiny, tmp_path, folder, manifest
 ):

@@ -2,7 +2,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dpkernels.segmentation.decathlon import Scan, read_decathlon
+from dpkernels.segmentation.layouts import read_scans
+from dpkernels.segmentation.scans import Scan
 from dpkernels.segmentation.volume import check_headers, load_volume
 
 LABELS = {0: "background", 1: "liver", 2: "cancer"}
@@ -10,7 +11,7 @@ LABELS = {0: "background", 1: "liver", 2: "cancer"}
 
 @pytest.fixture
 def scan(folder) -> Scan:
-    return read_decathlon(folder).scans[0]
+    return read_scans(folder).records[0]
 
 
 def load(scan: Scan):
