@@ -6,13 +6,13 @@ import gc
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from bench import gate, memory, profiling, timing
 from bench.cases import Case, Workload
-from bench.results import Environment, Row
+from bench.results import Row
 from bench.rivals import RIVALS, Privacy, Rival, Trainer
 from bench.work import Report
 
@@ -31,7 +31,6 @@ class Plan:
         least: rounds of every rival that is not far slower than the ordinary step.
         most: rounds.
         memory: whether peak memory is measured too.
-        allocator: stated in the rows.
         everyone: measure also the rivals that a case leaves out to save minutes.
     """
 
@@ -40,7 +39,6 @@ class Plan:
     least: int = 3
     most: int = 60
     memory: bool = True
-    allocator: str = "system"
     everyone: bool = False
 
 
@@ -60,7 +58,6 @@ def measure(
     began = time.monotonic()
     left_out = () if plan.everyone else case.leave_out
     rivals = [rival for rival in rivals if rival.name not in left_out]
-    environment = Environment.here(device, plan.allocator)
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     workload = case.build(device)
     report("per-sample truth", 0.0)
@@ -85,7 +82,7 @@ def measure(
         if row.status == "ok" and too_late(rival):
             status = f"not timed: the {plan.case_seconds:.0f} s for this case were over"
             row, trainer = replace(row, status=status), None
-        rows[rival.name] = replace(row, load=load, **asdict(environment))
+        rows[rival.name] = replace(row, load=load)
         if trainer is not None:
             ready[rival.name] = trainer
         _collect(device)
@@ -105,12 +102,12 @@ def measure(
     return [rows[rival.name] for rival in rivals]
 
 
-def unmeasured(case: Case, rivals: list[Rival], environment: Environment, status: str) -> list[Row]:
+def unmeasured(case: Case, rivals: list[Rival], status: str) -> list[Row]:
     """Rows of a case of which nothing could be run, with the reason as their status."""
     meta = torch.device("meta")
     with meta:
         workload = case.build(meta)
-    return [replace(_row(r, workload), status=status, **asdict(environment)) for r in rivals]
+    return [replace(_row(rival, workload), status=status) for rival in rivals]
 
 
 def profiled(rows: list[Row], case: Case, device: torch.device, report: Report) -> list[Row]:

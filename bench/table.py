@@ -65,6 +65,12 @@ def provenance(rows: Iterable[Mapping[str, str]]) -> str:
     return ", ".join([*when, *where])
 
 
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]], figures: int = 0) -> str:
+    """A table in Markdown, whose last columns, `figures` of them, are set to the right."""
+    rules = ["---"] * (len(heads) - figures) + ["---:"] * figures
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rules, *lines))
+
+
 def number(text: str | None) -> float | None:
     """The number in a cell; None where it is empty."""
     return float(text) if text else None

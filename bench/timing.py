@@ -22,7 +22,7 @@ _WARM_UP_SECONDS = 1.0
 _ROW = 5
 _ROW_SECONDS = 0.5
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 
 Step = Callable[[], object]
 
@@ -186,7 +186,7 @@ def interleave(
     least: int,
     most: int,
     base: str = "ordinary",
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
     begin: Callable[[str], None] = lambda name: None,
 ) -> Iterator[dict[str, Samples]]:
     """Time `steps` for about `seconds`, at least `least` and at most `most` rounds.

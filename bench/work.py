@@ -35,6 +35,12 @@ _UNKNOWN = "exit status unknown"
 console = Console(width=max(150, shutil.get_terminal_size().columns))
 
 
+def say(*lines: str) -> None:
+    """Print lines as they are."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
 class Report:
     """What an item tells of itself while it is measured; this one tells nobody.
 
@@ -236,7 +242,7 @@ def off(
             except (RuntimeError, ValueError) as error:
                 report.stop()
                 failed.append(name)
-                _say(progress.console, f"{name}: {error}")
+                say(f"{name}: {error}")
                 if _lost_gpu(error):
                     memory.blame(str(error))
                     raise SystemExit(GPU_LOST) from error
@@ -251,11 +257,11 @@ def off(
         progress.update(task, description="", completed=len(items) - len(left))
     ended = [(i, p, s) for i in items for p, s in memory.ended.get(i, {}).items()]
     for name, piece, status in ended:
-        _say(console, f"{_named(name, piece)}: {status}")
+        say(f"{_named(name, piece)}: {status}")
     outcome = Outcome(tuple(failed), tuple(left), tuple(_named(i, p) for i, p, _ in ended))
     if left:
         names = ", ".join(left)
-        _say(console, f"{budget:.0f} s are over; left for the same command again: {names}")
+        say(f"{budget:.0f} s are over; left for the same command again: {names}")
     if outcome.complete:
         memory.finish()
     return outcome
@@ -270,10 +276,6 @@ def piece_seconds(asked: float | None, device: torch.device) -> float | None:
 
 def _named(item: str, piece: str) -> str:
     return f"{item}: {piece}" if piece else item
-
-
-def _say(to: Console, text: str) -> None:
-    to.print(text, highlight=False, markup=False)
 
 
 def _lost_gpu(error: Exception) -> bool:
