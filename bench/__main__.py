@@ -9,16 +9,14 @@ import contextlib
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from bench import cases, profiling, report, rivals, table, work
+from bench import report, table, work
 from bench.part import Part
 from bench.parts import accounting, dice, explain, noise, ops, regret, scaling, steps, trace
 
@@ -106,33 +104,6 @@ def adopt(
         table.replace(parts[name].path, rows, parts[name].key, parts[name].within)
         work.say(f"took {len(rows)} rows of {folder / name}")
     _write_reports()
-
-
-@app.command()
-def profile(
-    case: str,
-    rival: Annotated[str, typer.Option(help="Which rival.")] = "ours",
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    device: str = "cpu",
-    steps: Annotated[int, typer.Option(min=1, help="Steps under the profiler.")] = 3,
-    rows: Annotated[int, typer.Option(min=1, help="Lines of the table.")] = 25,
-) -> None:
-    """Where a step spends more than the ordinary one, by operator and by function."""
-    torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")
-    workload = cases.find([case], "")[0].build(torch.device(device))
-    chosen = {r.name: r.prepare(workload, rivals.Privacy(1.0, 1.0)) for r in rivals.find([rival])}
-    operators = profiling.by_operator(chosen, steps, device)
-    shown = Table("operator", "ordinary, ms", f"{rival}, ms", "extra, ms", title=case)
-    for name, *figures in profiling.extra(operators, rival)[:rows]:
-        shown.add_row(name, *(f"{figure:.2f}" for figure in figures))
-    sums = [sum(operators[name].values()) for name in ("ordinary", rival)]
-    shown.add_row("sum", *(f"{t:.2f}" for t in (*sums, sums[1] - sums[0])))
-    console.print(shown)
-    shown = Table("function", "own ms")
-    for name, figure in profiling.by_function(chosen[rival], steps)[:rows]:
-        shown.add_row(name, f"{figure:.2f}")
-    console.print(shown)
 
 
 def _finished(part: Part, limit: float, fresh: bool) -> bool:

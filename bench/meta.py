@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +27,9 @@ from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
-from bench import cases, work
+from bench import cases, rivals, work
 from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.engine.plan import planner, ridge_point
 from dpkernels.engine.release.pending import PendingGradients
@@ -255,59 +253,38 @@ def _engine_as_on_gpu(half: bool) -> Iterator[None]:
 
 def private_step(case: cases.Case) -> Step:
     """The second step of a case with the engine, as the first one plans."""
-    model, inputs, target, run = _built(case)
-    optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-4)
-    empty = TensorDataset(torch.zeros(len(inputs), 1))
-    engine = dpkernels.PrivacyEngine()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, optimizer, _ = engine.make_private(
-            module=model,
-            optimizer=optimizer,
-            data_loader=DataLoader(empty, batch_size=len(inputs)),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            poisson_sampling=False,
-        )
-    step = Step()
-    with as_gpu(step), _engine_as_on_gpu(case.precision == "bfloat16"):
-        run(model, optimizer)
-        for counted in (step.launches, step.calls, step.operations):
-            counted.clear()
-        with _Counting(step.operations):
-            run(model, optimizer)
+    engine, step = dpkernels.PrivacyEngine(), Step()
+    with _workload(case) as workload:
+        train = rivals.with_ours(engine, workload, rivals.Privacy(1.0, 1.0))
+        with as_gpu(step), _engine_as_on_gpu(case.precision == "bfloat16"):
+            train()
+            for counted in (step.launches, step.calls, step.operations):
+                counted.clear()
+            with _Counting(step.operations):
+                train()
     step.plan = engine.explain().rows
     return step
 
 
 def ordinary_step(case: cases.Case) -> Step:
     """The same step without privacy."""
-    model, _, _, run = _built(case)
-    step = Step()
-    with _Counting(step.operations):
-        run(model, torch.optim.SGD(model.parameters(), lr=1e-4))
+    step, (ordinary, *_) = Step(), rivals.RIVALS
+    with _workload(case) as workload:
+        train = ordinary.prepare(workload, rivals.Privacy(1.0, 1.0))
+        with _Counting(step.operations):
+            train()
     return step
 
 
-def _built(
-    case: cases.Case,
-) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Callable[[nn.Module, Any], None]]:
-    """The case on tensors without storage, and what runs one step of it."""
-    torch.manual_seed(0)
+@contextlib.contextmanager
+def _workload(case: cases.Case) -> Iterator[cases.Workload]:
+    """The case on tensors without storage, with its autocast stood in for."""
     with _META:
-        model = case.make_model().train()
-    inputs, target = (t.to(_META) for t in case.make_batch(torch.Generator().manual_seed(0)))
-    criterion = cases.SampleCrossEntropy()
+        workload = case.build(_META)
     half = case.precision == "bfloat16"
-
-    def run(model: nn.Module, optimizer: Any) -> None:
-        with _Autocast() if half else contextlib.nullcontext():
-            loss = criterion(model(inputs), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return model, inputs, target, run
+    autocast = mock.Mock(side_effect=_Autocast if half else contextlib.nullcontext)
+    with mock.patch.object(cases.Workload, "autocast", autocast):
+        yield workload
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,6 +24,8 @@ from bench import results, table, timing, work
 Row = Mapping[str, object]
 #: measures one item; rows that are yielded together are written together
 Item = Callable[[work.Report], Iterable[Sequence[Row]]]
+#: what rows of a file say
+Lines = Callable[[list[dict[str, str]]], list[str]]
 
 Only = Annotated[list[str] | None, typer.Option(help="Only this case (repeatable).")]
 
@@ -37,6 +39,7 @@ class How:
         allocator: stated in the rows: ``system``, or ``kept`` where freed memory stays with the
             process.
         fresh, budget, piece_seconds: as for :func:`bench.work.off`.
+        only_show: measure nothing.
     """
 
     output: Path
@@ -46,14 +49,11 @@ class How:
     fresh: bool = False
     budget: float | None = None
     piece_seconds: float | None = None
+    only_show: bool = False
 
     def here(self) -> results.Environment:
         """Where and with what the rows of the run are measured."""
         return results.Environment.here(self.device, self.allocator)
-
-
-def _nothing_lost(item: str, status: str) -> Sequence[Row]:
-    return ()
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,8 @@ class Todo:
 
     items: Mapping[str, Item]
     how: How
-    lost: Callable[[str, str], Sequence[Row]] = _nothing_lost
+    lost: Callable[[str, str], Sequence[Row]] = lambda item, status: ()
     show: Callable[[], None] | None = None
-
-
-def _no_lines(rows: list[dict[str, str]]) -> list[str]:
-    return []
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,8 @@ class Part:
     within: tuple[str, ...] = ()
     seconds: float | None = None
     arguments: tuple[str, ...] = ()
-    digest: Callable[[list[dict[str, str]]], list[str]] = _no_lines
-    tables: Callable[[list[dict[str, str]]], list[str]] = _no_lines
+    digest: Lines = lambda rows: []
+    tables: Lines = lambda rows: []
     headline: bool = False
     on_gpu: bool = False
     may_leave: bool = False
@@ -115,13 +111,10 @@ class Part:
         """Its committed rows."""
         return results.RESULTS / f"{self.name}.csv"
 
-    def lines(self) -> list[str]:
-        """What its committed rows say."""
-        return _of_rows(self.digest, self.path)
-
-    def noted_tables(self) -> list[str]:
-        """The tables of its committed rows."""
-        return _of_rows(self.tables, self.path)
+    def said(self, by: Lines, path: Path | None = None) -> list[str]:
+        """What the rows of a file say, its committed ones by default; nothing without rows."""
+        rows = table.read(path or self.path)
+        return by(rows) if rows else []
 
     def run(self, todo: Todo, options: Mapping[str, object] | None = None) -> work.Outcome:
         """Measure what an earlier run with these options, at this commit, has not.
@@ -136,17 +129,15 @@ class Part:
         here = asdict(how.here())
 
         def write(rows: Sequence[Row]) -> None:
-            table.replace(how.output, [{**row, **here} for row in rows], self.key, self.within)
+            if rows:
+                table.replace(how.output, [{**row, **here} for row in rows], self.key, self.within)
 
         def measure(item: Item, report: work.Report) -> None:
             for rows in item(report):
                 write(rows)
 
-        settings = {
-            "items": list(todo.items),
-            **asdict(replace(how, budget=None, piece_seconds=None, fresh=False)),
-            **(options or {}),
-        }
+        same = replace(how, fresh=False, budget=None, piece_seconds=None)
+        settings = {"items": list(todo.items), **asdict(same), **(options or {})}
         words = json.dumps(settings, default=str)
         return work.off(
             {name: partial(measure, item) for name, item in todo.items.items()},
@@ -163,7 +154,7 @@ class Part:
         if todo.show is not None:
             todo.show()
         else:
-            work.say(*_of_rows(self.digest, todo.how.output))
+            work.say(*self.said(self.digest, todo.how.output))
 
     def command(self, then: Callable[[Path], None]) -> Callable[..., None]:
         """The function that is its command: own options, then those of every part.
@@ -174,22 +165,20 @@ class Part:
         own = _parameters(self.todo)[1:]
         shared = [p for p in _parameters(_asked)[1:] if self.on_gpu or p.name not in _OF_A_GPU]
 
-        def run(show: bool, **given: Any) -> None:
+        def run(**given: Any) -> None:
             options = {parameter.name: given.pop(parameter.name) for parameter in own}
             try:
                 todo = self.todo(_asked(self, **given), **options)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
-            if show:
-                self.show(todo)
-                return
-            outcome = self.run(todo, options)
+            outcome = work.Outcome() if todo.how.only_show else self.run(todo, options)
             self.show(todo)
-            then(todo.how.output)
+            if not todo.how.only_show:
+                then(todo.how.output)
             if outcome.failed or outcome.ended or (outcome.left and not self.may_leave):
                 raise typer.Exit(1)
 
-        parameters = [*own, *shared, _SHOW]
+        parameters = [*own, *shared]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -211,6 +200,7 @@ def _asked(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Do not go on with an interrupted run.")] = False,
+    show: Annotated[bool, typer.Option(help="Only print what the rows say.")] = False,
 ) -> How:
     """What the options that all commands share ask for; `output` is the part's file by default.
 
@@ -224,22 +214,12 @@ def _asked(
         fresh=fresh,
         budget=budget,
         piece_seconds=work.piece_seconds(item_seconds, where),
+        only_show=show,
     )
 
 
 _OF_A_GPU = ("device", "item_seconds")
-_SHOW = inspect.Parameter(
-    "show",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[bool, typer.Option(help="Only print what the rows say.")],
-)
 
 
 def _parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
     return list(inspect.signature(function, eval_str=True).parameters.values())
-
-
-def _of_rows(lines: Callable[[list[dict[str, str]]], list[str]], path: Path) -> list[str]:
-    rows = table.read(path)
-    return lines(rows) if rows else []

@@ -40,10 +40,10 @@ def write_all(root: Path, parts: Sequence[Part]) -> list[Path]:
     if curves := pictures.scaling(results.read(scaling.PART.path), results.RESULTS):
         drawn.append(curves)
     shown = [f"![{path.stem}]({path.relative_to(root)})" for path in drawn]
-    lines = {part: part.lines() for part in parts}
+    lines = {part: part.said(part.digest) for part in parts}
     headlines = [found[0] for part, found in lines.items() if part.headline and found]
     listed = _listed([line for found in lines.values() for line in found])
-    noted = [text for part in parts for text in part.noted_tables()]
+    noted = [text for part in parts for text in part.said(part.tables)]
     texts = {
         root / "README.md": [*tables(rows), *shown, _listed(headlines), _MORE, *_no_gpu(rows)],
         root / "bench" / "NOTES.md": [outcome_table(rows), listed, *noted],

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -40,6 +40,8 @@ _WARM_UP = 3
 _CLOCKED = 5
 _STEPS = 3
 _NAMED = 60
+#: kernels printed of a case
+_SHOWN = 25
 _GAP = 5e-6
 _COPIES = ("Memcpy", "Memset")
 
@@ -155,7 +157,7 @@ def _wall(how: How, place: Mapping[str, str]) -> float | None:
 
 
 def show(rows: list[dict[str, str]]) -> None:
-    """Print what the rows of `kind` time and step say, case by case."""
+    """Print, case by case, what the rows of `kind` time and step say, and the kernels of ours."""
     shown = Table("case", "rival", "what", "calls", "us", "share", title="a step on the device")
     for row in rows:
         if row["kind"] != "kernel":
@@ -163,6 +165,21 @@ def show(rows: list[dict[str, str]]) -> None:
             text = "" if share is None else f"{share:.0%}"
             shown.add_row(*(row[c] for c in ("case", "rival", "name", "calls", "us")), text)
     work.console.print(shown)
+    shown = Table("case", "kernel", "ordinary, us", "ours, us", "extra, us")
+    for case in dict.fromkeys(row["case"] for row in rows):
+        for name, *figures in extra(row for row in rows if row["case"] == case)[:_SHOWN]:
+            shown.add_row(case, name, *(f"{figure:.0f}" for figure in figures))
+    work.console.print(shown)
+
+
+def extra(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, float, float, float]]:
+    """Kernel, microseconds of the ordinary step and of ours, difference: the largest ones first."""
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["kind"] == "kernel":
+            times.setdefault(row["name"], {})[row["rival"]] = float(row["us"])
+    found = [(name, *(own.get(rival, 0.0) for rival in RIVALS)) for name, own in times.items()]
+    return sorted(((n, a, b, b - a) for n, a, b in found), key=lambda line: -abs(line[3]))
 
 
 PART = Part(

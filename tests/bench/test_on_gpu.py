@@ -297,9 +297,8 @@ def test_a_case_that_ended_a_process_has_a_row_for_every_rival(tmp_path: Path) -
     path, status = tmp_path / "rows.csv", "ended the process (exit status unknown): not tried again"
     chosen, plan = rivals.find(["ours", "loop"]), harness.Plan(0.0, None, 1, 1, memory=False)
     todo = steps.of_cases([TINY], chosen, plan, How(path))
-    table.replace(
-        path, [{**row, **asdict(todo.how.here())} for row in todo.lost("tiny", status)], ()
-    )
+    here = asdict(todo.how.here())
+    table.replace(path, [{**row, **here} for row in todo.lost("tiny", status)], results.KEY)
     rows = results.read(path)
     assert [(row.rival, row.status) for row in rows] == [(r.name, status) for r in chosen]
     assert {row.parameters for row in rows} == {TINY.build(_CPU).parameters()}
