@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import models
+from bench import models, table
 
 _SEED = 20
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -276,7 +276,5 @@ def find(names: list[str], suite: str) -> list[Case]:
         ValueError: a name that no case has.
     """
     known = {case.name: case for case in CASES}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"case {unknown[0]!r}: expected one of {', '.join(known)}")
+    table.require_known("case", names, known)
     return [known[n] for n in names] or [case for case in CASES if suite in case.suites]

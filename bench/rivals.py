@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
-from bench import adapt
+from bench import adapt, table
 from bench.cases import SampleCrossEntropy, Workload
 
 _LEARNING_RATE = 1e-4
@@ -290,29 +290,14 @@ RIVALS = (
         "torch",
         _loop,
     ),
-    Rival(
-        "hooks",
-        "Opacus hooks",
-        _OPACUS + "expand hooks where Opacus has a rule, functorch elsewhere",
-        "opacus",
-        _opacus("hooks"),
-    ),
-    Rival(
-        "ghost",
-        "Opacus ghost",
-        _OPACUS + "criterion returns one value per sample; two backward passes",
-        "opacus",
-        _opacus("ghost"),
-    ),
-    Rival(
-        "functorch", "Opacus functorch", _OPACUS + "vmap of grad", "opacus", _opacus("functorch")
-    ),
-    Rival(
-        "ew",
-        "Opacus ew",
-        _OPACUS + "torch ExpandedWeights; positions from nn.Embedding, not a bare parameter",
-        "opacus",
-        _opacus("ew"),
+    *(
+        Rival(mode, f"Opacus {mode}", _OPACUS + config, "opacus", _opacus(mode))
+        for mode, config in {
+            "hooks": "expand hooks where Opacus has a rule, functorch elsewhere",
+            "ghost": "criterion returns one value per sample; two backward passes",
+            "functorch": "vmap of grad",
+            "ew": "torch ExpandedWeights; positions from nn.Embedding, not a bare parameter",
+        }.items()
     ),
     Rival(
         "backpack",
@@ -331,9 +316,6 @@ def find(names: list[str]) -> list[Rival]:
     Raises:
         ValueError: a name that no rival has.
     """
-    known = {rival.name: rival for rival in RIVALS}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"rival {unknown[0]!r}: expected one of {', '.join(known)}")
-    wanted = {*names, "ordinary"} if names else set(known)
+    table.require_known("rival", names, [rival.name for rival in RIVALS])
+    wanted = {*names, "ordinary"} if names else {rival.name for rival in RIVALS}
     return [rival for rival in RIVALS if rival.name in wanted]

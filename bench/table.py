@@ -71,6 +71,18 @@ def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]], figures: int 
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rules, *lines))
 
 
+def require_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Every one of `names` is among those known.
+
+    Raises:
+        ValueError: one is not; the message says which ones are.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{kind} {name!r}: expected one of {', '.join(known)}")
+
+
 def number(text: str | None) -> float | None:
     """The number in a cell; None where it is empty."""
     return float(text) if text else None

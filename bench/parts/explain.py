@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 import dpkernels
-from bench import cases, harness, rivals, timing, work
+from bench import cases, rivals, timing, work
 from bench.part import How, Only, Part, Row, Todo
 
 
@@ -29,8 +29,7 @@ def of_cases(wanted: Sequence[cases.Case], how: How) -> Todo:
         try:
             rows = planned(case, how.device)
         except Exception as error:
-            timing.require_working(how.device, f"{case.name}: {error}")
-            rows = [{"status": f"cannot run: {harness.one_line(error)}"}]
+            rows = [{"status": timing.refusal(error, how.device, case.name)}]
         yield [{"case": case.name, **row} for row in rows]
 
     return Todo(

@@ -30,9 +30,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
 
-from bench import calls, harness, table, timing, work
+from bench import calls, table, timing, work
 from bench.calls import PRECISIONS, Call, Place
 from bench.part import How, Part, Row, Todo
 from dpkernels import ops
@@ -140,8 +139,8 @@ def todo(
                 with ops.use_backend(backend):
                     taken = lower_quartiles({"": call, **beside}, clock)
             except Exception as error:
-                timing.require_working(how.device, f"{name}, {backend}: {error}")
-                yield [{**row, "status": harness.one_line(error)}]
+                status = timing.refusal(error, how.device, f"{name}, {backend}")
+                yield [{**row, "status": status}]
                 continue
             row |= {"status": "ok", **peak.figures(call, taken.pop("")), "form": form}
             yield [row | {f"{library}_ms": 1e3 * t for library, t in taken.items()}]
@@ -150,7 +149,6 @@ def todo(
         {name: partial(measure, name) for name in every},
         how,
         lambda name, status: [{**every[name][0], "backend": "", "status": status}],
-        lambda: show(table.read(how.output)),
     )
 
 
@@ -167,48 +165,51 @@ def _ended(report: work.Report, op: str, backend: str) -> str | None:
     return None
 
 
-def show(rows: list[dict[str, str]]) -> None:
-    """Print, by op and precision, the share of the roofline that the best backends reach."""
-    best: dict[tuple[str, str], dict[str, tuple[float, str]]] = {}
-    for row in rows:
-        if row["status"] != "ok":
-            work.say(" ".join(row[c] for c in ("op", "shape", "precision", "backend", "status")))
-            continue
-        shapes = best.setdefault((row["op"], row["precision"]), {})
-        found = (float(row["share"]), row["backend"])
-        shapes[row["shape"]] = max(shapes.get(row["shape"], found), found)
-    shown = Table("op", "precision", "shapes", "share of the roofline", "backends")
-    for (op, precision), shapes in best.items():
-        shares = sorted(share for share, _ in shapes.values())
-        backends = ", ".join(sorted({backend for _, backend in shapes.values()}))
-        share = f"{shares[0]:.0%} to {shares[-1]:.0%}"
-        shown.add_row(op, precision, str(len(shapes)), share, backends)
-    work.console.print(shown)
-    work.say(*digest(rows))
-
-
 def digest(rows: list[dict[str, str]]) -> list[str]:
-    """The CPU's automatic choices, over the library's batch gradient and to the roofline."""
-    taken = _taken(rows)
-    if not taken:
-        return []
-    where, lines = table.provenance(taken), []
+    """What had no figures; then, by device and precision, ratios and shares of the roofline."""
+    lines, groups = [], {}
+    for row in rows:
+        if row["status"] == "ok":
+            groups.setdefault((row["device"], row["precision"]), []).append(row)
+        else:
+            what = (row["op"], row["shape"], row["precision"], row["backend"], row["status"])
+            lines.append(" ".join(what))
+    for (device, precision), group in groups.items():
+        where = table.provenance(group)
+        lines += [f"{device}, {precision}: {line} ({where})" for line in _said(group)]
+    return lines
+
+
+def _said(rows: list[dict[str, str]]) -> Iterator[str]:
+    """Of one device and precision."""
+    taken = [row for row in rows if row["rank"] == "0"]
     if ratios := sorted(((_over_batch(r), r["shape"]) for r in taken if _forms(r)), reverse=True):
         most = ", ".join(f"{shape} {ratio:.2f}" for ratio, shape in ratios[:_WORST])
-        lines.append(
-            "Per-sample gradients of a layer over the library's gradient of the batch: "
+        yield (
+            "per-sample gradients of a layer over the library's gradient of the batch: "
             f"{statistics.geometric_mean(ratio for ratio, _ in ratios):.2f} times its time in the "
-            f"geometric mean of {len(ratios)} shapes; most: {most}. ({where})"
+            f"geometric mean of {len(ratios)} shapes; most: {most}."
         )
-    shares = sorted((float(row["share"]), f"{row['op']} {row['shape']}") for row in taken)
-    least = ", ".join(f"{name} {share:.0%}" for share, name in shares[:_WORST])
-    return [
-        *lines,
-        f"Ops against the roofline of one core ({float(taken[0]['peak_gflops']):.0f} GFLOP/s, "
-        f"{float(taken[0]['peak_gbytes_per_s']):.0f} GB/s, measured in the same run): "
-        f"{statistics.median(share for share, _ in shares):.0%} in the median of {len(taken)} "
-        f"ops and shapes; least: {least}. ({where})",
-    ]
+    best: dict[str, dict[str, tuple[float, str]]] = {}
+    for row in rows:
+        shapes = best.setdefault(row["op"], {})
+        found = (float(row["share"]), row["backend"])
+        shapes[row["shape"]] = max(shapes.get(row["shape"], found), found)
+    every = [share for shapes in best.values() for share, _ in shapes.values()]
+    yield (
+        f"ops against the roofline ({float(rows[0]['peak_gflops']):.0f} GFLOP/s, "
+        f"{float(rows[0]['peak_gbytes_per_s']):.0f} GB/s, measured in the same run), the best "
+        f"backend on each shape: {statistics.median(every):.0%} in the median of {len(every)}; "
+        + "; ".join(f"{op} {_range(shapes)}" for op, shapes in best.items())
+        + "."
+    )
+
+
+def _range(shapes: Mapping[str, tuple[float, str]]) -> str:
+    """From the least share to the largest, and the backends."""
+    least, largest = min(shapes.values()), max(shapes.values())
+    shares = f"{least[0]:.0%} to {largest[0]:.0%}" if len(shapes) > 1 else f"{least[0]:.0%}"
+    return f"{shares} ({', '.join(sorted({backend for _, backend in shapes.values()}))})"
 
 
 def tables(rows: list[dict[str, str]]) -> list[str]:

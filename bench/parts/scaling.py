@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bench import cases, harness, models, results, rivals, work
+from bench import cases, harness, models, results, rivals, table, work
 from bench.part import How, Part, Row, Todo
 
 PLAN = harness.Plan(seconds=1.5, least=3, most=30)
@@ -106,9 +106,7 @@ def todo(
     coarse: Annotated[bool, typer.Option(help="Every second point.")] = False,
 ) -> Todo:
     """The points of the curves, their ends last, since these take longest."""
-    unknown = [name for name in curve or () if name not in CURVES]
-    if unknown:
-        raise ValueError(f"curve {unknown[0]!r}: expected one of {', '.join(CURVES)}")
+    table.require_known("curve", curve or (), CURVES)
     points = [
         (name, value)
         for name in curve or CURVES

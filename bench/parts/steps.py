@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bench import cases, harness, memory, report, results, rivals, work
+from bench import cases, harness, memory, report, results, rivals, table, work
 from bench.harness import Plan
 from bench.part import How, Only, Part, Row, Todo
 
@@ -31,8 +31,7 @@ def of_pass(which: str) -> list[rivals.Rival]:
     Raises:
         ValueError: another name.
     """
-    if which not in PASSES:
-        raise ValueError(f"pass {which!r}: expected one of {', '.join(PASSES)}")
+    table.require_known("pass", [which], PASSES)
     others = [r.name for r in rivals.RIVALS if r.private and r.name not in FIRST]
     return rivals.find(list(FIRST) if which == "first" else others)
 
@@ -136,10 +135,10 @@ def _until(plan: Plan, end: float | None) -> Plan:
 
 def show(rows: list[results.Row], before: dict[tuple[str, ...], results.Row]) -> None:
     """Print rows as a table, what could not run, and how ours moved."""
-    table = Table(*report.heads(), title="time / memory over the ordinary step")
+    shown = Table(*report.heads(), title="time / memory over the ordinary step")
     for line in report.lines(rows):
-        table.add_row(*line)
-    work.console.print(table)
+        shown.add_row(*line)
+    work.console.print(shown)
     for row in rows:
         if row.busy is not None:
             text = f"{row.case}, {row.rival}: {row.ms:.2f} ms, GPU busy {row.busy:.0%} of it, "

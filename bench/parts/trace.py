@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from rich.table import Table
 
-from bench import cases, harness, profiling, results, rivals, table, timing, work
+from bench import cases, profiling, results, rivals, table, timing, work
 from bench.part import How, Only, Part, Row, Todo
 from bench.table import number
 
@@ -79,8 +79,8 @@ def _measure(
                 step = rival.prepare(workload, rivals.Privacy(1.0, 1.0))
                 found = rows(step, how.device, _wall(how, place))
             except Exception as error:
-                timing.require_working(how.device, f"{case.name}, {rival.name}: {error}")
-                found = [_row(kind, f"cannot run: {harness.one_line(error)}")]
+                what = f"{case.name}, {rival.name}"
+                found = [_row(kind, timing.refusal(error, how.device, what))]
         yield [{**place, **row} for row in found]
 
 

@@ -58,7 +58,7 @@ def test_a_backend_that_fails_has_its_reason_and_the_others_their_times(
     found = CliRunner().invoke(main.app, arguments)
     assert found.exit_code == 0
     statuses = [row["status"] for row in table.read(path)]
-    assert statuses[0] == "no such instruction"
+    assert statuses[0] == "cannot run: no such instruction"
     assert set(statuses[1:]) == {"ok"}
     measured = len(turns)
     found = CliRunner().invoke(main.app, [*arguments, "--show"])

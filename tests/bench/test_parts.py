@@ -195,18 +195,26 @@ def test_a_roofline_is_the_slower_of_bytes_and_flops() -> None:
     assert peaks.figures(replace(call, flops=3000.0), seconds=4.0)["bound"] == "arithmetic"
 
 
-def test_the_ops_that_reach_the_least_are_named(tmp_path: Path) -> None:
+def test_ops_are_told_by_their_share_of_the_roofline_and_the_batch(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     shares = {"a": 0.5, "b": 0.9, "c": 0.7, "d": 1.1}
-    same = {"device": "cpu", "op": "op_grad_sample", "rank": 0, "status": "ok", "ms": 1.1}
+    same = {
+        "device": "cpu",
+        "op": "op_grad_sample",
+        "rank": 0,
+        "status": "ok",
+        "ms": 1.1,
+        "backend": "cpu",
+    }
     same |= {"peak_gflops": 9, "peak_gbytes_per_s": 2, "precision": "float32"}
     rows = [{**same, "shape": s, "share": share, "batch_ms": ""} for s, share in shares.items()]
-    others = [{**rows[0], "rank": 1}, {**rows[0], "device": "NVIDIA H200"}]
+    others = [{**rows[0], "rank": 1, "share": 0.4}, {**rows[0], "device": "NVIDIA H200"}]
     key = ("device", "shape", "rank")
     table.replace(path, [*rows, *others], key)
-    (line,) = ops.digest(table.read(path))
-    assert "80% in the median of 4 ops and shapes" in line
-    assert "least: op_grad_sample a 50%, op_grad_sample c 70%, op_grad_sample b 90%." in line
+    on_cpu, on_gpu = ops.digest(table.read(path))
+    assert on_cpu.startswith("cpu, float32: ops against the roofline (9 GFLOP/s, 2 GB/s")
+    assert "80% in the median of 4; op_grad_sample 50% to 110% (cpu)." in on_cpu
+    assert on_gpu.startswith("NVIDIA H200, float32: ")
     assert ops.tables(table.read(path))[-1].endswith("| op_grad_sample | d | 1.1 ms, 110% |")
     table.replace(path, [{**row, "batch_ms": 1} for row in rows], key)
     assert "1.10 times its time in the geometric mean of 4" in ops.digest(table.read(path))[0]
