@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from typer.core import TyperGroup
 
 from bench import report, table, work
@@ -62,11 +61,11 @@ def run_all(
     """Every part in turn, under half an hour; the same command goes on where it stopped."""
     parts = [(part, part.seconds) for part in PARTS if part.seconds is not None]
     done = work.Memory(work.STATE / "all.json", {"parts": [p.name for p, _ in parts]}, fresh)
-    plan = Table("part", "about", "what", "", title=f"at most {seconds:.0f} s")
-    for part, usual in parts:
-        state = "done" if part.name in done.done else ""
-        plan.add_row(part.name, f"{usual:.0f} s", part.what, state)
-    console.print(plan)
+    plan = [
+        (part.name, f"{usual:.0f} s", part.what, "done" if part.name in done.done else "")
+        for part, usual in parts
+    ]
+    work.say_table(("part", "about", "what", ""), plan, f"at most {seconds:.0f} s")
     began, left = time.monotonic(), []
     for part, usual in parts:
         if part.name in done.done:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +24,13 @@ from unittest import mock
 
 import torch
 import triton
-from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpkernels
 from bench import cases, rivals, work
+from dpkernels import ops
 from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.engine.plan import planner, ridge_point
 from dpkernels.engine.release.pending import PendingGradients
@@ -38,16 +39,8 @@ from dpkernels.ops import native, registry, triton_support
 
 _META = torch.device("meta")
 _GPU = torch.device("cuda")
-_TRITON = (
-    "triton_support",
-    "linear.triton",
-    "noise.triton",
-    "clip.triton",
-    "affine.triton",
-    "embedding.triton",
-    "conv.triton",
-    "conv.triton_gram",
-)
+#: what has a name in an object, and what takes its place
+_Change = tuple[Any, str, Any]
 #: free memory of an H100 with 80 GB, whose share is the planner's budget
 _FREE = 78 << 30
 _VIEWS_AND_METADATA = (
@@ -197,32 +190,38 @@ def as_gpu(step: Step) -> Iterator[None]:
     def load(name: str) -> Any:
         return extension if name == "cuda" else "only a GPU is stood in for"
 
-    with contextlib.ExitStack() as stack:
-
-        def put(owner: Any, name: str, value: Any) -> None:
-            stack.enter_context(mock.patch.object(owner, name, value))
-
-        put(torch.cuda, "is_available", lambda: True)
-        put(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-        put(native, "load", load)
-        put(native, "extension", lambda _: extension)
-        put(native, "launch_on", lambda _: (0, 0, 0))
-        put(native, "write_back", lambda tensor, _: tensor)
-        put(registry, "_device_type", device_type)
-        put(triton_support, "why_not_device", lambda _: None)
-        for module, name, kernel in _kernels():
-            put(module, name, _Kernel(kernel, step.launches))
+    changes: list[_Change] = [
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (native, "load", load),
+        (native, "extension", lambda _: extension),
+        (native, "launch_on", lambda _: (0, 0, 0)),
+        (native, "write_back", lambda tensor, _: tensor),
+        (registry, "_device_type", device_type),
+        (triton_support, "why_not_device", lambda _: None),
+        *((owner, name, _Kernel(kernel, step.launches)) for owner, name, kernel in _kernels()),
+    ]
+    with _changed(changes):
         registry._module.cache_clear()
-        stack.callback(registry._module.cache_clear)
+        yield
+    registry._module.cache_clear()
+
+
+@contextlib.contextmanager
+def _changed(changes: Sequence[_Change]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(mock.patch.object(*change))
         yield
 
 
 def _kernels() -> Iterator[tuple[ModuleType, str, Any]]:
-    for path in _TRITON:
-        module = importlib.import_module(f"dpkernels.ops.{path}")
-        for name, value in list(vars(module).items()):
-            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
-                yield module, name, value
+    for found in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
+        if "triton" in found.name:
+            module = importlib.import_module(found.name)
+            for name, value in list(vars(module).items()):
+                if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                    yield module, name, value
 
 
 @contextlib.contextmanager
@@ -238,16 +237,15 @@ def _engine_as_on_gpu(half: bool) -> Iterator[None]:
     def budget(_: torch.device) -> int:
         return int(_FREE * planner._BUDGET_SHARE)
 
-    with contextlib.ExitStack() as stack:
-        for owner, name, value in (
-            (planner, "kind_of_products", kind_of_products),
-            (planner, "ridge_point", ridge_point_of_gpu),
-            (planner, "default_memory_budget", budget),
-            (TrialBook, "due", lambda *_: False),
-            (PendingGradients, "refuse_not_finite", lambda *_: None),
-            (norm, "_autocast", lambda _: half),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, value))
+    changes: list[_Change] = [
+        (planner, "kind_of_products", kind_of_products),
+        (planner, "ridge_point", ridge_point_of_gpu),
+        (planner, "default_memory_budget", budget),
+        (TrialBook, "due", lambda *_: False),
+        (PendingGradients, "refuse_not_finite", lambda *_: None),
+        (norm, "_autocast", lambda _: half),
+    ]
+    with _changed(changes):
         yield
 
 
@@ -301,14 +299,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found, indent=1))
         return
     heads = ("case", "ordinary", "ours", "Triton", "CUDA", "kept, GB", "plan")
-    table = Table(*heads, title="operations of a step that launch kernels")
+    lines = []
     for name, row in found.items():
         plan = ", ".join(f"{count} {how}" for how, count in row["plan"].items())
         launches = (sum(row["triton"].values()), sum(row["cuda"].values()))
         kept = f"{row['kept_bytes'] / 1e9:.2f}"
-        cells = (name, row["ordinary"], row["operations"], *launches, kept, plan)
-        table.add_row(*map(str, cells))
-    work.console.print(table)
+        lines.append((name, row["ordinary"], row["operations"], *launches, kept, plan))
+    work.say_table(heads, lines, "operations of a step that launch kernels")
 
 
 if __name__ == "__main__":

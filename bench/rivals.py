@@ -6,7 +6,6 @@ that of the per-sample loop, or the rival is not timed.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
-from bench import adapt, table
+from bench import adapt, results, table
 from bench.cases import SampleCrossEntropy, Workload
 
 _LEARNING_RATE = 1e-4
@@ -82,10 +81,8 @@ class Rival:
 
     def version(self) -> str:
         """Version of its package; empty where that is not installed."""
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return dpkernels.__version__ if self.package == "dpkernels" else ""
+        fallback = dpkernels.__version__ if self.package == "dpkernels" else ""
+        return results.version_of(self.package) or fallback
 
 
 def _sgd(model: nn.Module) -> torch.optim.Optimizer:

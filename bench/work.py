@@ -15,13 +15,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from bench import results, timing
 
@@ -39,6 +40,14 @@ def say(*lines: str) -> None:
     """Print lines as they are."""
     for line in lines:
         console.print(line, highlight=False, markup=False)
+
+
+def say_table(heads: Iterable[str], lines: Iterable[Iterable[object]], title: str = "") -> None:
+    """Print a table."""
+    shown = Table(*heads, title=title)
+    for line in lines:
+        shown.add_row(*map(str, line))
+    console.print(shown)
 
 
 class Report:

@@ -13,14 +13,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from typing import Annotated
 
 import torch
 import typer
 
-from bench import memory, table, work
+from bench import memory, results, table, work
 from bench.part import How, Part, Row, Todo
 from bench.table import number
 from dpkernels.accounting import opacus_accountants
@@ -30,6 +29,7 @@ BUDGETS = (0.01, 1.0, 8.0, 100.0, 1e4, 1e6, 1e9, 1e15)
 DELTA = 8e-7
 ACCOUNTANTS = ("tight", "rdp", "prv", "gdp", "dp-accounting")
 LIMIT_S = 40.0
+_PACKAGES = ("numpy", "scipy", "opacus", "dp-accounting")
 #: the grid of dp-accounting, as a share of the epsilon that is asked for: it wants to be told
 _GRID = 2e-5
 
@@ -127,20 +127,10 @@ def _measure(run: str, nominal: float, limit: float, report: work.Report) -> Ite
                 "seconds": answer.get("seconds"),
                 "memory_mb": answer.get("memory_mb"),
                 "outcome": answer["outcome"],
-                "numpy": version("numpy"),
-                "scipy": version("scipy"),
-                "opacus": version("opacus"),
-                "dp_accounting": _version_of("dp-accounting"),
+                **{name.replace("-", "_"): results.version_of(name) for name in _PACKAGES},
             }
         )
     yield rows
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def digest(rows: list[dict[str, str]]) -> list[str]:

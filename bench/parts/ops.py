@@ -1,7 +1,7 @@
 """Every backend of every op, against what the device can do and what the library's own call costs.
 
-    python -m bench ops                          on one thread of the CPU
-    python -m bench ops OUT.csv --device cuda    in bfloat16, and in float32 with TF32 and without
+    python -m bench ops                                   one thread of the CPU, float32
+    python -m bench ops --device cuda --output OUT.csv    bfloat16, float32 with TF32 and without
 
 One row per op, shape, precision and backend that can run it, the automatic choice first:
 

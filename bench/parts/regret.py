@@ -135,7 +135,7 @@ def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Work]:
     if isinstance(operand, ConvOperand) and native.why_not_cpu() is None:
         forms = layers.forms(operand.input, operand.backprops, *operand._geometry())
         for name, form in forms.items():
-            calls[f"store, {name}"] = partial(_formed, form)
+            calls[f"store, {name}"] = lambda form=form: _stored(form())
     first: dict[str, float] = {}
     for name, call in calls.items():
         start = time.thread_time()
@@ -159,10 +159,6 @@ def _work(
         return held.clipped_grad(ops.clip_factor(bound_sq, _BOUND))
 
     return clipped
-
-
-def _formed(form: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    return _stored(form())
 
 
 def _stored(held: torch.Tensor) -> Callable[[], torch.Tensor]:

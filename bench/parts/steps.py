@@ -9,7 +9,6 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from bench import cases, harness, memory, report, results, rivals, table, work
 from bench.harness import Plan
@@ -135,10 +134,7 @@ def _until(plan: Plan, end: float | None) -> Plan:
 
 def show(rows: list[results.Row], before: dict[tuple[str, ...], results.Row]) -> None:
     """Print rows as a table, what could not run, and how ours moved."""
-    shown = Table(*report.heads(), title="time / memory over the ordinary step")
-    for line in report.lines(rows):
-        shown.add_row(*line)
-    work.console.print(shown)
+    work.say_table(report.heads(), report.lines(rows), "time / memory over the ordinary step")
     for row in rows:
         if row.busy is not None:
             text = f"{row.case}, {row.rival}: {row.ms:.2f} ms, GPU busy {row.busy:.0%} of it, "

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from rich.table import Table
 
 from bench import cases, profiling, results, rivals, table, timing, work
 from bench.part import How, Only, Part, Row, Todo
@@ -158,18 +157,24 @@ def _wall(how: How, place: Mapping[str, str]) -> float | None:
 
 def show(rows: list[dict[str, str]]) -> None:
     """Print, case by case, what the rows of `kind` time and step say, and the kernels of ours."""
-    shown = Table("case", "rival", "what", "calls", "us", "share", title="a step on the device")
-    for row in rows:
-        if row["kind"] != "kernel":
-            share = number(row["share"])
-            text = "" if share is None else f"{share:.0%}"
-            shown.add_row(*(row[c] for c in ("case", "rival", "name", "calls", "us")), text)
-    work.console.print(shown)
-    shown = Table("case", "kernel", "ordinary, us", "ours, us", "extra, us")
-    for case in dict.fromkeys(row["case"] for row in rows):
-        for name, *figures in extra(row for row in rows if row["case"] == case)[:_SHOWN]:
-            shown.add_row(case, name, *(f"{figure:.0f}" for figure in figures))
-    work.console.print(shown)
+    lines = [
+        (row["case"], row["rival"], row["name"], row["calls"], row["us"], _share(row))
+        for row in rows
+        if row["kind"] != "kernel"
+    ]
+    heads = ("case", "rival", "what", "calls", "us", "share")
+    work.say_table(heads, lines, "a step on the device")
+    added = [
+        (case, name, *(f"{figure:.0f}" for figure in figures))
+        for case in dict.fromkeys(row["case"] for row in rows)
+        for name, *figures in extra(row for row in rows if row["case"] == case)[:_SHOWN]
+    ]
+    work.say_table(("case", "kernel", "ordinary, us", "ours, us", "extra, us"), added)
+
+
+def _share(row: Mapping[str, str]) -> str:
+    share = number(row["share"])
+    return "" if share is None else f"{share:.0%}"
 
 
 def extra(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, float, float, float]]:

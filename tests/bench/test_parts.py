@@ -94,6 +94,26 @@ def _fail(report: work.Report) -> None:
     raise ValueError("no")
 
 
+@pytest.mark.parametrize("part", [part for part in main.PARTS if part.path.exists()])
+def test_every_committed_row_has_an_item_that_makes_it(part: Part) -> None:
+    item_of = {
+        "time-to-dice": lambda row: f"repetition {row['repetition']}",
+        "regret": lambda row: row["shape"],
+        "ops": lambda row: f"{row['op']} {row['shape']} {row['precision']}",
+        "noise": lambda row: row["quantity"],
+        "accounting": lambda row: f"{row['run']}, epsilon {float(row['nominal_epsilon']):g}",
+    }.get(part.name, lambda row: row["case"])
+    rows = table.read(part.path)
+    assert len({tuple(row[column] for column in part.key) for row in rows}) == len(rows)
+    made = {item_of(row) for row in rows}
+    items = set(part.todo(How(part.path)).items)
+    if part.name == "noise":  # an item has many quantities
+        items = {f.quantity for f in (*noise.throughput(), *noise.distribution(10_000))}
+        made = {quantity for quantity in made if not quantity.startswith("P(")}
+    assert made <= items
+    assert made == items or part.name == "scaling", "its curves are coarse in `all`"
+
+
 def test_the_parts_fit_into_half_an_hour() -> None:
     assert sum(part.seconds or 0.0 for part in main.PARTS) <= main._WHOLE < 30 * 60
 
