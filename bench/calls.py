@@ -151,22 +151,19 @@ def _of_layer(op: Op[Any], layer: Linear | Conv, at: Place) -> Call:
     layer = layer.smaller(at.shrink)
     pair, kind = layer.operands(at.randn), op.name.partition("_")[2]
     flops = 2.0 * layer.batch * layer.positions * layer.weights
-    if kind == "norm_sq" and isinstance(layer, Linear):  # or by two Grams, of which half
-        grams = layer.batch * layer.positions * (layer.positions + 1.0)
-        flops = min(flops, grams * (layer.inputs + layer.outputs))
+    if kind == "norm_sq":  # or by two Grams, of which half
+        sides = ((layer.input_positions, layer.inputs), (layer.positions, layer.outputs))
+        flops = min(flops, 1.0 * layer.batch * sum(t * (t + 1) * width for t, width in sides))
     factor = (at.factors(layer.batch),) if kind == "clipped_grad" else ()
     per_sample = {"norm_sq": 1.0, "grad_sample": layer.weights, "clipped_grad": 0.0}[kind]
     written = layer.batch * per_sample + (layer.weights if factor else 0.0)
-    arguments = (*pair, *factor, *layer.geometry)
-    call = Call(op, arguments, flops, _bytes(*pair) + 4.0 * written)
-    if at.device.type != "cpu":
+    call = Call(op, (*pair, *factor, *layer.geometry), flops, _bytes(*pair) + 4.0 * written)
+    if at.device.type != "cpu" or kind != "grad_sample":
         return call
-    beside, form = layer.library(pair), None
-    if kind != "grad_sample":
-        beside = {"batch": beside["batch"]}
-    elif isinstance(layer, Conv) and "cpu" in op.candidates(*arguments):
+    form = None
+    if isinstance(layer, Conv) and "cpu" in op.candidates(*call.arguments):
         form = layers.chosen_form(*pair, *layer.geometry)
-    return replace(call, beside=beside, form=form)
+    return replace(call, beside=layer.library(pair), form=form)
 
 
 def _finish(shapes: Sequence[tuple[int, ...]], noise_std: float, at: Place) -> Call:

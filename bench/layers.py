@@ -39,6 +39,10 @@ class Linear:
     def weights(self) -> int:
         return self.inputs * self.outputs
 
+    @property
+    def input_positions(self) -> int:
+        return self.positions
+
     def smaller(self, by: int) -> Linear:
         """With positions and widths divided."""
         sizes = (max(1, size // by) for size in (self.positions, self.inputs, self.outputs))
@@ -90,6 +94,10 @@ class Conv:
         return self._reached**self.axes
 
     @property
+    def input_positions(self) -> int:
+        return self.side**self.axes
+
+    @property
     def _padding(self) -> int:
         return self.kernel // 2 if self.kernel % 2 else 0
 
@@ -107,22 +115,16 @@ class Conv:
         return input, randn(self.batch, self.outputs, *[self._reached] * self.axes)
 
     def library(self, pair: Pair) -> Calls:
-        """PyTorch's calls on the layer.
-
-        ``batch`` is the one weight gradient of the whole batch, ``input`` the input's gradient,
-        ``both`` the two together; ``grouped`` and ``looped`` form the per-sample gradients.
-        """
+        """``batch``, as for a Linear; ``grouped`` and ``looped`` form the per-sample gradients."""
         shape, *geometry, groups = self.geometry
-        weight, outer = pair[0].new_ones(shape), [0] * self.axes
+        weight, outer, wanted = pair[0].new_ones(shape), [0] * self.axes, [False, True, False]
 
-        def backward(*wanted: bool) -> torch.Tensor:
-            how = (weight, None, *geometry, False, outer, groups, [*wanted, False])
-            return torch.ops.aten.convolution_backward(pair[1], pair[0], *how)
+        def batch() -> torch.Tensor:
+            how = (weight, None, *geometry, False, outer, groups, wanted)
+            return torch.ops.aten.convolution_backward(pair[1], pair[0], *how)[1]
 
-        calls = {"batch": (False, True), "input": (True, False), "both": (True, True)}
         each = forms(*pair, *self.geometry)
-        del each["tiles"]
-        return {name: partial(backward, *wanted) for name, wanted in calls.items()} | each
+        return {"batch": batch, "grouped": each["grouped"], "looped": each["looped"]}
 
 
 #: what the convolution's CPU backend chooses from

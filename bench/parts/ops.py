@@ -11,10 +11,10 @@ One row per op, shape, precision and backend that can run it, the automatic choi
 * ``roofline_ms``: the least time that the call's bytes (each tensor once, in main memory) and
   floating-point operations allow at the peaks measured in the same run, ``share`` the one over the
   other: an op whose tensors fit into a cache can exceed 1;
-* on the CPU, in the row of a layer's automatic choice, the library's calls beside it, timed in
-  turns: ``batch_ms`` for its weight gradient summed over the batch, what an ordinary step pays,
-  and of convolutions ``input_ms``, ``both_ms``, ``grouped_ms``, ``looped_ms``
-  (:meth:`bench.layers.Conv.library`) and ``form``, the way taken by the CPU backend.
+* on the CPU, in the row of the automatic choice of a layer's per-sample gradients, the library's
+  calls in turns with it: ``batch_ms`` for its weight gradient summed over the batch, what an
+  ordinary step pays; of convolutions also ``grouped_ms`` and ``looped_ms``, its own per-sample
+  gradients, and ``form``, the way that the CPU backend takes.
 
 A backend that has ended the process is left out, with that as its status.
 """
@@ -34,11 +34,12 @@ import typer
 from bench import calls, table, timing, work
 from bench.calls import PRECISIONS, Call, Place
 from bench.part import How, Part, Row, Todo
+from bench.table import number
 from dpkernels import ops
 
 #: calls take turns, of so many seconds at least
 TURNS = 5
-TURN_SECONDS = 0.05
+TURN_SECONDS = 0.03
 #: divides lengths and sides of a GPU's shapes under --quick
 SHRINK = 8
 #: shapes named in a line
@@ -183,7 +184,9 @@ def digest(rows: list[dict[str, str]]) -> list[str]:
 def _said(rows: list[dict[str, str]]) -> Iterator[str]:
     """Of one device and precision."""
     taken = [row for row in rows if row["rank"] == "0"]
-    if ratios := sorted(((_over_batch(r), r["shape"]) for r in taken if _forms(r)), reverse=True):
+    if ratios := sorted(
+        ((ratio, row["shape"]) for row in taken if (ratio := _over_batch(row))), reverse=True
+    ):
         most = ", ".join(f"{shape} {ratio:.2f}" for ratio, shape in ratios[:_WORST])
         yield (
             "per-sample gradients of a layer over the library's gradient of the batch: "
@@ -218,11 +221,12 @@ def tables(rows: list[dict[str, str]]) -> list[str]:
     others = []
     for row in _taken(rows):
         cell = f"{row['ms']} ms, {float(row['share']):.0%}"
-        if row["batch_ms"]:
+        family, _, kind = row["op"].partition("_")
+        if family in ("linear", "conv"):
             cells = of_layers.setdefault(row["shape"], {})
-            cells[row["op"].partition("_")[2]] = cell
-            if _forms(row):
-                cells["ratio"] = f"{_over_batch(row):.2f}"
+            cells[kind] = cell
+            if ratio := _over_batch(row):
+                cells["ratio"] = f"{ratio:.2f}"
         else:
             others.append((row["op"], row["shape"], cell))
     heads = ("layer", "norms", "gradients", "clipped sum", "gradients over the batch's one")
@@ -240,13 +244,10 @@ def _taken(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [r for r in rows if r["device"] == "cpu" and r["rank"] == "0" and r["status"] == "ok"]
 
 
-def _forms(row: dict[str, str]) -> bool:
-    """Whether it forms per-sample gradients of a layer beside the library's of the batch."""
-    return bool(row["batch_ms"]) and row["op"].endswith("grad_sample")
-
-
-def _over_batch(row: dict[str, str]) -> float:
-    return float(row["ms"]) / float(row["batch_ms"])
+def _over_batch(row: dict[str, str]) -> float | None:
+    """Time over the library's for the gradient of the batch, where that was measured."""
+    batch = number(row.get("batch_ms"))
+    return float(row["ms"]) / batch if batch else None
 
 
 PART = Part(

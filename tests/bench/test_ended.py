@@ -207,8 +207,8 @@ def test_a_rival_that_ends_the_process_has_that_in_its_row(tmp_path: Path) -> No
 
 
 def test_a_backend_that_ends_the_process_costs_its_own_rows(tmp_path: Path) -> None:
-    # two turns find the peaks, then come the first backend, the library beside it, the second one
-    assert _run(tmp_path, _ops, 5) == -signal.SIGKILL
+    # the first two turns find the peaks, then come the backends of the first shape
+    assert _run(tmp_path, _ops, 4) == -signal.SIGKILL
     before = table.read(tmp_path / "ops.csv")
     assert [row["status"] for row in before] == ["ok"]
     assert _run(tmp_path, _ops, 0) == 1
