@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from bench import models
+from bench import models, table
 
 _SEED = 20
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -167,39 +168,61 @@ def encoder(
     )
 
 
+def monai(kind: str, title: str, side: int, batch: int, make: Callable[[], nn.Module]) -> Case:
+    """A network of MONAI on volumes of `side` voxels a side."""
+    return Case(
+        f"monai-{kind}-{side}-b{batch}",
+        f"MONAI {title}, {side}³, B={batch}",
+        ("cpu",),
+        make,
+        partial(volumes, side, batch),
+        leave_out=_FAR_SLOWER_ON_VOLUMES,
+    )
+
+
+def resnet(
+    kind: str, side: int, batch: int, suite: str, blocks: tuple[int, ...], **options: Any
+) -> Case:
+    """A network of residual blocks on images of `side` pixels a side; `options` are the model's."""
+    on_gpu = suite == "gpu"
+    classes = 1000 if on_gpu else 10
+    small = kind == "-small"
+    return Case(
+        f"resnet{kind}-{side}-b{batch}",
+        f"ResNet{_SMALL if small else f'-{kind} (GroupNorm)'}, {side}², B={batch}",
+        (suite,),
+        partial(models.ResNet, blocks, classes=classes, large_images=on_gpu, **options),
+        partial(images, side, batch, classes),
+        "bfloat16" if on_gpu else "float32",
+        () if small or on_gpu else ("hooks", "ghost", "functorch", "ew"),
+    )
+
+
+def recommender(rows: int, width: int, hidden: tuple[int, int], batch: int, suite: str) -> Case:
+    """An embedding table for sixteen fields, and an MLP."""
+    return Case(
+        f"recommender-b{batch}",
+        f"embedding {rows:,} x {width} + MLP, B={batch}",
+        (suite,),
+        partial(models.Recommender, rows, 16, width, hidden),
+        partial(few_fields, rows, 16, batch),
+        leave_out=() if suite == "gpu" else ("hooks", "functorch", "ew", "backpack"),
+    )
+
+
+_SMALL = "-like (16 to 64 channels, GroupNorm)"
 _FAR_SLOWER_ON_VOLUMES = ("hooks", "ghost")
 _FAR_SLOWER_ON_LARGE_VOLUMES = (*_FAR_SLOWER_ON_VOLUMES, "functorch")
-_FAR_SLOWER_ON_IMAGES = ("hooks", "ghost", "functorch", "ew")
-_FAR_SLOWER_ON_TABLES = ("hooks", "functorch", "ew", "backpack")
+_RESNET18 = (2, 2, 2, 2)
+_RESNET50 = (3, 4, 6, 3)
 
 CASES = (
     replace(unet(48, 2, "cpu"), leave_out=_FAR_SLOWER_ON_VOLUMES),
     replace(unet(48, 4, "cpu"), leave_out=_FAR_SLOWER_ON_LARGE_VOLUMES),
     replace(unet(64, 2, "cpu"), leave_out=_FAR_SLOWER_ON_LARGE_VOLUMES),
-    Case(
-        "monai-unet-64-b4",
-        "MONAI UNet (strided), 64³, B=4",
-        ("cpu",),
-        models.monai_unet,
-        partial(volumes, 64, 4),
-        leave_out=_FAR_SLOWER_ON_VOLUMES,
-    ),
-    Case(
-        "monai-segresnet-48-b2",
-        "MONAI SegResNet, 48³, B=2",
-        ("cpu",),
-        models.monai_segresnet,
-        partial(volumes, 48, 2),
-        leave_out=_FAR_SLOWER_ON_VOLUMES,
-    ),
-    Case(
-        "monai-dynunet-48-b2",
-        "MONAI DynUNet, 48³, B=2",
-        ("cpu",),
-        models.monai_dynunet,
-        partial(volumes, 48, 2),
-        leave_out=_FAR_SLOWER_ON_VOLUMES,
-    ),
+    monai("unet", "UNet (strided)", 64, 4, models.monai_unet),
+    monai("segresnet", "SegResNet", 48, 2, models.monai_segresnet),
+    monai("dynunet", "DynUNet", 48, 2, models.monai_dynunet),
     encoder(128, 256, 2, 8, "cpu"),
     encoder(256, 256, 2, 8, "cpu"),
     encoder(512, 256, 2, 8, "cpu"),
@@ -217,29 +240,9 @@ CASES = (
         partial(models.VisionTransformer, 32, 4, 192, 4, 3, 10),
         partial(images, 32, 32, 10),
     ),
-    Case(
-        "resnet-small-32-b64",
-        "ResNet-like (16 to 64 channels, GroupNorm), 32², B=64",
-        ("cpu",),
-        partial(models.ResNet, (2, 2, 2), 16),
-        partial(images, 32, 64, 10),
-    ),
-    Case(
-        "resnet18-32-b64",
-        "ResNet-18 (GroupNorm), 32², B=64",
-        ("cpu",),
-        partial(models.ResNet, (2, 2, 2, 2)),
-        partial(images, 32, 64, 10),
-        leave_out=_FAR_SLOWER_ON_IMAGES,
-    ),
-    Case(
-        "resnet50-32-b8",
-        "ResNet-50 (GroupNorm), 32², B=8",
-        ("cpu",),
-        partial(models.ResNet, (3, 4, 6, 3), bottleneck=True),
-        partial(images, 32, 8, 10),
-        leave_out=_FAR_SLOWER_ON_IMAGES,
-    ),
+    resnet("-small", 32, 64, "cpu", (2, 2, 2), width=16),
+    resnet("18", 32, 64, "cpu", _RESNET18),
+    resnet("50", 32, 8, "cpu", _RESNET50, bottleneck=True),
     Case(
         "lstm-t64-d128-b32",
         "embedding + LSTM + classifier, T=64, d=128, B=32",
@@ -247,57 +250,17 @@ CASES = (
         partial(models.SequenceClassifier, 2000, 64, 128),
         partial(_labelled_tokens, 2000, 64, 32),
     ),
-    Case(
-        "recommender-b512",
-        "embedding 16,000 x 32 + MLP, B=512",
-        ("cpu",),
-        partial(models.Recommender, 16_000, 16, 32, (512, 256)),
-        partial(few_fields, 16_000, 16, 512),
-        leave_out=_FAR_SLOWER_ON_TABLES,
-    ),
+    recommender(16_000, 32, (512, 256), 512, "cpu"),
     replace(unet(32, 2, "quick"), leave_out=_FAR_SLOWER_ON_VOLUMES),
     encoder(64, 128, 2, 8, "quick"),
-    Case(
-        "resnet-small-32-b16",
-        "ResNet-like (16 to 64 channels, GroupNorm), 32², B=16",
-        ("quick",),
-        partial(models.ResNet, (1, 1, 1), 16),
-        partial(images, 32, 16, 10),
-    ),
-    Case(
-        "recommender-b256",
-        "embedding 4,000 x 16 + MLP, B=256",
-        ("quick",),
-        partial(models.Recommender, 4_000, 16, 16, (256, 128)),
-        partial(few_fields, 4_000, 16, 256),
-        leave_out=_FAR_SLOWER_ON_TABLES,
-    ),
+    resnet("-small", 32, 16, "quick", (1, 1, 1), width=16),
+    recommender(4_000, 16, (256, 128), 256, "quick"),
     # of a GPU, whose minutes are few: one of each kind of network first
     encoder(512, 1024, 4, 16, "gpu", precision="bfloat16"),
     unet(96, 2, "gpu", precision="bfloat16"),
-    Case(
-        "resnet18-224-b32",
-        "ResNet-18 (GroupNorm), 224², B=32",
-        ("gpu",),
-        partial(models.ResNet, (2, 2, 2, 2), large_images=True, classes=1000),
-        partial(images, 224, 32, 1000),
-        "bfloat16",
-    ),
-    Case(
-        "recommender-b1024",
-        "embedding 64,000 x 32 + MLP, B=1024",
-        ("gpu",),
-        partial(models.Recommender, 64_000, 16, 32, (512, 256)),
-        partial(few_fields, 64_000, 16, 1024),
-    ),
-    Case(
-        "resnet50-224-b32",
-        "ResNet-50 (GroupNorm), 224², B=32",
-        ("gpu",),
-        partial(models.ResNet, (3, 4, 6, 3), bottleneck=True, large_images=True, classes=1000),
-        partial(images, 224, 32, 1000),
-        "bfloat16",
-    ),
+    resnet("18", 224, 32, "gpu", _RESNET18),
+    recommender(64_000, 32, (512, 256), 1024, "gpu"),
+    resnet("50", 224, 32, "gpu", _RESNET50, bottleneck=True),
     unet(128, 2, "gpu", precision="bfloat16"),
     encoder(1024, 1024, 4, 8, "gpu", precision="bfloat16"),
     encoder(4096, 1024, 4, 2, "gpu", precision="bfloat16"),
@@ -313,7 +276,5 @@ def find(names: list[str], suite: str) -> list[Case]:
         ValueError: a name that no case has.
     """
     known = {case.name: case for case in CASES}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"case {unknown[0]!r}: expected one of {', '.join(known)}")
+    table.require_known("case", names, known)
     return [known[n] for n in names] or [case for case in CASES if suite in case.suites]

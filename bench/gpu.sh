@@ -276,7 +276,7 @@ stage versions 25 1 "$python" -m bench.rehearsal.versions "$pack"
 if [ "$run" = first ]; then
     tests tiles 60 tests/ops/production_tiles
     tests engine 50 tests/engine/device
-    measure trace 30 20 bench trace "$out/trace.csv"
+    measure trace 30 20 bench trace --output "$out/trace.csv"
     tests ops 60 tests/ops --ignore=tests/ops/production_tiles
     number=0
     while read -r offender; do
@@ -290,9 +290,9 @@ if [ "$run" = first ]; then
             "$python" -m pytest -m gpu -x --tb=line -p no:cacheprovider "$offender"
     done < <(sort -u "$DPKERNELS_LOST_GPU")
 else
-    measure kernels 110 30 bench.kernels "$out/kernels.csv"
+    measure kernels 110 30 bench ops "${small[@]}" --output "$out/ops.csv"
     measure steps 170 45 bench "${small[@]}" --pass first --output "$out/steps.csv"
-    measure explain 40 20 bench explain "$out/explain.csv"
+    measure explain 40 20 bench explain --output "$out/explain.csv"
     measure rivals 170 45 bench "${small[@]}" --pass second --output "$out/steps.csv"
 fi
 exit $failed

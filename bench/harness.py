@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 import math
 import os
+import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from bench import gate, memory, profiling, timing
 from bench.cases import Case, Workload
-from bench.results import Environment, Row
+from bench.results import Row
 from bench.rivals import RIVALS, Privacy, Rival, Trainer
 from bench.work import Report
 
@@ -31,7 +32,6 @@ class Plan:
         least: rounds of every rival that is not far slower than the ordinary step.
         most: rounds.
         memory: whether peak memory is measured too.
-        allocator: stated in the rows.
         everyone: measure also the rivals that a case leaves out to save minutes.
     """
 
@@ -40,7 +40,6 @@ class Plan:
     least: int = 3
     most: int = 60
     memory: bool = True
-    allocator: str = "system"
     everyone: bool = False
 
 
@@ -60,7 +59,6 @@ def measure(
     began = time.monotonic()
     left_out = () if plan.everyone else case.leave_out
     rivals = [rival for rival in rivals if rival.name not in left_out]
-    environment = Environment.here(device, plan.allocator)
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     workload = case.build(device)
     report("per-sample truth", 0.0)
@@ -85,7 +83,7 @@ def measure(
         if row.status == "ok" and too_late(rival):
             status = f"not timed: the {plan.case_seconds:.0f} s for this case were over"
             row, trainer = replace(row, status=status), None
-        rows[rival.name] = replace(row, load=load, **asdict(environment))
+        rows[rival.name] = replace(row, load=load)
         if trainer is not None:
             ready[rival.name] = trainer
         _collect(device)
@@ -95,22 +93,16 @@ def measure(
     if plan.memory:
         private = Privacy(bound, _NOISE_MULTIPLIER)
         admitted = [rival for rival in rivals if rows[rival.name].status == "ok"]
-        if device.type == "cuda":
-            grown = _grown_on_gpu(admitted, ready, device, report)
-        else:
-            ready.clear()
-            _collect(device)
-            grown = _grown_on_cpu(case, admitted, private, report)
-        rows |= _with_memory(rows, grown)
+        rows |= _with_memory(rows, ready, case, admitted, private, device, report)
     return [rows[rival.name] for rival in rivals]
 
 
-def unmeasured(case: Case, rivals: list[Rival], environment: Environment, status: str) -> list[Row]:
+def unmeasured(case: Case, rivals: list[Rival], status: str) -> list[Row]:
     """Rows of a case of which nothing could be run, with the reason as their status."""
     meta = torch.device("meta")
     with meta:
         workload = case.build(meta)
-    return [replace(_row(r, workload), status=status, **asdict(environment)) for r in rivals]
+    return [replace(_row(rival, workload), status=status) for rival in rivals]
 
 
 def profiled(rows: list[Row], case: Case, device: torch.device, report: Report) -> list[Row]:
@@ -154,8 +146,8 @@ def _admit(
             if rival.private:
                 errors.append(truth.error(gradients))
         except Exception as error:
-            timing.require_working(work.inputs.device, f"{row.case}, {rival.name}: {error}")
-            return replace(row, status=f"cannot run: {one_line(error)}"), None
+            status = timing.refusal(error, work.inputs.device, f"{row.case}, {rival.name}")
+            return replace(row, status=status), None
         if rival.private:
             row = replace(row, gate_error=errors[0])
             allowed = truth.allowed + min(trainer.margin(), gate.LARGEST_MARGIN)
@@ -191,61 +183,47 @@ def _timed(
     timed = {}
     for name, own in samples.items():
         if own.error is not None:
-            timed[name] = replace(rows[name], status=f"cannot run: {one_line(own.error)}")
+            status = timing.refusal(own.error, device, name)
+            timed[name] = replace(rows[name], status=status)
             continue
         wall = timing.Spread.of([1e3 * t for t in own.wall.values()])
-        ratio = timing.ratios(own.wall, base.wall)
-        row = replace(
-            rows[name],
-            ms=wall.median,
-            ms_p20=wall.p20,
-            ms_p80=wall.p80,
-            ratio=ratio.median,
-            ratio_p20=ratio.p20,
-            ratio_p80=ratio.p80,
-            rounds=len(own.wall),
-        )
+        figures = wall.named("ms", "ms_p20", "ms_p80")
+        figures |= timing.ratios(own.wall, base.wall).named("ratio", "ratio_p20", "ratio_p80")
         if own.processor:
-            ratio = timing.ratios(own.processor, base.processor)
-            row = replace(
-                row,
-                processor_ms=1e3 * timing.Spread.of(list(own.processor.values())).median,
-                processor_ratio=ratio.median,
-                processor_p20=ratio.p20,
-                processor_p80=ratio.p80,
-            )
+            names = ("processor_ratio", "processor_p20", "processor_p80")
+            figures |= timing.ratios(own.processor, base.processor).named(*names)
+            figures["processor_ms"] = 1e3 * statistics.median(own.processor.values())
         if own.host:
-            row = replace(row, host_ms=1e3 * timing.Spread.of(list(own.host.values())).median)
-        timed[name] = row
+            figures["host_ms"] = 1e3 * statistics.median(own.host.values())
+        timed[name] = replace(rows[name], rounds=len(own.wall), **figures)
     return timed
 
 
-def _grown_on_gpu(
-    admitted: list[Rival], ready: dict[str, Trainer], device: torch.device, report: Report
-) -> dict[str, float | None]:
-    grown: dict[str, float | None] = {}
-    for rival in admitted:
-        report.begin(rival.name)
-        try:
-            grown[rival.name] = memory.on_gpu(ready[rival.name], device)
-        except RuntimeError as error:
-            timing.require_working(device, f"memory, {rival.name}: {error}")
-            grown[rival.name] = None
-    return grown
-
-
-def _grown_on_cpu(
-    case: Case, admitted: list[Rival], privacy: Privacy, report: Report
-) -> dict[str, float | None]:
-    grown = {}
+def _with_memory(
+    rows: dict[str, Row],
+    ready: dict[str, Trainer],
+    case: Case,
+    admitted: list[Rival],
+    privacy: Privacy,
+    device: torch.device,
+    report: Report,
+) -> dict[str, Row]:
+    """The rows of the admitted rivals with their memory; on the CPU `ready` is emptied first."""
+    on_gpu, grown = device.type == "cuda", {}
+    if not on_gpu:
+        ready.clear()
+        _collect(device)
     for index, rival in enumerate(admitted):
         report(f"memory: {rival.title}", 0.8 + 0.2 * index / len(admitted))
         report.begin(rival.name)
-        grown[rival.name] = memory.on_cpu(case, rival, privacy, torch.get_num_threads())
-    return grown
-
-
-def _with_memory(rows: dict[str, Row], grown: dict[str, float | None]) -> dict[str, Row]:
+        try:
+            if on_gpu:
+                grown[rival.name] = memory.on_gpu(ready[rival.name], device)
+            else:
+                grown[rival.name] = memory.on_cpu(case, rival, privacy, torch.get_num_threads())
+        except RuntimeError as error:
+            timing.require_working(device, f"memory, {rival.name}: {error}")
+            grown[rival.name] = None
     base = grown.get("ordinary")
     return {
         name: replace(rows[name], memory_mb=own, memory_ratio=own / base if own and base else None)
@@ -257,9 +235,3 @@ def _collect(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, for a row."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

@@ -48,7 +48,7 @@ def in_fresh_process(
     None, too, where the process dies.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.memory", "bench.accounting_bench"])
+    context.set_forkserver_preload(["bench.memory", "bench.parts.accounting"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=function, args=(sender, *arguments))
     process.start()

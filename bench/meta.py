@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import importlib
 import json
-import warnings
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +24,13 @@ from unittest import mock
 
 import torch
 import triton
-from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
-from bench import cases, work
+from bench import cases, rivals, work
+from dpkernels import ops
 from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.engine.plan import planner, ridge_point
 from dpkernels.engine.release.pending import PendingGradients
@@ -40,16 +39,8 @@ from dpkernels.ops import native, registry, triton_support
 
 _META = torch.device("meta")
 _GPU = torch.device("cuda")
-_TRITON = (
-    "triton_support",
-    "linear.triton",
-    "noise.triton",
-    "clip.triton",
-    "affine.triton",
-    "embedding.triton",
-    "conv.triton",
-    "conv.triton_gram",
-)
+#: what has a name in an object, and what takes its place
+_Change = tuple[Any, str, Any]
 #: free memory of an H100 with 80 GB, whose share is the planner's budget
 _FREE = 78 << 30
 _VIEWS_AND_METADATA = (
@@ -199,32 +190,38 @@ def as_gpu(step: Step) -> Iterator[None]:
     def load(name: str) -> Any:
         return extension if name == "cuda" else "only a GPU is stood in for"
 
-    with contextlib.ExitStack() as stack:
-
-        def put(owner: Any, name: str, value: Any) -> None:
-            stack.enter_context(mock.patch.object(owner, name, value))
-
-        put(torch.cuda, "is_available", lambda: True)
-        put(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-        put(native, "load", load)
-        put(native, "extension", lambda _: extension)
-        put(native, "launch_on", lambda _: (0, 0, 0))
-        put(native, "write_back", lambda tensor, _: tensor)
-        put(registry, "_device_type", device_type)
-        put(triton_support, "why_not_device", lambda _: None)
-        for module, name, kernel in _kernels():
-            put(module, name, _Kernel(kernel, step.launches))
+    changes: list[_Change] = [
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (native, "load", load),
+        (native, "extension", lambda _: extension),
+        (native, "launch_on", lambda _: (0, 0, 0)),
+        (native, "write_back", lambda tensor, _: tensor),
+        (registry, "_device_type", device_type),
+        (triton_support, "why_not_device", lambda _: None),
+        *((owner, name, _Kernel(kernel, step.launches)) for owner, name, kernel in _kernels()),
+    ]
+    with _changed(changes):
         registry._module.cache_clear()
-        stack.callback(registry._module.cache_clear)
+        yield
+    registry._module.cache_clear()
+
+
+@contextlib.contextmanager
+def _changed(changes: Sequence[_Change]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(mock.patch.object(*change))
         yield
 
 
 def _kernels() -> Iterator[tuple[ModuleType, str, Any]]:
-    for path in _TRITON:
-        module = importlib.import_module(f"dpkernels.ops.{path}")
-        for name, value in list(vars(module).items()):
-            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
-                yield module, name, value
+    for found in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
+        if "triton" in found.name:
+            module = importlib.import_module(found.name)
+            for name, value in list(vars(module).items()):
+                if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                    yield module, name, value
 
 
 @contextlib.contextmanager
@@ -240,74 +237,52 @@ def _engine_as_on_gpu(half: bool) -> Iterator[None]:
     def budget(_: torch.device) -> int:
         return int(_FREE * planner._BUDGET_SHARE)
 
-    with contextlib.ExitStack() as stack:
-        for owner, name, value in (
-            (planner, "kind_of_products", kind_of_products),
-            (planner, "ridge_point", ridge_point_of_gpu),
-            (planner, "default_memory_budget", budget),
-            (TrialBook, "due", lambda *_: False),
-            (PendingGradients, "refuse_not_finite", lambda *_: None),
-            (norm, "_autocast", lambda _: half),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, value))
+    changes: list[_Change] = [
+        (planner, "kind_of_products", kind_of_products),
+        (planner, "ridge_point", ridge_point_of_gpu),
+        (planner, "default_memory_budget", budget),
+        (TrialBook, "due", lambda *_: False),
+        (PendingGradients, "refuse_not_finite", lambda *_: None),
+        (norm, "_autocast", lambda _: half),
+    ]
+    with _changed(changes):
         yield
 
 
 def private_step(case: cases.Case) -> Step:
     """The second step of a case with the engine, as the first one plans."""
-    model, inputs, target, run = _built(case)
-    optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-4)
-    empty = TensorDataset(torch.zeros(len(inputs), 1))
-    engine = dpkernels.PrivacyEngine()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, optimizer, _ = engine.make_private(
-            module=model,
-            optimizer=optimizer,
-            data_loader=DataLoader(empty, batch_size=len(inputs)),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            poisson_sampling=False,
-        )
-    step = Step()
-    with as_gpu(step), _engine_as_on_gpu(case.precision == "bfloat16"):
-        run(model, optimizer)
-        for counted in (step.launches, step.calls, step.operations):
-            counted.clear()
-        with _Counting(step.operations):
-            run(model, optimizer)
+    engine, step = dpkernels.PrivacyEngine(), Step()
+    with _workload(case) as workload:
+        train = rivals.with_ours(engine, workload, rivals.Privacy(1.0, 1.0))
+        with as_gpu(step), _engine_as_on_gpu(case.precision == "bfloat16"):
+            train()
+            for counted in (step.launches, step.calls, step.operations):
+                counted.clear()
+            with _Counting(step.operations):
+                train()
     step.plan = engine.explain().rows
     return step
 
 
 def ordinary_step(case: cases.Case) -> Step:
     """The same step without privacy."""
-    model, _, _, run = _built(case)
-    step = Step()
-    with _Counting(step.operations):
-        run(model, torch.optim.SGD(model.parameters(), lr=1e-4))
+    step, (ordinary, *_) = Step(), rivals.RIVALS
+    with _workload(case) as workload:
+        train = ordinary.prepare(workload, rivals.Privacy(1.0, 1.0))
+        with _Counting(step.operations):
+            train()
     return step
 
 
-def _built(
-    case: cases.Case,
-) -> tuple[nn.Module, torch.Tensor, torch.Tensor, Callable[[nn.Module, Any], None]]:
-    """The case on tensors without storage, and what runs one step of it."""
-    torch.manual_seed(0)
+@contextlib.contextmanager
+def _workload(case: cases.Case) -> Iterator[cases.Workload]:
+    """The case on tensors without storage, with its autocast stood in for."""
     with _META:
-        model = case.make_model().train()
-    inputs, target = (t.to(_META) for t in case.make_batch(torch.Generator().manual_seed(0)))
-    criterion = cases.SampleCrossEntropy()
+        workload = case.build(_META)
     half = case.precision == "bfloat16"
-
-    def run(model: nn.Module, optimizer: Any) -> None:
-        with _Autocast() if half else contextlib.nullcontext():
-            loss = criterion(model(inputs), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return model, inputs, target, run
+    autocast = mock.Mock(side_effect=_Autocast if half else contextlib.nullcontext)
+    with mock.patch.object(cases.Workload, "autocast", autocast):
+        yield workload
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -324,14 +299,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found, indent=1))
         return
     heads = ("case", "ordinary", "ours", "Triton", "CUDA", "kept, GB", "plan")
-    table = Table(*heads, title="operations of a step that launch kernels")
+    lines = []
     for name, row in found.items():
         plan = ", ".join(f"{count} {how}" for how, count in row["plan"].items())
         launches = (sum(row["triton"].values()), sum(row["cuda"].values()))
         kept = f"{row['kept_bytes'] / 1e9:.2f}"
-        cells = (name, row["ordinary"], row["operations"], *launches, kept, plan)
-        table.add_row(*map(str, cells))
-    work.console.print(table)
+        lines.append((name, row["ordinary"], row["operations"], *launches, kept, plan))
+    work.say_table(heads, lines, "operations of a step that launch kernels")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import cases, rivals
+from bench.parts.scaling import CURVES, point_of
 from bench.results import Row
-from bench.scaling import CURVES, point_of
 
 _TITLES = {case.name: case.title for case in cases.CASES}
 _PRIVATE = [rival for rival in rivals.RIVALS if rival.private]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cases, digest, pictures, results, rivals, scaling, table, targets
+from bench import cases, pictures, results, rivals, table, targets
+from bench.part import Part
+from bench.parts import scaling
 from bench.results import Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -22,33 +25,31 @@ _TENTHS_BELOW = 10.0
 _NO_GPU = "GPU: not yet measured."
 
 
-def write_all(root: Path, rows: list[Row]) -> list[Path]:
-    """Pictures, the README's block and the one of the notes, from `rows` of steps and all others.
+def write_all(root: Path, parts: Sequence[Part]) -> list[Path]:
+    """Pictures, the README's block and the one of the notes, from the committed rows of all parts.
 
     Raises:
         ValueError: a file without the markers.
     """
+    rows = results.read(results.RESULTS / "steps.csv")
     drawn = [
         pictures.steps(group, results.RESULTS, _caption(group))
         for group in _groups(rows)
         if not _kept(group)
     ]
-    if curves := pictures.scaling(results.read(scaling.PATH), results.RESULTS):
+    if curves := pictures.scaling(results.read(scaling.PART.path), results.RESULTS):
         drawn.append(curves)
     shown = [f"![{path.stem}]({path.relative_to(root)})" for path in drawn]
-    parts = [*tables(rows), *shown, _listed(digest.headlines()), _MORE, *_no_gpu(rows)]
-    notes = [
-        outcome_table(rows),
-        _listed(digest.all_lines()),
-        *digest.roofline_table(),
-        *digest.strategies(),
-    ]
+    lines = {part: part.said(part.digest) for part in parts}
+    headlines = [found[0] for part, found in lines.items() if part.headline and found]
+    listed = _listed([line for found in lines.values() for line in found])
+    noted = [text for part in parts for text in part.said(part.tables)]
     texts = {
-        root / "README.md": "\n\n".join(part for part in parts if part),
-        root / "bench" / "NOTES.md": "\n\n".join(note for note in notes if note),
+        root / "README.md": [*tables(rows), *shown, _listed(headlines), _MORE, *_no_gpu(rows)],
+        root / "bench" / "NOTES.md": [outcome_table(rows), listed, *noted],
     }
-    for path, text in texts.items():
-        write(path, text)
+    for path, paragraphs in texts.items():
+        write(path, "\n\n".join(text for text in paragraphs if text))
     return [*drawn, *texts]
 
 
@@ -62,16 +63,17 @@ def outcome_table(rows: list[Row]) -> str:
     wanted = targets.read()
     group = [row for row in rows if row.key[:3] == ("cpu", "1", "system")]
     missed = targets.missed(group, wanted)
-    lines = ["| case | target | predicted | outcome | not met |", "|---|---|---|---|---|"]
+    lines = []
     own = {row.case: row for row in group if row.rival == "ours"}
     for name in _case_names(group):
         if row := own.get(name):
             target = wanted.get(name)
             goal = f"{_ratio(target.time)} / {_ratio(target.memory)}" if target else "–"
             predicted = target.predicted if target else "–"
-            cells = (_TITLES[name], goal, predicted, _cell(row), str(missed.get(name, "")))
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *_explained(list(missed.values()))])
+            why = str(missed.get(name, ""))
+            lines.append((_TITLES[name], goal, predicted, _cell(row), why))
+    shown = table.markdown(("case", "target", "predicted", "outcome", "not met"), lines)
+    return "\n".join([shown, *_explained(list(missed.values()))])
 
 
 def write(path: Path, text: str) -> None:
@@ -129,9 +131,7 @@ def _case_names(rows: list[Row]) -> list[str]:
 
 
 def _table(group: list[Row]) -> str:
-    body = [heads(), tuple("---" if not i else "---:" for i in range(len(heads())))]
-    body += lines(group, strong="**")
-    text = "\n".join("| " + " | ".join(line) + " |" for line in body)
+    text = table.markdown(heads(), lines(group, strong="**"), figures=len(heads()) - 1)
     parts = [f"**{_caption(group)}**", _key(group), text, *_summary(group), *_misses(group)]
     return "\n\n".join(parts)
 

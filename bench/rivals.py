@@ -6,7 +6,6 @@ that of the per-sample loop, or the rival is not timed.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
-from bench import adapt
+from bench import adapt, results, table
 from bench.cases import SampleCrossEntropy, Workload
 
 _LEARNING_RATE = 1e-4
@@ -82,10 +81,8 @@ class Rival:
 
     def version(self) -> str:
         """Version of its package; empty where that is not installed."""
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return dpkernels.__version__ if self.package == "dpkernels" else ""
+        fallback = dpkernels.__version__ if self.package == "dpkernels" else ""
+        return results.version_of(self.package) or fallback
 
 
 def _sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -290,29 +287,14 @@ RIVALS = (
         "torch",
         _loop,
     ),
-    Rival(
-        "hooks",
-        "Opacus hooks",
-        _OPACUS + "expand hooks where Opacus has a rule, functorch elsewhere",
-        "opacus",
-        _opacus("hooks"),
-    ),
-    Rival(
-        "ghost",
-        "Opacus ghost",
-        _OPACUS + "criterion returns one value per sample; two backward passes",
-        "opacus",
-        _opacus("ghost"),
-    ),
-    Rival(
-        "functorch", "Opacus functorch", _OPACUS + "vmap of grad", "opacus", _opacus("functorch")
-    ),
-    Rival(
-        "ew",
-        "Opacus ew",
-        _OPACUS + "torch ExpandedWeights; positions from nn.Embedding, not a bare parameter",
-        "opacus",
-        _opacus("ew"),
+    *(
+        Rival(mode, f"Opacus {mode}", _OPACUS + config, "opacus", _opacus(mode))
+        for mode, config in {
+            "hooks": "expand hooks where Opacus has a rule, functorch elsewhere",
+            "ghost": "criterion returns one value per sample; two backward passes",
+            "functorch": "vmap of grad",
+            "ew": "torch ExpandedWeights; positions from nn.Embedding, not a bare parameter",
+        }.items()
     ),
     Rival(
         "backpack",
@@ -331,9 +313,6 @@ def find(names: list[str]) -> list[Rival]:
     Raises:
         ValueError: a name that no rival has.
     """
-    known = {rival.name: rival for rival in RIVALS}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"rival {unknown[0]!r}: expected one of {', '.join(known)}")
-    wanted = {*names, "ordinary"} if names else set(known)
+    table.require_known("rival", names, [rival.name for rival in RIVALS])
+    wanted = {*names, "ordinary"} if names else {rival.name for rival in RIVALS}
     return [rival for rival in RIVALS if rival.name in wanted]

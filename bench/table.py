@@ -65,6 +65,24 @@ def provenance(rows: Iterable[Mapping[str, str]]) -> str:
     return ", ".join([*when, *where])
 
 
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]], figures: int = 0) -> str:
+    """A table in Markdown, whose last columns, `figures` of them, are set to the right."""
+    rules = ["---"] * (len(heads) - figures) + ["---:"] * figures
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rules, *lines))
+
+
+def require_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Every one of `names` is among those known.
+
+    Raises:
+        ValueError: one is not; the message says which ones are.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{kind} {name!r}: expected one of {', '.join(known)}")
+
+
 def number(text: str | None) -> float | None:
     """The number in a cell; None where it is empty."""
     return float(text) if text else None

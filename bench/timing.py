@@ -15,14 +15,17 @@ _SLOW = 2.0
 _SLOW_ROUNDS = 2
 #: what a case is about: never dropped, however slow
 KEPT = ("ordinary", "ours")
+_BASE = "ordinary"
 #: untimed steps before the first round end after this many or after these seconds
 _WARM_UP_STEPS = 3
 _WARM_UP_SECONDS = 1.0
 #: on a GPU: steps between two events; none is added to a row that has taken the host these seconds
 _ROW = 5
 _ROW_SECONDS = 0.5
+#: letters of an error in a row
+_LONGEST = 160
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 
 Step = Callable[[], object]
 
@@ -84,6 +87,10 @@ class Spread:
             return cls(values[0], values[0], values[0])
         fifths = statistics.quantiles(values, n=5, method="inclusive")
         return cls(statistics.median(values), fifths[0], fifths[3])
+
+    def named(self, *names: str) -> dict[str, float]:
+        """The three under these names."""
+        return dict(zip(names, (self.median, self.p20, self.p80), strict=True))
 
 
 def ratios(times: Mapping[int, float], base: Mapping[int, float]) -> Spread:
@@ -168,6 +175,17 @@ def require_working(device: torch.device, after: str) -> None:
             raise GpuLost(f"{after} left the GPU unusable for this process") from lost
 
 
+def refusal(error: Exception, device: torch.device, what: str) -> str:
+    """The status of what failed with an error.
+
+    Raises:
+        GpuLost: as :func:`require_working`.
+    """
+    require_working(device, f"{what}: {error}")
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"cannot run: {text if len(text) <= _LONGEST else text[: _LONGEST - 3] + '...'}"
+
+
 def allow_tf32(allowed: bool) -> None:
     """Let products of float32 matrices and convolutions be TF32 from now on, or forbid it."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
@@ -185,14 +203,13 @@ def interleave(
     seconds: float,
     least: int,
     most: int,
-    base: str = "ordinary",
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
     begin: Callable[[str], None] = lambda name: None,
 ) -> Iterator[dict[str, Samples]]:
     """Time `steps` for about `seconds`, at least `least` and at most `most` rounds.
 
-    Rivals slower than twice the `base` drop out after two rounds; the base and ours never do. One
-    whose step fails drops out with its error.
+    Rivals slower than twice the ordinary step drop out after two rounds; that and ours never do.
+    One whose step fails drops out with its error.
 
     The gate has run each of them once.
 
@@ -205,7 +222,7 @@ def interleave(
 
     Raises:
         GpuLost: a step has ended the use of the GPU.
-        Exception: the base's own.
+        Exception: the ordinary step's own.
     """
     samples = {name: Samples() for name in steps}
 
@@ -217,7 +234,7 @@ def interleave(
                 torch.cuda.synchronize(device)
         except Exception as error:
             require_working(device, f"{name}: {error}")
-            if name == base:
+            if name == _BASE:
                 raise
             samples[name].error = error
 
@@ -233,11 +250,11 @@ def interleave(
             return
         names = [n for n in names if samples[n].error is None]
         if index >= min(_SLOW_ROUNDS, least):
-            limit = _SLOW * statistics.median(samples[base].wall.values())
+            limit = _SLOW * statistics.median(samples[_BASE].wall.values())
             names = [
                 n
                 for n in names
-                if n in (base, *KEPT) or statistics.median(samples[n].wall.values()) <= limit
+                if n in KEPT or statistics.median(samples[n].wall.values()) <= limit
             ]
         first = index % len(names)
         for name in names[first:] + names[:first]:

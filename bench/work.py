@@ -15,13 +15,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from bench import results, timing
 
@@ -33,6 +34,20 @@ GPU_LOST, HUNG = 86, 87
 PIECE_SECONDS_ON_GPU = 60.0
 _UNKNOWN = "exit status unknown"
 console = Console(width=max(150, shutil.get_terminal_size().columns))
+
+
+def say(*lines: str) -> None:
+    """Print lines as they are."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def say_table(heads: Iterable[str], lines: Iterable[Iterable[object]], title: str = "") -> None:
+    """Print a table."""
+    shown = Table(*heads, title=title)
+    for line in lines:
+        shown.add_row(*map(str, line))
+    console.print(shown)
 
 
 class Report:
@@ -236,7 +251,7 @@ def off(
             except (RuntimeError, ValueError) as error:
                 report.stop()
                 failed.append(name)
-                _say(progress.console, f"{name}: {error}")
+                say(f"{name}: {error}")
                 if _lost_gpu(error):
                     memory.blame(str(error))
                     raise SystemExit(GPU_LOST) from error
@@ -251,11 +266,11 @@ def off(
         progress.update(task, description="", completed=len(items) - len(left))
     ended = [(i, p, s) for i in items for p, s in memory.ended.get(i, {}).items()]
     for name, piece, status in ended:
-        _say(console, f"{_named(name, piece)}: {status}")
+        say(f"{_named(name, piece)}: {status}")
     outcome = Outcome(tuple(failed), tuple(left), tuple(_named(i, p) for i, p, _ in ended))
     if left:
         names = ", ".join(left)
-        _say(console, f"{budget:.0f} s are over; left for the same command again: {names}")
+        say(f"{budget:.0f} s are over; left for the same command again: {names}")
     if outcome.complete:
         memory.finish()
     return outcome
@@ -270,10 +285,6 @@ def piece_seconds(asked: float | None, device: torch.device) -> float | None:
 
 def _named(item: str, piece: str) -> str:
     return f"{item}: {piece}" if piece else item
-
-
-def _say(to: Console, text: str) -> None:
-    to.print(text, highlight=False, markup=False)
 
 
 def _lost_gpu(error: Exception) -> bool:

@@ -2,7 +2,7 @@
 
     python -m bench.rehearsal.fill PART PARTS
 
-They are those of ``bench/kernels.py`` and of the steps of all GPU cases. Takes every PARTS-th shape
+They are those of ``bench/calls.py`` and of the steps of all GPU cases. Takes every PARTS-th shape
 and case, beginning with number PART (from 0), so that as many processes share the work; the kernels
 go to TRITON_CACHE_DIR. The tensors have no memory: shapes, strides and dtypes are all that a kernel
 is compiled by.
@@ -15,25 +15,25 @@ from collections.abc import Callable
 
 import torch
 
-from bench import cases, kernels, meta, timing
+from bench import calls, cases, meta, timing
 from bench.rehearsal import driver
 from dpkernels import ops
 
 
 def kernel_calls() -> list[tuple[str, Callable[[], object]]]:
-    """The calls of the Triton kernels in ``bench/kernels.py``, by name."""
+    """The calls of the Triton kernels in ``bench/calls.py``, by name."""
 
-    def call(precision: str, make: kernels.Make) -> None:
-        timing.allow_tf32(kernels.PRECISIONS[precision][1])
-        wanted = make(kernels.Place(torch.device("cuda"), precision))
+    def call(precision: str, make: calls.Make) -> None:
+        timing.allow_tf32(calls.PRECISIONS[precision][1])
+        wanted = make(calls.Place(torch.device("cuda"), precision))
         if "triton" in wanted.op.candidates(*wanted.arguments):
             with ops.use_backend("triton"):
                 wanted.op(*wanted.arguments)
 
     return [
         (f"{op} {shape} {precision}", lambda p=precision, m=make: call(p, m))
-        for precision in kernels.PRECISIONS
-        for (op, shape), make in kernels.cases().items()
+        for precision in calls.PRECISIONS
+        for (op, shape), make in calls.cases("gpu").items()
     ]
 
 

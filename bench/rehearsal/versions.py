@@ -11,7 +11,6 @@ with 3 where torch finds no GPU, with 1 where kernels have to be compiled again.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from bench import results
 from dpkernels import info
 
 
@@ -57,13 +57,6 @@ def _say(*command: str) -> None:
         print(f"{command[0]}: {error}", flush=True)
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
 def main() -> int:
     """Print, and tell by the exit code."""
     if sys.argv[1:] == ["--key"]:
@@ -75,7 +68,12 @@ def main() -> int:
     print(f"commit {os.environ.get('DPKERNELS_COMMIT') or 'unknown'}")
     print(f"python {platform.python_version()}, CUDA {torch.version.cuda}, {os.cpu_count()} cores")
     packages = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "opacus")
-    print(", ".join(f"{name} {_version(name)}" for name in (*packages, "monai", "nibabel")))
+    print(
+        ", ".join(
+            f"{name} {results.version_of(name) or 'missing'}"
+            for name in (*packages, "monai", "nibabel")
+        )
+    )
     try:
         info.show()
     except Exception as error:

@@ -106,7 +106,7 @@ class Op(Generic[Result]):
             )
         elif runs is not None:
             signature = signature.replace(return_annotation=runs.__signature__.return_annotation)
-        self.__signature__ = signature
+        self.__signature__: inspect.Signature = signature
         self._contract = contract
         self._check = check
         self._mutates = mutates

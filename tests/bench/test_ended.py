@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, kernels, results, rivals, steps, table, timing, work
+from bench import calls, harness, results, rivals, table, timing, work
+from bench.part import How
+from bench.parts import ops, steps
 from tests.bench.support import TINY
 
 _KILLED = "ended the process (exit status unknown): not tried again"
@@ -95,23 +97,25 @@ def _steps(folder: Path, killing: str) -> None:
         for r in rivals.find(["ours", "loop"])
     ]
     plan = harness.Plan(0.0, None, 1, 1, memory=False)
-    steps.run([TINY], chosen, torch.device("cpu"), plan, folder / "rows.csv")
+    steps.PART.run(steps.of_cases([TINY], chosen, plan, How(folder / "rows.csv")))
 
 
-def _kernels(folder: Path, last: int) -> None:
-    """The bench of an op, which ends the process in its call of this number."""
-    honest, calls = kernels.median_seconds, []
+def _ops(folder: Path, last: int) -> None:
+    """The bench of an op, which ends the process in its turn of this number."""
+    honest, turns = ops.one_turn, []
 
-    def timed(call: Callable[[], object], clock: timing.Clock) -> float:
-        calls.append(1)
-        if len(calls) == last:
+    def turn(function: Callable[[], object], clock: timing.Clock) -> list[float]:
+        turns.append(1)
+        if len(turns) == last:
             _end("kill")
-        return honest(call, clock)
+        return honest(function, clock)
 
-    kernels.median_seconds, kernels.SECONDS, kernels.SHRINK_ON_CPU = timed, 0.0, 64
-    kernels.PRECISIONS = {"float32": (torch.float32, False)}
-    arguments = [str(folder / "kernels.csv"), "--device", "cpu", "--only", "linear_norm_sq"]
-    kernels.main(arguments)
+    ops.one_turn, ops.TURN_SECONDS, ops.TURNS, ops.SHRINK = turn, 0.0, 1, 64
+    ops.PRECISIONS = calls.PRECISIONS = {"float32": (torch.float32, False)}
+    how = How(folder / "ops.csv")
+    raise SystemExit(
+        0 if ops.PART.run(ops.todo(how, only="linear_norm_sq", quick=True)).complete else 1
+    )
 
 
 def _log(folder: Path) -> list[str]:
@@ -203,12 +207,12 @@ def test_a_rival_that_ends_the_process_has_that_in_its_row(tmp_path: Path) -> No
 
 
 def test_a_backend_that_ends_the_process_costs_its_own_rows(tmp_path: Path) -> None:
-    # the first two calls find the peaks, then come the backends of the first shape
-    assert _run(tmp_path, _kernels, 4) == -signal.SIGKILL
-    before = table.read(tmp_path / "kernels.csv")
+    # the first two turns find the peaks, then come the backends of the first shape
+    assert _run(tmp_path, _ops, 4) == -signal.SIGKILL
+    before = table.read(tmp_path / "ops.csv")
     assert [row["status"] for row in before] == ["ok"]
-    assert _run(tmp_path, _kernels, 0) == 1
-    rows = table.read(tmp_path / "kernels.csv")
+    assert _run(tmp_path, _ops, 0) == 1
+    rows = table.read(tmp_path / "ops.csv")
     first, second = rows[:2]
     where = f"not tried: it has ended the process on {second['shape']} {second['precision']}"
     others = [where if row["backend"] == second["backend"] else "ok" for row in rows[2:]]

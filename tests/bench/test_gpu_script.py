@@ -28,9 +28,9 @@ _ANSWERS = {
     "* tests/ops/production_tiles": 'echo "== 30 passed in 2.00s =="',
     "*tests/engine/device": 'echo "== 12 passed in 3.00s =="',
     "*tests/ops --ignore*": 'echo "== 99 passed in 4.00s =="',
-    "* trace *.csv *": 'echo trace >"$4"',
-    "* explain *.csv *": 'echo explain >"$4"',
-    "*bench.kernels *.csv *": 'echo kernels >"$3"',
+    "* trace *.csv *": 'echo trace >"$5"',
+    "* explain *.csv *": 'echo explain >"$5"',
+    "* bench ops *.csv *": 'echo ops >"$5"',
     "* --pass *.csv *": 'echo steps >"$6"',
 }
 """What the stand-in does, by a pattern of all its arguments; the first that fits."""
@@ -138,7 +138,7 @@ def test_the_script_for_a_gpu_says_how_it_is_used(
 
 
 @pytest.mark.parametrize(
-    ("half", "tables"), [("first", {"trace"}), ("second", {"kernels", "steps", "explain"})]
+    ("half", "tables"), [("first", {"trace"}), ("second", {"ops", "steps", "explain"})]
 )
 def test_every_stage_has_its_line_and_its_files(
     machine: Machine, half: str, tables: set[str]
@@ -224,14 +224,14 @@ def test_a_stage_that_lost_the_gpu_begins_again_and_its_budget_is_what_is_left(
 
 
 def test_time_that_is_used_up_is_said(machine: Machine) -> None:
-    machine.answer("*bench.kernels *.csv *", 'echo kernels >"$3"; sleep 60')
+    machine.answer("* bench ops *.csv *", 'echo ops >"$5"; sleep 60')
     machine.answer("*--pass first *", 'echo steps >"$6"; sleep 60')
     status, _ = machine.run("second", patience=0.01)
     table = machine.table()
     assert status == 1
     assert tuple(table) == _STAGES["second"]
     assert ("-", "no time left") in table.values()
-    assert (machine.out / "kernels.csv").read_text() == "kernels\n"
+    assert (machine.out / "ops.csv").read_text() == "ops\n"
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -340,7 +340,7 @@ def test_rehearsal_with_the_real_interpreter(half: str, tmp_path: Path) -> None:
     if half == "second":
         assert {"kernels", "steps", "explain", "rivals"} <= table.keys()
         assert {path.name for path in out.glob("*.csv")} == {
-            "kernels.csv", "steps.csv", "explain.csv"
+            "ops.csv", "steps.csv", "explain.csv"
         }  # fmt: skip
         return
     assert table["tiles"] == "1", text

@@ -10,7 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from bench import __main__ as main
-from bench import cases, harness, kernels, results, rivals, steps, table, timing, trace, work
+from bench import calls, cases, harness, results, rivals, table, timing, work
+from bench.part import Todo
+from bench.parts import ops, steps, trace
 
 
 @pytest.fixture(autouse=True)
@@ -34,30 +36,34 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_measured(
 
 
 def test_a_backend_that_fails_has_its_reason_and_the_others_their_times(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = tmp_path / "kernels.csv"
-    honest = kernels.median_seconds
-    calls: list[int] = []
+    path = tmp_path / "ops.csv"
+    honest = ops.one_turn
+    turns: list[int] = []
 
-    def timed(call, clock):
-        calls.append(1)
-        if len(calls) == 3:
+    def turn(function, clock):
+        turns.append(1)
+        if len(turns) == 3:
             raise NotImplementedError("no such instruction")
-        return honest(call, clock)
+        return honest(function, clock)
 
-    monkeypatch.setattr(kernels, "median_seconds", timed)
-    monkeypatch.setattr(kernels, "SECONDS", 0.0)
-    monkeypatch.setattr(kernels, "PRECISIONS", {"float32": (torch.float32, False)})
-    monkeypatch.setattr(kernels, "SHRINK_ON_CPU", 64)
-    with pytest.raises(SystemExit) as ended:
-        kernels.main([str(path), "--device", "cpu", "--only", "linear_norm_sq"])
-    assert ended.value.code == 0
+    monkeypatch.setattr(ops, "one_turn", turn)
+    monkeypatch.setattr(ops, "TURNS", 1)
+    monkeypatch.setattr(ops, "TURN_SECONDS", 0.0)
+    for module in (ops, calls):
+        monkeypatch.setattr(module, "PRECISIONS", {"float32": (torch.float32, False)})
+    monkeypatch.setattr(ops, "SHRINK", 64)
+    arguments = ["ops", "--quick", "--only", "linear_norm_sq", "--output", str(path)]
+    found = CliRunner().invoke(main.app, arguments)
+    assert found.exit_code == 0
     statuses = [row["status"] for row in table.read(path)]
-    assert statuses[0] == "no such instruction"
+    assert statuses[0] == "cannot run: no such instruction"
     assert set(statuses[1:]) == {"ok"}
-    kernels.show(path)
-    assert "no such instruction" in capsys.readouterr().out
+    measured = len(turns)
+    found = CliRunner().invoke(main.app, [*arguments, "--show"])
+    assert "no such instruction" in found.output
+    assert len(turns) == measured
 
 
 def test_a_lost_gpu_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,11 +92,11 @@ def test_a_rival_that_is_named_is_measured_though_it_is_slow(
 ) -> None:
     plans: list[harness.Plan] = []
 
-    def run(wanted, chosen, device, plan, path, **options) -> work.Outcome:
+    def of_cases(wanted, chosen, plan, how) -> Todo:
         plans.append(plan)
-        return work.Outcome()
+        return Todo({}, how)
 
-    monkeypatch.setattr(steps, "run", run)
+    monkeypatch.setattr(steps, "of_cases", of_cases)
     output = ["--output", str(tmp_path / "rows.csv")]
     for arguments in (output, ["--rival", "hooks", *output]):
         assert CliRunner().invoke(main.app, arguments).exit_code == 0
@@ -109,7 +115,6 @@ def test_rows_of_another_machine_come_beside_ours(
     results.replace(theirs / "steps.csv", [row("NVIDIA H200", 1.02)])
     results.replace(ours / "steps.csv", [row("cpu", 1.1), row("NVIDIA H200", 1.5)])
     monkeypatch.setattr(results, "RESULTS", ours)
-    monkeypatch.setattr(steps, "PATH", ours / "steps.csv")
     monkeypatch.setattr(main, "_write_reports", lambda: None)
     found = CliRunner().invoke(main.app, ["adopt", str(theirs)])
     assert found.exit_code == 0
@@ -128,8 +133,8 @@ def test_a_new_trace_takes_the_place_of_the_former_one(
         ]
 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    table.replace(ours / "trace.csv", [*rows("a", "one", "two"), *rows("b", "one")], trace.KEY)
-    table.replace(theirs / "trace.csv", rows("a", "two", "three"), trace.KEY)
+    table.replace(ours / "trace.csv", [*rows("a", "one", "two"), *rows("b", "one")], trace.PART.key)
+    table.replace(theirs / "trace.csv", rows("a", "two", "three"), trace.PART.key)
     monkeypatch.setattr(results, "RESULTS", ours)
     monkeypatch.setattr(main, "_write_reports", lambda: None)
     assert CliRunner().invoke(main.app, ["adopt", str(theirs)]).exit_code == 0

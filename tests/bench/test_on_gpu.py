@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,19 +14,9 @@ from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 from bench import __main__ as main
-from bench import (
-    cases,
-    explain,
-    harness,
-    profiling,
-    results,
-    rivals,
-    steps,
-    table,
-    timing,
-    trace,
-    work,
-)
+from bench import cases, harness, profiling, results, rivals, table, timing, work
+from bench.part import How, Todo
+from bench.parts import explain, steps, trace
 from tests.bench.support import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,10 +106,13 @@ def test_the_passes_share_the_ordinary_step_and_nothing_else() -> None:
 
 def test_the_second_pass_leaves_the_rows_of_the_first(tmp_path: Path) -> None:
     path, plan = tmp_path / "rows.csv", harness.Plan(0.0, None, 1, 1, memory=False)
-    run = partial(steps.run, [TINY], device=_CPU, plan=plan, path=path)
-    assert run(rivals.find(["ours", "loop"])).complete
+
+    def run(*names: str) -> work.Outcome:
+        return steps.PART.run(steps.of_cases([TINY], rivals.find([*names]), plan, How(path)))
+
+    assert run("ours", "loop").complete
     before = {row.rival: row for row in results.read(path)}
-    assert run(rivals.find(["ghost"])).complete
+    assert run("ghost").complete
     after = {row.rival: row for row in results.read(path)}
     assert set(after) == {"ordinary", "ours", "loop", "ghost"}
     assert {name: after[name] for name in before} == before
@@ -130,11 +123,11 @@ def test_a_pass_measures_its_rivals_and_not_those_a_case_leaves_out(
 ) -> None:
     asked: list[tuple[list[str], bool]] = []
 
-    def run(wanted, chosen, device, plan, path, **options) -> work.Outcome:
+    def of_cases(wanted, chosen, plan, how) -> Todo:
         asked.append(([rival.name for rival in chosen], plan.everyone))
-        return work.Outcome()
+        return Todo({}, how)
 
-    monkeypatch.setattr(steps, "run", run)
+    monkeypatch.setattr(steps, "of_cases", of_cases)
     output = ["--output", str(tmp_path / "rows.csv")]
     assert CliRunner().invoke(main.app, ["--pass", "first", *output]).exit_code == 0
     assert asked == [(["ordinary", "ours", "loop"], False)]
@@ -210,7 +203,7 @@ def test_kernels_keep_what_tells_them_apart_of_their_names() -> None:
 
 def test_a_trace_has_both_rivals_kernel_by_kernel(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
-    assert trace.run([TINY], _CPU, path).complete
+    assert trace.PART.run(trace.of_cases([TINY], How(path))).complete
     rows = table.read(path)
     assert {(row["case"], row["rival"]) for row in rows} == {("tiny", "ordinary"), ("tiny", "ours")}
     for rival in trace.RIVALS:
@@ -230,7 +223,7 @@ def test_kernels_beyond_the_longest_are_counted_together(
 ) -> None:
     path = tmp_path / "trace.csv"
     monkeypatch.setattr(trace, "_NAMED", 2)
-    trace.run([TINY], _CPU, path)
+    trace.PART.run(trace.of_cases([TINY], How(path)))
     own = [r for r in table.read(path) if r["rival"] == "ours" and r["kind"] == "kernel"]
     assert len(own) == 3
     assert own[-1]["name"].endswith(" others")
@@ -247,7 +240,7 @@ def test_a_step_that_cannot_be_traced_has_its_reason_and_the_other_its_kernels(
     ordinary, ours = rivals.find(["ours"])
     chosen = [ordinary, replace(ours, prepare=failing)]
     monkeypatch.setattr(rivals, "find", lambda names: chosen)
-    assert trace.run([TINY], _CPU, path).complete
+    assert trace.PART.run(trace.of_cases([TINY], How(path))).complete
     found = {name: [r for r in table.read(path) if r["rival"] == name] for name in trace.RIVALS}
     assert [(row["kind"], row["name"]) for row in found["ours"]] == [
         ("time", "cannot run: no such layer"),
@@ -256,7 +249,7 @@ def test_a_step_that_cannot_be_traced_has_its_reason_and_the_other_its_kernels(
     assert len(found["ordinary"]) > len(found["ours"])
     monkeypatch.undo()
     monkeypatch.setattr(work, "STATE", tmp_path / "state")
-    trace.run([TINY], _CPU, path)
+    trace.PART.run(trace.of_cases([TINY], How(path)))
     assert "cannot run" not in path.read_text()
 
 
@@ -266,7 +259,7 @@ def test_a_plan_is_written_case_by_case_and_a_failing_case_has_its_reason(tmp_pa
 
     path = tmp_path / "explain.csv"
     broken = replace(TINY, name="broken", make_model=failing)
-    assert explain.run([broken, TINY], _CPU, path).complete
+    assert explain.PART.run(explain.of_cases([broken, TINY], How(path))).complete
     rows = table.read(path)
     assert [row["status"] for row in rows if row["case"] == "broken"] == [
         "cannot run: no such layer"
@@ -280,11 +273,12 @@ def test_a_plan_is_written_case_by_case_and_a_failing_case_has_its_reason(tmp_pa
 def test_trace_and_explain_are_commands(tmp_path: Path) -> None:
     for command in ("trace", "explain"):
         path = tmp_path / f"{command}.csv"
-        arguments = [command, str(path), "--case", "recommender-b256"]
-        assert CliRunner().invoke(main.app, arguments).exit_code == 0
+        arguments = [command, "--output", str(path)]
+        chosen = [*arguments, "--case", "recommender-b256"]
+        assert CliRunner().invoke(main.app, chosen).exit_code == 0
         assert {row["case"] for row in table.read(path)} == {"recommender-b256"}
-        assert CliRunner().invoke(main.app, [command, str(path), "--case", "x"]).exit_code == 2
-        assert CliRunner().invoke(main.app, [command, str(path), "--device", "x"]).exit_code == 2
+        assert CliRunner().invoke(main.app, [*arguments, "--case", "x"]).exit_code == 2
+        assert CliRunner().invoke(main.app, [*arguments, "--device", "x"]).exit_code == 2
 
 
 def test_the_share_of_busy_time_is_of_the_step_as_timed_without_the_profiler(
@@ -302,10 +296,11 @@ def test_the_share_of_busy_time_is_of_the_step_as_timed_without_the_profiler(
 def test_a_case_that_ended_a_process_has_a_row_for_every_rival(tmp_path: Path) -> None:
     path, status = tmp_path / "rows.csv", "ended the process (exit status unknown): not tried again"
     chosen, plan = rivals.find(["ours", "loop"]), harness.Plan(0.0, None, 1, 1, memory=False)
-    here = results.Environment.here(_CPU, "system")
-    results.replace(path, harness.unmeasured(TINY, chosen, here, status))
+    todo = steps.of_cases([TINY], chosen, plan, How(path))
+    here = asdict(todo.how.here())
+    table.replace(path, [{**row, **here} for row in todo.lost("tiny", status)], results.KEY)
     rows = results.read(path)
     assert [(row.rival, row.status) for row in rows] == [(r.name, status) for r in chosen]
     assert {row.parameters for row in rows} == {TINY.build(_CPU).parameters()}
-    steps.run([TINY], chosen, _CPU, plan, path)
+    steps.PART.run(todo)
     assert {row.status for row in results.read(path)} == {"ok"}

@@ -12,27 +12,26 @@ from typer.testing import CliRunner
 
 from bench import __main__ as main
 from bench import (
-    accounting_bench,
+    calls,
     cases,
-    dice,
-    digest,
     harness,
     memory,
-    noise_bench,
     pictures,
-    regret,
     report,
     results,
     rivals,
-    roofline,
-    scaling,
     table,
     targets,
     work,
 )
+from bench.layers import Conv, Linear
+from bench.part import How, Part
+from bench.parts import accounting, dice, noise, ops, regret, scaling
 from dpkernels.layers.operands import LinearOperand
+from dpkernels.segmentation.phantom import LIVER
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+_PLAN = harness.Plan(seconds=0.0, least=1, most=1, memory=False)
 
 
 @pytest.fixture(autouse=True)
@@ -95,18 +94,39 @@ def _fail(report: work.Report) -> None:
     raise ValueError("no")
 
 
+@pytest.mark.parametrize("part", [part for part in main.PARTS if part.path.exists()])
+def test_every_committed_row_has_an_item_that_makes_it(part: Part) -> None:
+    item_of = {
+        "time-to-dice": lambda row: f"repetition {row['repetition']}",
+        "regret": lambda row: row["shape"],
+        "ops": lambda row: f"{row['op']} {row['shape']} {row['precision']}",
+        "noise": lambda row: row["quantity"],
+        "accounting": lambda row: f"{row['run']}, epsilon {float(row['nominal_epsilon']):g}",
+    }.get(part.name, lambda row: row["case"])
+    rows = table.read(part.path)
+    assert len({tuple(row[column] for column in part.key) for row in rows}) == len(rows)
+    made = {item_of(row) for row in rows}
+    items = set(part.todo(How(part.path)).items)
+    if part.name == "noise":  # an item has many quantities
+        items = {f.quantity for f in (*noise.throughput(), *noise.distribution(10_000))}
+        made = {quantity for quantity in made if not quantity.startswith("P(")}
+    assert made <= items
+    assert made == items or part.name == "scaling", "its curves are coarse in `all`"
+
+
 def test_the_parts_fit_into_half_an_hour() -> None:
-    assert sum(part.seconds for part in main._PARTS) <= main._WHOLE < 30 * 60
+    assert sum(part.seconds or 0.0 for part in main.PARTS) <= main._WHOLE < 30 * 60
 
 
 def test_all_goes_on_with_the_parts_that_are_not_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, float]] = []
 
-    def finished(part: main._Part, limit: float, fresh: bool) -> bool:
-        asked.append((part.command[0], limit))
+    def finished(part: Part, limit: float, fresh: bool) -> bool:
+        asked.append((part.name, limit))
         return len(asked) != 2
 
-    monkeypatch.setattr(main, "_PARTS", tuple(main._Part((n,), 10.0, "") for n in "abc"))
+    parts = [replace(noise.PART, name=name, seconds=10.0) for name in "abc"]
+    monkeypatch.setattr(main, "PARTS", (*parts, replace(noise.PART, name="d", seconds=None)))
     monkeypatch.setattr(main, "_finished", finished)
     monkeypatch.setattr(main, "_write_reports", lambda: None)
     assert CliRunner().invoke(main.app, ["all", "--seconds", "1000"]).exit_code == 1
@@ -147,83 +167,113 @@ def test_every_candidate_gives_the_same_clipped_sum() -> None:
 
 def test_a_small_grid_of_regret_is_written_and_told(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "regret.csv"
-    monkeypatch.setattr(regret, "grid", lambda: {"tiny": lambda: regret._linear(2, 3, 4, 5)})
+    monkeypatch.setattr(
+        regret, "grid", lambda: {"tiny": lambda: regret._linear(Linear(2, 3, 4, 5))}
+    )
     monkeypatch.setattr(regret, "_SECONDS", 0.01)
-    assert regret.run(None, fresh=True, path=path).complete
-    counted, measured = digest.regret(path)
+    assert regret.PART.run(regret.todo(How(path))).complete
+    counted, measured = regret.digest(table.read(path))
     assert "of 1 shapes, at most" in counted
     assert "above 10% at" in counted
     assert measured.startswith('Regret, plan="measured" over')
 
 
 def test_noise_passes_its_tests_and_wrong_noise_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    def worst(findings: list[noise_bench.Finding], what: str) -> float:
+    def worst(findings: list[noise.Finding], what: str) -> float:
         return max(abs(f.deviation or 0.0) for f in findings if what in f.quantity)
 
-    good = noise_bench.distribution(400_000)
+    good = noise.distribution(400_000)
     assert worst(good, "mean of") < 5
     assert worst(good, "distance") < 2.3
-    honest = noise_bench._normals
+    honest = noise._normals
 
     def scaled(draws: int):
         return (chunk * 1.02 for chunk in honest(draws))
 
-    monkeypatch.setattr(noise_bench, "_normals", scaled)
-    bad = noise_bench.distribution(400_000)
+    monkeypatch.setattr(noise, "_normals", scaled)
+    bad = noise.distribution(400_000)
     assert worst(bad, "mean of") > 5
     assert worst(bad, "distance") > 2.3
 
 
 def test_far_tails_are_exact_and_a_cut_tail_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise_bench, "_FAR_BLOCKS", 1 << 14)
-    assert max(abs(f.deviation or 0.0) for f in noise_bench.far_tails()) < 5
-    honest = noise_bench.standard_normals
-    monkeypatch.setattr(noise_bench, "standard_normals", lambda w: honest(w).clamp(-7.2, 7.2))
-    deviations = {f.quantity[:11]: f.deviation or 0.0 for f in noise_bench.far_tails()}
+    monkeypatch.setattr(noise, "_FAR_BLOCKS", 1 << 14)
+    assert max(abs(f.deviation or 0.0) for f in noise.far_tails()) < 5
+    honest = noise.standard_normals
+    monkeypatch.setattr(noise, "standard_normals", lambda w: honest(w).clamp(-7.2, 7.2))
+    deviations = {f.quantity[:11]: f.deviation or 0.0 for f in noise.far_tails()}
     assert abs(deviations["P(|z| > 7),"]) < 5
     assert deviations["P(|z| > 8),"] < -20
 
 
 def test_a_roofline_is_the_slower_of_bytes_and_flops() -> None:
-    peaks = roofline.Peaks(bandwidth=100.0, flops=1000.0)
-    task = roofline.Work(lambda: torch.zeros(1), flops=500.0, bytes=200.0)
-    assert peaks.seconds(task) == 2.0
-    assert peaks.bound(task) == "memory"
-    assert peaks.bound(replace(task, flops=3000.0)) == "arithmetic"
-    row = roofline.figures(task, peaks, seconds=0.0)
-    assert row["share"] == pytest.approx(2e3 / row["ms"])
+    peaks = ops.Peaks(bandwidth=100.0, flops=1000.0)
+    call = calls.Call(lambda: torch.zeros(1), (), flops=500.0, bytes=200.0)
+    row = peaks.figures(call, seconds=4.0)
+    assert (row["roofline_ms"], row["bound"], row["share"]) == (2e3, "memory", 0.5)
+    assert (row["ms"], row["gbytes_per_s"]) == (4e3, pytest.approx(50e-9))
+    assert peaks.figures(replace(call, flops=3000.0), seconds=4.0)["bound"] == "arithmetic"
 
 
-def test_the_ops_that_reach_the_least_are_named(tmp_path: Path) -> None:
+def test_ops_are_told_by_their_share_of_the_roofline_and_the_batch(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     shares = {"a": 0.5, "b": 0.9, "c": 0.7, "d": 1.1}
-    same = {"op": "op", "ms": 1.0, "bound": "memory", "peak_gflops": 9, "peak_gbytes_per_s": 2}
-    rows = [{**same, "shape": shape, "share": share} for shape, share in shares.items()]
-    table.replace(path, rows, ("shape",))
-    (line,) = digest.roofline(path)
-    assert "80% in the median of 4 shapes; least: op a 50%, op c 70%, op b 90%." in line
-    (text,) = digest.roofline_table(path)
-    assert text.endswith("| op | d | memory | 1 | 110% |")
-    table.replace(path, [{"shape": shape, "ours": share} for shape, share in shares.items()], ())
-    assert "most: d 1.10" in digest.gradients(path)[0]
+    same = {
+        "device": "cpu",
+        "op": "conv_grad_sample",
+        "rank": 0,
+        "status": "ok",
+        "ms": 1.1,
+        "backend": "cpu",
+    }
+    same |= {"peak_gflops": 9, "peak_gbytes_per_s": 2, "precision": "float32"}
+    rows = [{**same, "shape": s, "share": share, "batch_ms": ""} for s, share in shares.items()]
+    others = [{**rows[0], "rank": 1, "share": 0.4}, {**rows[0], "device": "NVIDIA H200"}]
+    key = ("device", "shape", "rank")
+    table.replace(path, [*rows, *others], key)
+    on_cpu, on_gpu = ops.digest(table.read(path))
+    assert on_cpu.startswith("cpu, float32: ops against the roofline (9 GFLOP/s, 2 GB/s")
+    assert "80% in the median of 4; conv_grad_sample 50% to 110% (cpu)." in on_cpu
+    assert on_gpu.startswith("NVIDIA H200, float32: ")
+    layers = ops.tables(table.read(path))[1]
+    assert layers.endswith("| d | – | 1.1 ms, 110% | – | – |")
+    table.replace(path, [{**row, "batch_ms": 1} for row in rows], key)
+    assert "1.10 times its time in the geometric mean of 4" in ops.digest(table.read(path))[0]
+    layers = ops.tables(table.read(path))[1]
+    assert "| a | – | 1.1 ms, 50% | – | 1.10 |" in layers
 
 
-def test_every_op_of_the_roofline_runs() -> None:
-    for op, shape, make in roofline.cases():
+def test_every_op_of_the_cpu_runs() -> None:
+    for (op, shape), make in calls.cases("cpu").items():
         if "48^3" not in shape and "32^2" not in shape:
-            task = make()
-            found = task.call()
+            call = make(calls.Place(torch.device("cpu")))
+            found = call()
             tensors = [found] if isinstance(found, torch.Tensor) else found
             assert all(t.isfinite().all() for t in tensors), (op, shape)
-            assert task.bytes > 0
+            assert call.bytes > 0
 
 
-def test_points_of_a_curve_are_measured_and_drawn(tmp_path: Path) -> None:
+def test_the_library_beside_an_op_forms_the_same_gradients() -> None:
+    for layer in (Linear(3, 4, 5, 6), Conv(3, 4, 6, 5, stride=2), Conv(2, 4, 4, 6, groups=4)):
+        op = main.ops.ops.linear_grad_sample
+        if isinstance(layer, Conv):
+            op = main.ops.ops.conv_grad_sample
+        call = calls._of_layer(op, layer, calls.Place(torch.device("cpu")))
+        each = call()
+        torch.testing.assert_close(each.sum(0), call.beside["batch"](), rtol=1e-4, atol=1e-4)
+        for name in {"grouped", "looped"} & call.beside.keys():
+            torch.testing.assert_close(call.beside[name](), each, rtol=1e-4, atol=1e-4)
+
+
+def test_points_of_a_curve_are_measured_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "scaling.csv"
-    plan = harness.Plan(seconds=0.0, least=1, most=1, memory=False)
-    todo = scaling.items(("parameters",), True, path, plan)
-    assert list(todo) == ["parameters=128", "parameters=512", "parameters=2048"]
-    todo["parameters=128"](work.SILENT)
+    monkeypatch.setattr(scaling, "PLAN", _PLAN)
+    todo = scaling.todo(How(path), ["parameters"], coarse=True)
+    assert list(todo.items) == ["parameters=128", "parameters=512", "parameters=2048"]
+    first = {"parameters=128": todo.items["parameters=128"]}
+    assert scaling.PART.run(replace(todo, items=first)).complete
     rows = results.read(path)
     assert {row.rival for row in rows} == {"ordinary", "ours", "ew", "ghost"}
     assert {row.status for row in rows} == {"ok"}
@@ -232,7 +282,7 @@ def test_points_of_a_curve_are_measured_and_drawn(tmp_path: Path) -> None:
     assert picture is not None
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"curve 'x': expected one of batch"):
-        scaling.run(("x",), True, None, True, path)
+        scaling.todo(How(path), ["x"])
 
 
 def test_every_curve_builds_its_cases() -> None:
@@ -246,9 +296,8 @@ def test_every_curve_builds_its_cases() -> None:
 def test_an_lstm_is_dplstm_for_opacus_and_all_release_the_same() -> None:
     case = next(c for c in cases.CASES if c.name.startswith("lstm"))
     small = replace(case, make_batch=partial(cases._labelled_tokens, 2000, 5, 3))
-    plan = harness.Plan(seconds=0.0, least=1, most=1, memory=False)
     chosen = rivals.find(["ours", "hooks", "ghost", "ew"])
-    rows = harness.measure(small, chosen, torch.device("cpu"), plan, work.SILENT)
+    rows = harness.measure(small, chosen, torch.device("cpu"), _PLAN, work.SILENT)
     assert {row.rival: row.status for row in rows} == {rival.name: "ok" for rival in chosen}
 
 
@@ -257,22 +306,22 @@ def test_the_race_ends_when_both_are_there_and_counts_their_steps(tmp_path: Path
     task = dice.Task(
         patients=6, held_out=1, side=16, batch_size=4, steps=3, every=1, dice=0.0, delta=1e-2
     )
-    assert dice.run(1, None, True, task, path).complete
+    assert dice.PART.run(dice.of_task(task, 1, How(path))).complete
     rows = table.read(path)
     assert [row["rival"] for row in rows] == ["ours", "Opacus"]
     assert {(row["steps"], row["reached"]) for row in rows} == {("1", "True")}
     assert all(float(row["processor_seconds"]) > 0 for row in rows)
-    (line,) = digest.dice(path)
+    (line,) = dice.digest(table.read(path))
     assert "(1 of 1 runs)" in line
-    unreached = dice.run(1, None, True, replace(task, dice=1.1, steps=1), path)
-    assert unreached.complete
+    unreached = dice.of_task(replace(task, dice=1.1, steps=1), 1, How(path))
+    assert dice.PART.run(unreached).complete
     assert {(row["seconds"], row["reached"]) for row in table.read(path)} == {("", "False")}
-    assert "never got there" in digest.dice(path)[0]
+    assert "never got there" in dice.digest(table.read(path))[0]
 
 
 def test_dice_of_the_truth_is_one() -> None:
     labels = torch.zeros(2, 1, 4, 4, 4)
-    labels[:, :, :2] = dice.LIVER
+    labels[:, :, :2] = LIVER
 
     class Known(torch.nn.Module):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -284,13 +333,13 @@ def test_dice_of_the_truth_is_one() -> None:
 
 
 def test_an_accountant_is_asked_in_a_process_of_its_own_with_a_limit() -> None:
-    answer = accounting_bench.ask("tight", 1.0, 0.01, 100, 1.0, limit=60.0)
+    answer = accounting.ask("tight", 1.0, 0.01, 100, 1.0, limit=60.0)
     assert answer["outcome"] == "ok"
     assert 0.1 < float(str(answer["epsilon"])) < 2.0
-    refused = accounting_bench.ask("prv", 1e-7, 0.01, 5000, 1e15, limit=60.0)
+    refused = accounting.ask("prv", 1e-7, 0.01, 5000, 1e15, limit=60.0)
     assert refused["epsilon"] is None
     assert refused["outcome"] != "ok"
-    slow = accounting_bench.ask("tight", 1.0, 0.01, 100, 1.0, limit=0.0)
+    slow = accounting.ask("tight", 1.0, 0.01, 100, 1.0, limit=0.0)
     assert slow["outcome"] == "no answer in 0 s"
 
 
@@ -359,7 +408,7 @@ def test_strategies_are_told_by_shape_with_what_the_planner_took(tmp_path: Path)
     }
     rows = [{"shape": s, "chosen": c, "candidates": each} for s, (c, each) in shapes.items()]
     table.replace(path, rows, ("shape",))
-    head, linear, conv = digest.strategies(path)
+    head, linear, conv = regret.strategies(table.read(path))
     assert head.startswith("Where each strategy takes over")
     assert "| linear | 64->64 | 64->256 |" in linear
     assert "| B=8 T=16 | gram (store 2.00) | **gram (store 2.00), taken: store** |" in linear

@@ -12,28 +12,25 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import opacus
 import torch
+import typer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
-from bench import results, table, work
+from bench import table, work
+from bench.part import How, Part, Row, Todo
 from dpkernels.accounting import get_noise_multiplier
-from dpkernels.segmentation.phantom import LIVER, make_phantom
 from dpkernels.training.ema import WeightAverage
 
-PATH = results.RESULTS / "time-to-dice.csv"
-KEY = ("device", "threads", "repetition", "rival")
 OPACUS_MODES = ("hooks", "functorch")
 _WINDOW = (-150.0, 200.0)
 _CLASSES = 3
@@ -100,18 +97,17 @@ class Runner:
         self.steps += 1
 
 
-def run(
-    repetitions: int, budget: float | None, fresh: bool, task: Task | None = None, path: Path = PATH
-) -> work.Outcome:
-    """Train on one thread; two rows per repetition, which differ in weights, batches and noise."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    chosen = task or Task()
-    todo = {
-        f"repetition {index}": partial(_write, index, chosen, path) for index in range(repetitions)
-    }
-    settings = {"task": asdict(chosen), "output": str(path)}
-    return work.off(todo, "time-to-dice", settings, fresh=fresh, budget=budget)
+def todo(
+    how: How, repetitions: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 5
+) -> Todo:
+    """Repetitions, two rows each, which differ in weights, batches and noise."""
+    return of_task(Task(), repetitions, how)
+
+
+def of_task(task: Task, repetitions: int, how: How) -> Todo:
+    """Repetitions of a task."""
+    items = {f"repetition {index}": partial(_measure, index, task) for index in range(repetitions)}
+    return Todo(items, how)
 
 
 def race(task: Task, seed: int, report: work.Report = work.SILENT) -> dict[str, Runner]:
@@ -150,6 +146,8 @@ def race(task: Task, seed: int, report: work.Report = work.SILENT) -> dict[str, 
 
 def phantom(task: Task) -> Batch:
     """The synthetic cohort: images [N, 1, S, S, S] in [0, 1], labels [N, 1, S, S, S]."""
+    from dpkernels.segmentation.phantom import make_phantom
+
     images, labels = [], []
     low, high = _WINDOW
     size = (task.side,) * 3
@@ -166,6 +164,8 @@ def phantom(task: Task) -> Batch:
 @torch.no_grad()
 def liver_dice(runner: Runner, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Mean Dice of the liver over scans, by the averaged weights."""
+    from dpkernels.segmentation.phantom import LIVER
+
     with runner.average.applied_to(runner.network):
         runner.network.eval()
         found = torch.cat([runner.network(image[None]) for image in images]).argmax(dim=1)
@@ -225,8 +225,7 @@ def _fastest_mode(network: nn.Module, task: Task, sigma: float, batch: Batch) ->
     return min(seconds, key=seconds.__getitem__)
 
 
-def _write(index: int, task: Task, path: Path, report: work.Report) -> None:
-    here = asdict(results.Environment.here(torch.device("cpu"), "system"))
+def _measure(index: int, task: Task, report: work.Report) -> Iterator[list[Row]]:
     rows = []
     for name, runner in race(task, seed=index, report=report).items():
         rows.append(
@@ -248,7 +247,47 @@ def _write(index: int, task: Task, path: Path, report: work.Report) -> None:
                 "batch": task.batch_size,
                 "patients": task.patients,
                 "side": task.side,
-                **here,
             }
         )
-    table.replace(path, rows, KEY)
+    yield rows
+
+
+def digest(rows: list[dict[str, str]]) -> list[str]:
+    """Seconds until the phantom's liver is segmented, ours against Opacus."""
+    by_rival: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_rival.setdefault(row["rival"], []).append(row)
+    first, parts = rows[0], []
+    for rival, own in by_rival.items():
+        reached = [row for row in own if row["reached"] == "True"]
+        times = [float(row["processor_seconds"]) for row in reached]
+        wall = [float(row["seconds"]) for row in reached]
+        steps = [int(row["steps"]) for row in reached]
+        each = statistics.median(float(row["processor_ms_per_step"]) for row in own)
+        name = "dpkernels" if rival == "ours" else f"{rival} ({own[0]['mode']})"
+        found = "never got there"
+        if reached:
+            found = (
+                f"{statistics.median(wall):.1f} s, processor {statistics.median(times):.1f} s "
+                f"({min(times):.1f} to {max(times):.1f}), {statistics.median(steps):.0f} steps of "
+                f"{each:.0f} ms"
+            )
+        parts.append(f"{name} {found} ({len(reached)} of {len(own)} runs)")
+    return [
+        f"Whole training runs on the phantom ({first['side']}³, {first['patients']} patients) to a "
+        f"Dice of {first['target_dice']} at epsilon {first['epsilon']}, medians: "
+        + "; ".join(parts)
+        + f". ({table.provenance(rows)})"
+    ]
+
+
+PART = Part(
+    "time-to-dice",
+    "Whole training runs to a Dice of 0.70 at epsilon 8, ours against Opacus.",
+    ("device", "threads", "repetition", "rival"),
+    todo,
+    seconds=140.0,
+    arguments=("--repetitions", "3"),
+    digest=digest,
+    headline=True,
+)

@@ -20,74 +20,53 @@ Where a step cannot run, the only name of its ``time`` or ``step`` is the reason
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
-from rich.table import Table
 
-from bench import cases, harness, profiling, results, rivals, table, timing, work
+from bench import cases, profiling, results, rivals, table, timing, work
+from bench.part import How, Only, Part, Row, Todo
 from bench.table import number
 
-KEY = ("device", "case", "rival", "kind", "name")
 RIVALS = ("ordinary", "ours")
 #: of a GPU: one of each kind of network
 CASES = ("encoder-t512-d1024-b16", "unet3d-96-b2", "resnet18-224-b32")
-Row = dict[str, object]
 #: (a rival's step, the device, the step's wall time in microseconds if known) -> its rows
 Rows = Callable[[rivals.Trainer, torch.device, float | None], list[Row]]
 _WARM_UP = 3
 _CLOCKED = 5
 _STEPS = 3
 _NAMED = 60
+#: kernels printed of a case
+_SHOWN = 25
 _GAP = 5e-6
 _COPIES = ("Memcpy", "Memset")
 
 
-def run(
-    wanted: Sequence[cases.Case],
-    device: torch.device,
-    path: Path,
-    *,
-    fresh: bool = False,
-    budget: float | None = None,
-    piece_seconds: float | None = None,
-) -> work.Outcome:
-    """Trace the cases; the rows are written rival by rival.
+def todo(how: How, case: Only = None) -> Todo:
+    """Three cases of a GPU, or the small ones."""
+    names = case or (CASES if how.device.type == "cuda" else ())
+    return of_cases(cases.find([*names], "quick"), how)
 
-    All are timed before the first is profiled, since the profiler may leave launches slower.
-    """
-    timing.allow_tf32(False)
-    warnings.simplefilter("ignore")
+
+def of_cases(wanted: Sequence[cases.Case], how: How) -> Todo:
+    """All cases timed, then all profiled, since the profiler may leave launches slower."""
     kinds: dict[str, Rows] = {"time": _clocked, "step": _traced}
-    todo = {
-        f"{case.name}, {kind}": partial(_measure, kind, rows, case, device, path)
+    items = {
+        f"{case.name}, {kind}": partial(_measure, kind, rows, case, how)
         for kind, rows in kinds.items()
         for case in wanted
     }
-    settings = {"items": list(todo), "output": str(path)}
-    outcome = work.off(
-        todo,
-        f"trace-{device.type}",
-        settings,
-        fresh=fresh,
-        budget=budget,
-        piece_seconds=piece_seconds,
-    )
-    show(path, results.Environment.here(device, "system").device)
-    return outcome
+    return Todo(items, how, show=lambda: show(_written(how)))
 
 
 def _measure(
-    kind: str, rows: Rows, case: cases.Case, device: torch.device, path: Path, report: work.Report
-) -> None:
-    """Write the `rows` of the ordinary step and of ours, or why there are none, as a name."""
-    here = asdict(results.Environment.here(device, "system"))
-    workload = case.build(device)
+    kind: str, rows: Rows, case: cases.Case, how: How, report: work.Report
+) -> Iterator[list[Row]]:
+    """The `rows` of the ordinary step and of ours, or why there are none, as a name."""
+    workload = case.build(how.device)
     for rival in rivals.find(list(RIVALS)):
         place = {"case": case.name, "rival": rival.name}
         if rival.name in report.ended:
@@ -97,11 +76,11 @@ def _measure(
             report.begin(rival.name)
             try:
                 step = rival.prepare(workload, rivals.Privacy(1.0, 1.0))
-                found = rows(step, device, _wall(path, {**place, **here}))
+                found = rows(step, how.device, _wall(how, place))
             except Exception as error:
-                timing.require_working(device, f"{case.name}, {rival.name}: {error}")
-                found = [_row(kind, f"cannot run: {harness.one_line(error)}")]
-        table.replace(path, [{**place, **row, **here} for row in found], KEY, within=KEY[:-1])
+                what = f"{case.name}, {rival.name}"
+                found = [_row(kind, timing.refusal(error, how.device, what))]
+        yield [{**place, **row} for row in found]
 
 
 def _clocked(step: rivals.Trainer, device: torch.device, wall: float | None) -> list[Row]:
@@ -133,7 +112,9 @@ def _traced(step: rivals.Trainer, device: torch.device, wall: float | None) -> l
     lengths = [[e.end - e.begin for e in events] for events in (others, copies)]
     gaps, waits = seen.gaps(_GAP), [t for times in seen.waits.values() for t in times]
 
-    def per_step(kind: str, name: str, times: list[float], of: float | None = None) -> Row:
+    def per_step(
+        kind: str, name: str, times: list[float], of: float | None = None
+    ) -> dict[str, object]:
         taken = sum(times)
         share = taken / of if of else None
         return _row(kind, name, len(times) / seen.steps, 1e6 * taken / seen.steps, share)
@@ -155,25 +136,62 @@ def _row(
     calls: float | None = None,
     us: float | None = None,
     share: float | None = None,
-) -> Row:
+) -> dict[str, object]:
     return {"kind": kind, "name": name, "calls": calls, "us": us, "share": share}
 
 
-def _wall(path: Path, place: Mapping[str, object]) -> float | None:
-    """Microseconds of this rival's step as an earlier item has written them."""
-    wanted = {**place, "kind": "time", "name": "wall"}
-    for row in table.read(path):
-        if all(row[column] == str(wanted[column]) for column in (*KEY, "commit")):
+def _written(how: How) -> list[dict[str, str]]:
+    """The rows of this device."""
+    device = how.here().device
+    return [row for row in table.read(how.output) if row["device"] == device]
+
+
+def _wall(how: How, place: Mapping[str, str]) -> float | None:
+    """Microseconds of a rival's step as an earlier item of this commit has written them."""
+    wanted = {**place, "kind": "time", "name": "wall", "commit": results.commit()}
+    for row in _written(how):
+        if all(row[column] == value for column, value in wanted.items()):
             return number(row["us"])
     return None
 
 
-def show(path: Path, device: str) -> None:
-    """Print what the rows of `kind` time and step say, case by case."""
-    shown = Table("case", "rival", "what", "calls", "us", "share", title="a step on the device")
-    for row in table.read(path):
-        if row["device"] == device and row["kind"] != "kernel":
-            share = number(row["share"])
-            text = "" if share is None else f"{share:.0%}"
-            shown.add_row(*(row[c] for c in ("case", "rival", "name", "calls", "us")), text)
-    work.console.print(shown)
+def show(rows: list[dict[str, str]]) -> None:
+    """Print, case by case, what the rows of `kind` time and step say, and the kernels of ours."""
+    lines = [
+        (row["case"], row["rival"], row["name"], row["calls"], row["us"], _share(row))
+        for row in rows
+        if row["kind"] != "kernel"
+    ]
+    heads = ("case", "rival", "what", "calls", "us", "share")
+    work.say_table(heads, lines, "a step on the device")
+    added = [
+        (case, name, *(f"{figure:.0f}" for figure in figures))
+        for case in dict.fromkeys(row["case"] for row in rows)
+        for name, *figures in extra(row for row in rows if row["case"] == case)[:_SHOWN]
+    ]
+    work.say_table(("case", "kernel", "ordinary, us", "ours, us", "extra, us"), added)
+
+
+def _share(row: Mapping[str, str]) -> str:
+    share = number(row["share"])
+    return "" if share is None else f"{share:.0%}"
+
+
+def extra(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, float, float, float]]:
+    """Kernel, microseconds of the ordinary step and of ours, difference: the largest ones first."""
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["kind"] == "kernel":
+            times.setdefault(row["name"], {})[row["rival"]] = float(row["us"])
+    found = [(name, *(own.get(rival, 0.0) for rival in RIVALS)) for name, own in times.items()]
+    return sorted(((n, a, b, b - a) for n, a, b in found), key=lambda line: -abs(line[3]))
+
+
+PART = Part(
+    "trace",
+    "A step kernel by kernel, ours and the ordinary one: three cases of a GPU, or small ones.",
+    ("device", "case", "rival", "kind", "name"),
+    todo,
+    within=("device", "case", "rival", "kind"),
+    on_gpu=True,
+)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Annotated
 
-import torch
+import typer
 
-from bench import cases, harness, models, results, rivals, work
-from bench.results import Row
+from bench import cases, harness, models, results, rivals, table, work
+from bench.part import How, Part, Row, Todo
 
-PATH = results.RESULTS / "scaling.csv"
 PLAN = harness.Plan(seconds=1.5, least=3, most=30)
 
 
@@ -96,49 +94,41 @@ CURVES: Mapping[str, Curve] = {
 }
 
 
-def point_of(row: Row) -> tuple[str, int]:
+def point_of(row: results.Row) -> tuple[str, int]:
     """Curve and value of a row, from its case."""
     curve, _, value = row.case.partition("=")
     return curve, int(value)
 
 
-def items(
-    names: tuple[str, ...], coarse: bool, path: Path, plan: harness.Plan = PLAN
-) -> dict[str, work.Item]:
-    """What is to be measured: the ends of the curves last, since they take longest."""
+def todo(
+    how: How,
+    curve: Annotated[list[str] | None, typer.Option(help="Only this curve (repeatable).")] = None,
+    coarse: Annotated[bool, typer.Option(help="Every second point.")] = False,
+) -> Todo:
+    """The points of the curves, their ends last, since these take longest."""
+    table.require_known("curve", curve or (), CURVES)
     points = [
         (name, value)
-        for name in names
+        for name in curve or CURVES
         for value in (CURVES[name].coarse() if coarse else CURVES[name].points)
     ]
     points.sort(key=lambda p: CURVES[p[0]].points.index(p[1]) / len(CURVES[p[0]].points))
-    return {
-        f"{name}={value}": partial(_measure, name, value, path=path, plan=plan)
-        for name, value in points
-    }
+    return Todo({f"{n}={value}": partial(_measure, n, value, how) for n, value in points}, how)
 
 
-def run(
-    names: tuple[str, ...], coarse: bool, budget: float, fresh: bool, path: Path = PATH
-) -> work.Outcome:
-    """Measure the curves on one thread of the CPU; the rows are written point by point.
-
-    Raises:
-        ValueError: no curve of that name.
-    """
-    unknown = [name for name in names if name not in CURVES]
-    if unknown:
-        raise ValueError(f"curve {unknown[0]!r}: expected one of {', '.join(CURVES)}")
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    wanted = items(names or tuple(CURVES), coarse, path)
-    settings = {"plan": asdict(PLAN), "items": list(wanted), "output": str(path)}
-    return work.off(wanted, "scaling", settings, fresh=fresh, budget=budget)
-
-
-def _measure(name: str, value: int, report: work.Report, *, path: Path, plan: harness.Plan) -> None:
+def _measure(name: str, value: int, how: How, report: work.Report) -> Iterator[list[Row]]:
     curve = CURVES[name]
     case = replace(curve.case(value), name=f"{name}={value}")
     chosen = rivals.find(list(curve.rivals))
-    found = harness.measure(case, chosen, torch.device("cpu"), plan, report)
-    results.replace(path, found)
+    rows = harness.measure(case, chosen, how.device, PLAN, report)
+    yield [asdict(row) for row in rows]
+
+
+PART = Part(
+    "scaling",
+    "Time and memory against batch, volume side, length, width, depth, parameters.",
+    results.KEY,
+    todo,
+    seconds=180.0,
+    arguments=("--coarse",),
+)

@@ -9,17 +9,18 @@ counts operations, and (columns ``measured_``) the one that times a first step.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from bench import results, table, work
+from bench import layers, table, work
+from bench.layers import Conv, Linear
+from bench.part import How, Part, Row, Todo
 from dpkernels import ops
 from dpkernels.engine.plan.planner import PLANS, Planner
 from dpkernels.engine.plan.strategies import held_by
@@ -27,14 +28,9 @@ from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost, nbytes, stored_bytes
 from dpkernels.layers.operands import ConvOperand, EmbeddingOperand, LinearOperand, Operand
 from dpkernels.ops import native
-from dpkernels.ops.conv import library, tiles
-from dpkernels.ops.conv.cpu import GradSample
-from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.registry import BackendUnavailable
 from dpkernels.ops.sums import squared_norms
 
-PATH = results.RESULTS / "regret.csv"
-KEY = ("device", "threads", "shape")
 _SECONDS = 0.6
 #: other layers of the same shape between the two halves of a call, and the most bytes they touch
 _LAYERS = 10
@@ -43,6 +39,8 @@ _ROUNDS = 6
 _UNBOUNDED = 1 << 60
 _BOUND = 1.0
 _AUTO = "auto"
+#: what the planner may cost at most
+_WANTED = 0.10
 #: of the columns of each kind of plan
 _PREFIXES = {"auto": "", "measured": "measured_"}
 #: a candidate whose first call takes this many times the fastest one's is not a candidate
@@ -50,37 +48,28 @@ FAR_SLOWER = 4.0
 Half = TypeVar("Half")
 #: the first half of a call, which returns the second
 Work = Callable[[], Callable[[], torch.Tensor]]
-#: what the convolution's CPU backend chooses from
-_CONV_FORMS: Mapping[str, GradSample] = {
-    "tiles": tiles.grad_sample,
-    "grouped": library.grouped_grad_sample,
-    "looped": library.looped_grad_sample,
-}
-
-#: B, T, I, O
 LINEAR = tuple(
-    (batch, length, inputs, outputs)
+    Linear(batch, length, inputs, outputs)
     for batch, length in ((256, 1), (8, 16), (32, 16), (8, 64), (32, 64), (8, 256), (4, 1024))
     for inputs, outputs in ((64, 64), (256, 256), (256, 1024), (1024, 256))
 )
-#: B, Cin, Cout, side, kernel, stride, axes
 CONVOLUTIONS = (
-    (2, 1, 24, 48, 3, 1, 3),
-    (2, 24, 24, 48, 3, 1, 3),
-    (2, 48, 48, 24, 3, 1, 3),
-    (2, 96, 96, 12, 3, 1, 3),
-    (4, 32, 64, 12, 3, 2, 3),
-    (4, 128, 128, 4, 3, 1, 3),
-    (8, 16, 16, 16, 3, 1, 3),
-    (64, 3, 64, 32, 3, 1, 2),
-    (64, 16, 16, 32, 3, 1, 2),
-    (64, 64, 64, 32, 3, 1, 2),
-    (64, 128, 128, 16, 3, 1, 2),
-    (64, 256, 256, 8, 3, 1, 2),
-    (64, 512, 512, 4, 3, 1, 2),
-    (32, 64, 256, 16, 1, 1, 2),
-    (32, 256, 64, 16, 1, 1, 2),
-    (32, 3, 192, 32, 4, 4, 2),
+    Conv(2, 1, 24, 48),
+    Conv(2, 24, 24, 48),
+    Conv(2, 48, 48, 24),
+    Conv(2, 96, 96, 12),
+    Conv(4, 32, 64, 12, stride=2),
+    Conv(4, 128, 128, 4),
+    Conv(8, 16, 16, 16),
+    Conv(64, 3, 64, 32, axes=2),
+    Conv(64, 16, 16, 32, axes=2),
+    Conv(64, 64, 64, 32, axes=2),
+    Conv(64, 128, 128, 16, axes=2),
+    Conv(64, 256, 256, 8, axes=2),
+    Conv(64, 512, 512, 4, axes=2),
+    Conv(32, 64, 256, 16, kernel=1, axes=2),
+    Conv(32, 256, 64, 16, kernel=1, axes=2),
+    Conv(32, 3, 192, 32, kernel=4, stride=4, axes=2),
 )
 #: B, T, rows of the table, D
 EMBEDDINGS = (
@@ -91,23 +80,18 @@ EMBEDDINGS = (
 )
 
 
-def run(budget: float | None, fresh: bool, path: Path = PATH) -> work.Outcome:
-    """Measure the grid on one thread; rows are written shape by shape."""
-    torch.set_num_threads(1)
-    todo = {name: partial(_write, name, make, path) for name, make in grid().items()}
-    settings = {"shapes": list(todo), "output": str(path)}
-    return work.off(todo, "regret", settings, fresh=fresh, budget=budget)
+def todo(how: How) -> Todo:
+    """The grid, shape by shape."""
+    return Todo({name: partial(_measure, name, make) for name, make in grid().items()}, how)
 
 
 def grid() -> dict[str, Callable[[], Operand]]:
     """Shapes by name, each with what makes its operand."""
     found: dict[str, Callable[[], Operand]] = {}
-    for shape in LINEAR:
-        found["linear B={} T={} {}->{}".format(*shape)] = partial(_linear, *shape)
-    for shape in CONVOLUTIONS:
-        batch, inputs, outputs, side, kernel, stride, axes = shape
-        name = f"conv B={batch} {inputs}->{outputs} {side}^{axes} k={kernel} s={stride}"
-        found[name] = partial(_conv, *shape)
+    for linear in LINEAR:
+        found[f"linear {linear}"] = partial(_linear, linear)
+    for conv in CONVOLUTIONS:
+        found[f"conv {conv}"] = partial(_conv, conv)
     for shape in EMBEDDINGS:
         found["embedding B={} T={} {}x{}".format(*shape)] = partial(_embedding, *shape)
     return found
@@ -133,12 +117,10 @@ def measure(
     return row
 
 
-def _write(name: str, make: Callable[[], Operand], path: Path, report: work.Report) -> None:
+def _measure(name: str, make: Callable[[], Operand], report: work.Report) -> Iterator[list[Row]]:
     torch.manual_seed(0)
     operand = make()
-    row = {"shape": name, **measure(operand, _parameter(operand))}
-    here = asdict(results.Environment.here(torch.device("cpu"), "system"))
-    table.replace(path, [{**row, **here}], KEY)
+    yield [{"shape": name, **measure(operand, _parameter(operand))}]
 
 
 def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Work]:
@@ -151,8 +133,9 @@ def _candidates(operand: Operand, parameter: torch.Tensor) -> dict[str, Work]:
             name = f"{strategy}, {backend}"
             calls[name] = partial(_work, operand, parameter, strategy, backend)
     if isinstance(operand, ConvOperand) and native.why_not_cpu() is None:
-        for name, form in _CONV_FORMS.items():
-            calls[f"store, {name}"] = partial(_formed, form, operand)
+        forms = layers.forms(operand.input, operand.backprops, operand.geometry)
+        for name, form in forms.items():
+            calls[f"store, {name}"] = lambda form=form: _stored(form())
     first: dict[str, float] = {}
     for name, call in calls.items():
         start = time.thread_time()
@@ -176,10 +159,6 @@ def _work(
         return held.clipped_grad(ops.clip_factor(bound_sq, _BOUND))
 
     return clipped
-
-
-def _formed(form: GradSample, operand: ConvOperand) -> Callable[[], torch.Tensor]:
-    return _stored(form(operand.input, operand.backprops, operand.geometry))
 
 
 def _stored(held: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -229,29 +208,86 @@ def _timed(run: Callable[[], Half], others: torch.Tensor) -> tuple[float, Half]:
     return time.thread_time() - start, found
 
 
-def _linear(batch: int, length: int, inputs: int, outputs: int) -> LinearOperand:
-    return LinearOperand(torch.randn(batch, length, inputs), torch.randn(batch, length, outputs))
+def _linear(layer: Linear) -> LinearOperand:
+    return LinearOperand(*layer.operands())
 
 
-def _conv(
-    batch: int, inputs: int, outputs: int, side: int, kernel: int, stride: int, axes: int
-) -> ConvOperand:
-    padding = kernel // 2 if kernel % 2 else 0
-    reached = (side + 2 * padding - kernel) // stride + 1
-    return ConvOperand(
-        torch.randn(batch, inputs, *[side] * axes),
-        torch.randn(batch, outputs, *[reached] * axes),
-        Geometry(
-            (outputs, inputs, *(kernel,) * axes),
-            (stride,) * axes,
-            (padding,) * axes,
-            (1,) * axes,
-            1,
-        ),
-        batch,
-    )
+def _conv(layer: Conv) -> ConvOperand:
+    return ConvOperand(*layer.operands(), layer.geometry, layer.batch)
 
 
 def _embedding(batch: int, length: int, rows: int, width: int) -> EmbeddingOperand:
     ids = torch.randint(rows, (batch, length))
     return EmbeddingOperand(ids, torch.randn(batch, length, width), rows, -1)
+
+
+def digest(rows: list[dict[str, str]]) -> list[str]:
+    """What the planner's choices cost against the best measured candidates."""
+    lines = []
+    for title, prefix in (("the planner's choice", ""), ('plan="measured"', "measured_")):
+        regrets = {r["shape"]: float(r[f"{prefix}regret"]) for r in rows}
+        mean = statistics.geometric_mean(1.0 + value for value in regrets.values()) - 1.0
+        above = sorted(
+            (row for row in rows if regrets[row["shape"]] > _WANTED),
+            key=lambda row: -regrets[row["shape"]],
+        )
+        listed = "; ".join(
+            f"{r['shape']} {regrets[r['shape']]:.0%} ({r[f'{prefix}chosen']}; best {r['best']})"
+            for r in above
+        )
+        where = table.provenance(rows)
+        lines.append(
+            f"Regret, {title} over the best measured candidate: {mean:.1%} in the "
+            f"geometric mean of {len(rows)} shapes, at most {max(regrets.values()):.0%}, above "
+            f"{_WANTED:.0%} at {len(above)}{': ' if above else ''}{listed}. ({where})"
+        )
+    return lines
+
+
+def strategies(rows: list[dict[str, str]]) -> list[str]:
+    """Where each strategy takes over: the best measured one and the chosen one, by shape."""
+    head = (
+        "Where each strategy takes over, one parameter's norms, clip and sum on one thread: the "
+        "strategy that is fastest as measured, in brackets the time of the next one over its own "
+        f"(a strategy {FAR_SLOWER:.0f} times as slow is not timed). In bold: shapes where "
+        f"the planner takes another one. ({table.provenance(rows)})"
+    )
+    grids: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        family, *rest = row["shape"].split()
+        line, column = " ".join(rest), "fastest"
+        if family == "linear":
+            line, column = " ".join(rest[:-1]), rest[-1]
+        grids.setdefault(family, {}).setdefault(line, {})[column] = _taken(row)
+    return [head, *(_grid(family, grid) for family, grid in grids.items())]
+
+
+def _grid(family: str, grid: dict[str, dict[str, str]]) -> str:
+    columns = list(dict.fromkeys(column for line in grid.values() for column in line))
+    lines = [(name, *(line.get(column, "–") for column in columns)) for name, line in grid.items()]
+    return table.markdown((family, *columns), lines)
+
+
+def _taken(row: dict[str, str]) -> str:
+    """Of a row of regret: the fastest strategy, the next one, and what the planner took instead."""
+    times: dict[str, float] = {}
+    for candidate in row["candidates"].split("; "):
+        name, _, taken = candidate.rpartition(", ")[0], "", candidate.split()[-2]
+        times[name] = min(times.get(name, float("inf")), float(taken))
+    order = sorted(times, key=times.__getitem__)
+    others = ", ".join(f"{name} {times[name] / times[order[0]]:.2f}" for name in order[1:])
+    text = f"{order[0]} ({others})" if others else order[0]
+    chosen = row["chosen"].partition(",")[0]
+    return text if chosen == order[0] else f"**{text}, taken: {chosen}**"
+
+
+PART = Part(
+    "regret",
+    "The planner's choice against the best measured candidate, shape by shape.",
+    ("device", "threads", "shape"),
+    todo,
+    seconds=140.0,
+    digest=digest,
+    tables=strategies,
+    headline=True,
+)

@@ -14,17 +14,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from scipy import special
 
-from bench import results, table, work
+from bench import table, work
+from bench.part import How, Part, Row, Todo
+from bench.table import number
 from dpkernels import ops
 from dpkernels.ops.noise import NoiseSource, chacha20_blocks_, standard_normals
 
-PATH = results.RESULTS / "noise.csv"
-KEY = ("device", "threads", "quantity")
 DRAWS = 1_000_000_000
 _CHUNK = 1 << 22
 #: the empirical distribution is compared at the edges of these bins
@@ -55,17 +56,23 @@ class Finding:
     deviation: float | None = None
 
 
-def run(budget: float | None, fresh: bool, draws: int = DRAWS, path: Path = PATH) -> work.Outcome:
-    """Measure on one thread and write the rows."""
-    torch.set_num_threads(1)
+def todo(
+    how: How,
+    draws: Annotated[int, typer.Option(min=1000, help="Normals.")] = DRAWS,
+) -> Todo:
+    """Throughput, distribution and far tails."""
     parts: dict[str, Callable[[work.Report], list[Finding]]] = {
         "throughput": lambda report: throughput(),
         "distribution": lambda report: distribution(draws, report),
         "far tails": far_tails,
     }
-    todo = {name: partial(_write, part, path) for name, part in parts.items()}
-    settings = {"draws": draws, "output": str(path)}
-    return work.off(todo, "noise", settings, fresh=fresh, budget=budget)
+
+    def measure(
+        find: Callable[[work.Report], list[Finding]], report: work.Report
+    ) -> list[list[Row]]:
+        return [[asdict(finding) for finding in find(report)]]
+
+    return Todo({name: partial(measure, find) for name, find in parts.items()}, how)
 
 
 def throughput() -> list[Finding]:
@@ -149,11 +156,6 @@ def far_tails(report: work.Report = work.SILENT) -> list[Finding]:
     return found
 
 
-def _write(part: Callable[[work.Report], list[Finding]], path: Path, report: work.Report) -> None:
-    here = asdict(results.Environment.here(torch.device("cpu"), "system"))
-    table.replace(path, [{**asdict(finding), **here} for finding in part(report)], KEY)
-
-
 def _add_noise(target: torch.Tensor, source: NoiseSource) -> None:
     key, block = source.take(target.numel())
     ops.gaussian_noise_(target, 1.0, key, block)
@@ -191,3 +193,37 @@ def _without_leading(bits: int) -> int:
     """A mask that clears the first `bits` of 32, as int32."""
     mask = (1 << (32 - bits)) - 1
     return mask - (1 << 32) if mask >= 1 << 31 else mask
+
+
+def digest(rows: list[dict[str, str]]) -> list[str]:
+    """Throughput and the largest deviations from the normal law."""
+    rates = {r["quantity"]: float(r["value"]) for r in rows if "per second" in r["quantity"]}
+    tested = [row for row in rows if number(row["deviation"]) is not None]
+    lines = []
+    if rates:
+        shown = ", ".join(f"{name.partition(',')[0]} {rate:.0f}" for name, rate in rates.items())
+        lines.append(
+            f"Noise on one thread, million normals per second: {shown}. ({table.provenance(rows)})"
+        )
+    errors = [row for row in tested if "distance" not in row["quantity"]]
+    distances = [row for row in tested if "distance" in row["quantity"]]
+    if errors and distances:
+        worst = max(errors, key=lambda row: abs(float(row["deviation"])))
+        lines.append(
+            f"{int(distances[0]['draws']):,} normals: {len(errors)} moments and tails up to "
+            f"9 standard deviations differ from the exact law by at most "
+            f"{abs(float(worst['deviation'])):.1f} standard errors ({worst['quantity']}); "
+            f"Kolmogorov-Smirnov {float(distances[0]['deviation']):.2f} (1 % point 1.63)."
+        )
+    return lines
+
+
+PART = Part(
+    "noise",
+    "Throughput, moments, distribution and tails of the Gaussian noise.",
+    ("device", "threads", "quantity"),
+    todo,
+    seconds=70.0,
+    digest=digest,
+    headline=True,
+)

@@ -10,25 +10,26 @@ from __future__ import annotations
 import importlib
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from bench import memory, results, table, work
+from bench.part import How, Part, Row, Todo
+from bench.table import number
 from dpkernels.accounting import opacus_accountants
 
-PATH = results.RESULTS / "accounting.csv"
-KEY = ("device", "run", "nominal_epsilon", "accountant")
 RUNS = {"subsampled": (0.01, 5000), "volumes": (1 / 106, 53_000)}
 BUDGETS = (0.01, 1.0, 8.0, 100.0, 1e4, 1e6, 1e9, 1e15)
 DELTA = 8e-7
 ACCOUNTANTS = ("tight", "rdp", "prv", "gdp", "dp-accounting")
 LIMIT_S = 40.0
+_PACKAGES = ("numpy", "scipy", "opacus", "dp-accounting")
 #: the grid of dp-accounting, as a share of the epsilon that is asked for: it wants to be told
 _GRID = 2e-5
 
@@ -41,17 +42,17 @@ with suppress(ImportError), warnings.catch_warnings():
         opacus_accountants.accountant(_mechanism)
 
 
-def run(
-    budget: float | None, fresh: bool, limit: float = LIMIT_S, path: Path = PATH
-) -> work.Outcome:
-    """Ask every question that an interrupted run has not asked; a row each."""
-    todo = {
-        f"{run}, epsilon {nominal:g}": partial(_write, run, nominal, limit, path)
+def todo(
+    how: How,
+    limit: Annotated[float, typer.Option(help="Seconds per question.")] = LIMIT_S,
+) -> Todo:
+    """The same question to every accountant, for each run and budget."""
+    items = {
+        f"{run}, epsilon {nominal:g}": partial(_measure, run, nominal, limit)
         for nominal in BUDGETS
         for run in RUNS
     }
-    settings = {"limit": limit, "output": str(path)}
-    return work.off(todo, "accounting", settings, fresh=fresh, budget=budget)
+    return Todo(items, how)
 
 
 def ask(
@@ -100,14 +101,13 @@ def _google(sigma: float, rate: float, steps: int, nominal: float) -> float:
     return one.self_compose(steps).get_epsilon_for_delta(DELTA)
 
 
-def _write(run: str, nominal: float, limit: float, path: Path, report: work.Report) -> None:
+def _measure(run: str, nominal: float, limit: float, report: work.Report) -> Iterator[list[Row]]:
     from dpkernels.accounting import get_noise_multiplier
 
     rate, steps = RUNS[run]
     sigma = get_noise_multiplier(
         target_epsilon=nominal, target_delta=DELTA, sample_rate=rate, steps=steps
     )
-    here = asdict(results.Environment.here(torch.device("cpu"), "system"))
     rows = []
     for index, accountant in enumerate(ACCOUNTANTS):
         report(accountant, index / len(ACCOUNTANTS))
@@ -127,18 +127,36 @@ def _write(run: str, nominal: float, limit: float, path: Path, report: work.Repo
                 "seconds": answer.get("seconds"),
                 "memory_mb": answer.get("memory_mb"),
                 "outcome": answer["outcome"],
-                "numpy": version("numpy"),
-                "scipy": version("scipy"),
-                "opacus": version("opacus"),
-                "dp_accounting": _version_of("dp-accounting"),
-                **here,
+                **{name.replace("-", "_"): results.version_of(name) for name in _PACKAGES},
             }
         )
-    table.replace(path, rows, KEY)
+    yield rows
 
 
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+def digest(rows: list[dict[str, str]]) -> list[str]:
+    """By accountant: over the budget it was calibrated for, and time."""
+    parts = []
+    for name in dict.fromkeys(row["accountant"] for row in rows):
+        own = [row for row in rows if row["accountant"] == name]
+        answered = [row for row in own if number(row["over_nominal"]) is not None]
+        if not answered:
+            continue
+        over = [float(row["over_nominal"]) for row in answered]
+        seconds = [float(row["seconds"]) for row in answered]
+        parts.append(
+            f"{name} {len(answered)} of {len(own)} answered, epsilon {min(over):.4g} to "
+            f"{max(over):.4g} of nominal, at most {max(seconds):.2g} s"
+        )
+    if not parts:
+        return []
+    return [f"Accountants, epsilon 0.01 to 1e15: {'; '.join(parts)}. ({table.provenance(rows)})"]
+
+
+PART = Part(
+    "accounting",
+    "Time, memory and tightness of our accountant, Opacus' three and Google's.",
+    ("device", "run", "nominal_epsilon", "accountant"),
+    todo,
+    seconds=80.0,
+    digest=digest,
+)
