@@ -162,7 +162,7 @@ def test_any_budget_and_plan_gives_the_gradient_of_one_sample_at_a_time(
     planners = []
 
     def init(self, m: nn.Module, **kwargs: object) -> None:
-        started(self, m, memory_budget=budget, plan=plan, **kwargs)
+        started(self, m, **{**kwargs, "memory_budget": budget, "plan": plan})
         self.planner, kept = (planners[0] if planners else self.planner), self.planner
         planners.append(kept)
 
