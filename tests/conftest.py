@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 pytest_plugins = ["tests.lost_gpu"]
 
-_POISONED_ROOMS = ("ops", "layers", "engine")
+_POISONED_ROOMS = ("ops", "layers", "engine", "attacks")
 _TESTS = Path(__file__).resolve().parent
 
 

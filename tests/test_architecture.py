@@ -43,6 +43,8 @@ ONLY_IN = {
     "nibabel": {"segmentation"},
     "triton": {"ops"},
 }
+#: rooms of which each module has a test module of its own, in the folder of the same name
+MIRRORED = ("training", "attacks")
 ROOM_OF_NAME = {"PrivacyEngine": "engine"}
 FRONT, ENGINE = "dpkernels.PrivacyEngine", "dpkernels.engine.privacy_engine"
 LONG_FILE = 400
@@ -186,6 +188,34 @@ def test_the_circle_rule_notices(sources: dict[str, str]) -> None:
 )
 def test_the_rule_notices(room: str, source: str) -> None:
     assert room_violations(room, source)
+
+
+def untested(room: str, tests: Path) -> list[str]:
+    """Modules of a room that no ``test_<module>.py`` in a folder of tests imports."""
+    found = []
+    for module in modules_of(room):
+        path = tests / f"test_{module.stem}.py"
+        names = imports_of(ast.parse(path.read_text())) if path.is_file() else ()
+        wanted = f"dpkernels.{room}.{module.stem}"
+        if not any(wanted in prefixes_of(name) for _, name in names):
+            found.append(module.stem)
+    return [stem for stem in found if stem != "__init__"]
+
+
+@pytest.mark.parametrize("room", MIRRORED)
+def test_every_module_has_a_test_module_that_imports_it(room: str) -> None:
+    assert not untested(room, ROOT / "tests" / room)
+
+
+def test_the_mirror_notices(tmp_path: Path) -> None:
+    modules = {path.stem for path in modules_of("attacks")} - {"__init__"}
+    assert set(untested("attacks", tmp_path)) == modules
+    (tmp_path / "test_optimal.py").write_text(
+        "from dpkernels.attacks.optimal import linear_optimal"
+    )
+    (tmp_path / "test_gradient.py").write_text("from dpkernels.attacks import gradient")
+    (tmp_path / "test_inversion.py").write_text("from dpkernels.attacks import optimal")
+    assert set(untested("attacks", tmp_path)) == modules - {"optimal", "gradient"}
 
 
 def printed(script: str) -> str:

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
 
-from dpkernels.accounting import calibration, opacus_accountants, tight
+from dpkernels.accounting import tight
+from dpkernels.accounting.accountants import accountant_named
 from dpkernels.accounting.checks import check_count, check_number
-from dpkernels.accounting.events import History, Phase, as_history
+from dpkernels.accounting.events import Phase, as_history
 
 EPSILON_RANGE = (1e-2, 1e15)
 """Target budgets that calibration accepts."""
 
 _ROUND_UP = 1e-6
-
-
-@dataclass(frozen=True)
-class Accountant:
-    """How one accountant bounds what ran: epsilon of a history, and noise for a budget."""
-
-    epsilon: Callable[[History, float], float]
-    noise_multiplier: Callable[[float, float, float, int], float]
-
-
-ACCOUNTANTS: dict[str, Accountant] = {
-    "tight": Accountant(tight.epsilon, calibration.noise_multiplier),
-    **{
-        mechanism: Accountant(
-            partial(opacus_accountants.epsilon, mechanism),
-            partial(opacus_accountants.noise_multiplier, mechanism),
-        )
-        for mechanism in opacus_accountants.MECHANISMS
-    },
-}
-
-
-def _accountant(name: str) -> Accountant:
-    if name not in ACCOUNTANTS:
-        raise ValueError(f"accountant={name!r}: expected one of {sorted(ACCOUNTANTS)}")
-    return ACCOUNTANTS[name]
 
 
 def get_epsilon(
@@ -58,7 +31,8 @@ def get_epsilon(
         sample_rate: probability that a record joins a step, in [0, 1].
         steps: number of steps, an integer >= 1.
         delta: in (0, 1).
-        accountant: "tight" (ours), or Opacus' "rdp", "prv", "gdp" at their defaults.
+        accountant: "tight" (ours), Opacus' "rdp", "prv", "gdp" at their defaults, or the name of
+            an accountant that `register_accountant` has added.
 
     Returns:
         Epsilon >= 0.
@@ -94,9 +68,10 @@ def get_history_epsilon(
     Raises:
         ValueError: as `get_epsilon`.
     """
-    chosen = _accountant(accountant)
+    chosen = accountant_named(accountant)
     check_number("delta", delta, above=0.0, below=1.0)
-    return chosen.epsilon(as_history(history), float(delta))
+    phases = as_history(history)
+    return chosen.epsilon(phases, float(delta)) if phases else 0.0
 
 
 def get_delta(*, noise_multiplier: float, sample_rate: float, steps: int, epsilon: float) -> float:
@@ -134,8 +109,8 @@ def get_noise_multiplier(
         target_delta: in (0, 1), below the probability that a record joins any step at all.
         sample_rate: probability that a record joins a step, in (0, 1].
         steps: number of steps, an integer >= 1.
-        accountant: "tight" (ours), or Opacus' "rdp", "prv", "gdp" at their defaults: a nominal
-            budget of the literature means the noise of *its* accountant (docs/accounting.md).
+        accountant: as in `get_epsilon`; a nominal budget of the literature means the noise of
+            *its* accountant (docs/accounting.md).
 
     Returns:
         Noise multiplier > 0.
@@ -147,7 +122,7 @@ def get_noise_multiplier(
         `get_epsilon` at the returned value, under the same accountant, is at most target_epsilon.
         Under "tight" the value is at most 0.5 % above the exact one.
     """
-    chosen = _accountant(accountant)
+    chosen = accountant_named(accountant)
     low, high = EPSILON_RANGE
     check_number("target_epsilon", target_epsilon, at_least=low, at_most=high)
     check_number("target_delta", target_delta, above=0.0, below=1.0)

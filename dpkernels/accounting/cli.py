@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dpkernels.accounting.api import ACCOUNTANTS, get_epsilon, get_noise_multiplier
+from dpkernels.accounting.accountants import ACCOUNTANTS
+from dpkernels.accounting.api import get_epsilon, get_noise_multiplier
 
 _PLOT_EPSILONS = (0.1, 0.3, 1, 3, 8, 20, 100, 1e3, 1e4, 1e6, 1e9, 1e12)
 

@@ -13,23 +13,17 @@ import importlib.util
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from scipy.optimize import brentq
-
-from dpkernels.accounting import calibration
-from dpkernels.accounting.events import History, as_history
+from dpkernels.accounting.events import History
 
 MECHANISMS = {"rdp": "RDPAccountant", "prv": "PRVAccountant", "gdp": "GaussianAccountant"}
 """What Opacus calls its accountants: name in its registry, and class."""
 
 _PACKAGE = "dpkernels.accounting._opacus"
 _PRV_MAX_CELLS = 1 << 24
-_MAX_SIGMA = 1e7
-_MIN_SIGMA = 1e-8
 
 
 class _Base:
@@ -81,14 +75,12 @@ def epsilon(mechanism: str, history: History, delta: float) -> float:
 
     Args:
         mechanism: "rdp", "prv" or "gdp".
-        history: what ran.
+        history: what ran, not empty.
         delta: in (0, 1).
 
     Raises:
         ValueError: if the accountant cannot hold such a history, or fails on it.
     """
-    if not history:
-        return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         counted = accountant(mechanism)
@@ -113,41 +105,3 @@ def epsilon(mechanism: str, history: History, delta: float) -> float:
             f"{_PRV_MAX_CELLS:.3g}. Use accountant='tight'"
         )
     return spent
-
-
-def noise_multiplier(mechanism: str, target: float, delta: float, rate: float, steps: int) -> float:
-    """Noise multiplier for a budget under one of Opacus' accountants, to a relative 1e-8.
-
-    Opacus' own search stops at an absolute difference in epsilon, which never ends at large
-    budgets; this one is relative throughout.
-
-    Raises:
-        ValueError: if the accountant cannot certify the budget at any noise multiplier.
-    """
-
-    def spent(log_sigma: float) -> float:
-        return epsilon(mechanism, as_history([(math.exp(log_sigma), rate, steps)]), delta)
-
-    start = math.log(calibration.noise_multiplier(target, delta, rate, steps))
-    low = _expand(lambda x: spent(x) > target, start, -math.log(2), mechanism, target)
-    high = _expand(lambda x: spent(x) <= target, max(low, start), math.log(2), mechanism, target)
-    root = brentq(lambda x: math.log(max(spent(x), 1e-300) / target), low, high, xtol=1e-9)
-    return math.exp(next(x for x in _above(root, high) if spent(x) <= target))
-
-
-def _above(root: float, high: float) -> Sequence[float]:
-    return [root, root + 2e-9, root + 1e-8, root + 1e-6, high]
-
-
-def _expand(
-    accepts: Callable[[float], bool], start: float, move: float, mechanism: str, target: float
-) -> float:
-    x = start
-    while not accepts(x):
-        x += move
-        if not math.log(_MIN_SIGMA) < x < math.log(_MAX_SIGMA):
-            raise ValueError(
-                f"target_epsilon={target!r}: out of reach of accountant={mechanism!r} at any "
-                f"noise_multiplier up to {_MAX_SIGMA:g}. Use accountant='tight'"
-            )
-    return x

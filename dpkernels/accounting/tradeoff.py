@@ -119,13 +119,15 @@ class TradeOff:
 
     def test_at_alpha(self, alpha: float) -> TestPoint:
         """The optimal test with the given false alarms, in (0, 1)."""
-        curve, i = self._refined(self._alpha_tilt(alpha), lambda curve: curve.index_of_alpha(alpha))
+        tilt = self._chernoff_tilt(alpha, none=-1.0, less=1.0)
+        curve, i = self._refined(tilt, lambda curve: curve.index_of_alpha(alpha))
         share = _share(curve.alpha, i, alpha)
         return TestPoint(_between(curve.power, i, share), _between(curve.beta, i, share))
 
     def alpha_at_beta(self, beta: float) -> float:
         """The smallest false alarms of any test with the given misses, in (0, 1)."""
-        curve, i = self._refined(self._beta_tilt(beta), lambda curve: curve.index_of_beta(beta))
+        tilt = self._chernoff_tilt(beta, none=0.0, less=-1.0)
+        curve, i = self._refined(tilt, lambda curve: curve.index_of_beta(beta))
         return _between(curve.alpha, i, _share(curve.beta, i, beta))
 
     def balanced(self) -> tuple[float, float]:
@@ -155,25 +157,21 @@ class TradeOff:
                 end = middle
         return end
 
-    def _alpha_tilt(self, alpha: float) -> float:
-        """The tilt whose Chernoff bound on alpha, or on 1 - alpha, is that value."""
-        log_alpha = math.log(min(alpha, 1 - alpha))
+    def _chernoff_tilt(self, error: float, none: float, less: float) -> float:
+        """The tilt whose Chernoff bound on an error, or on 1 - error, is that value.
+
+        Args:
+            error: alpha or beta, in (0, 1).
+            none: the tilt at which the bound is 1: -1 for alpha, 0 for beta.
+            less: +1 or -1, the direction in which the bound on the error falls.
+        """
+        log_error = math.log(min(error, 1 - error))
 
         def gap(tilt: float) -> float:
             log_mgf, mean, _ = self._moments(tilt)
-            return log_mgf - (tilt + 1) * mean - log_alpha
+            return log_mgf - (tilt - none) * mean - log_error
 
-        return self._falling_root(gap, -1.0, 0.0 if alpha < 0.5 else -2.0)
-
-    def _beta_tilt(self, beta: float) -> float:
-        """The tilt whose Chernoff bound on beta, or on 1 - beta, is that value."""
-        log_beta = math.log(min(beta, 1 - beta))
-
-        def gap(tilt: float) -> float:
-            log_mgf, mean, _ = self._moments(tilt)
-            return log_mgf - tilt * mean - log_beta
-
-        return self._falling_root(gap, 0.0, -1.0 if beta < 0.5 else 1.0)
+        return self._falling_root(gap, none, none + less if error < 0.5 else none - less)
 
     def _plan(self, tilt: float, hazard: float) -> tuple[Window, float]:
         """Window and spacing; smaller tilts than the saddle point may have narrower windows."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dpkernels import PrivacyEngine
+from dpkernels.accounting.checks import check_count
 
 #: A loss of a model's output [B, ...], as the mean over samples.
 LossOfOutput = Callable[[torch.Tensor], torch.Tensor]
@@ -68,8 +69,7 @@ class Server:
             For each parameter of `read`, the clipped sum over the samples plus noise, of the dtype
             and on the device of the parameter.
         """
-        if updates < 1:
-            raise ValueError(f"updates={updates}: expected at least 1")
+        check_count("updates", updates)
         divisor = float(self._optimizer.expected_batch_size)
         totals = [torch.zeros_like(p) for p in read]
         for _ in range(updates):

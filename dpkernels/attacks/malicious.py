@@ -9,6 +9,7 @@ from statistics import NormalDist
 import torch
 from torch import nn
 
+from dpkernels.accounting.checks import check_count
 from dpkernels.attacks.gradient import LossOfOutput, Server
 
 _GAIN = 1e-8
@@ -89,8 +90,7 @@ def imprint(
     Raises:
         ValueError: an argument is out of range, or `loss` is missing.
     """
-    if bins < 1:
-        raise ValueError(f"bins={bins}: expected at least 1")
+    check_count("bins", bins)
     flat = images.flatten(1).float()
     means = flat.mean(dim=1)
     centre, spread = known_means or (float(means.mean()), float(means.std(correction=0)))
@@ -136,9 +136,7 @@ def trap_weights(
     Raises:
         ValueError: as in `imprint`.
     """
-    rows = 2 * len(images) if bins is None else bins
-    if rows < 1:
-        raise ValueError(f"bins={bins}: expected at least 1")
+    rows = check_count("bins", 2 * len(images) if bins is None else bins)
     size = images[0].numel()
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty(rows, size)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels.accounting.audit import audit_epsilon
+from dpkernels.accounting.checks import check_count, check_number
 from dpkernels.engine.privacy_engine import PrivacyEngine
 
 #: shares of the canaries that are guessed; each share's bound gets an equal part of the failure
@@ -134,12 +135,9 @@ def one_run_audit(
     Raises:
         ValueError: an argument is out of range.
     """
-    if not 0.0 < sample_rate <= 1.0:
-        raise ValueError(f"sample_rate={sample_rate}: expected a number > 0 and <= 1")
-    if steps < 1:
-        raise ValueError(f"steps={steps}: expected an integer >= 1")
-    if canaries < 10:
-        raise ValueError(f"canaries={canaries}: expected an integer >= 10")
+    check_number("sample_rate", sample_rate, above=0.0, at_most=1.0)
+    check_count("steps", steps)
+    check_count("canaries", canaries, at_least=10)
     if clipping not in ("flat", "automatic"):
         raise ValueError(f"clipping={clipping!r}: expected 'flat' or 'automatic'")
     ceiling = audit_epsilon(

@@ -18,8 +18,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
-from dpkernels.accounting import get_noise_multiplier
-from dpkernels.accounting.opacus_adapter import register
+from dpkernels.accounting import get_noise_multiplier, opacus_adapter
 from dpkernels.engine.arguments import (
     check_arguments,
     check_opacus_mode,
@@ -43,7 +42,7 @@ from dpkernels.engine.sampling import (
 from dpkernels.engine.trial.mixing import check_criterion
 from dpkernels.reconstruction import risk_report
 
-register()
+opacus_adapter.register()
 
 _FUSED = "fused"
 
@@ -57,7 +56,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
 
     Args:
         accountant: ``"tight"`` (ours, an upper bound within 1 % of exact), ``"prv"``, ``"rdp"``,
-            ``"gdp"`` or any mechanism registered with Opacus.
+            ``"gdp"``, or any that is registered with `dpkernels.accounting` or with Opacus.
         secure_mode: in mode "fused", noise that floating-point arithmetic cannot give away
             (docs/math.md, section 3), and batches drawn by the operating system's generator, which
             keys the noise in any case. Opacus' modes need ``torchcsprng`` for secure mode.
@@ -68,6 +67,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
     """
 
     def __init__(self, *, accountant: str = "tight", secure_mode: bool = False):
+        opacus_adapter.register()
         self.accountant = create_accountant(mechanism=accountant)
         self.secure_mode = secure_mode
         self.secure_rng = None
@@ -285,17 +285,17 @@ class PrivacyEngine(OpacusPrivacyEngine):
             target_delta: the budget's delta.
             epochs: passes over the data loader; steps = epochs * len(data_loader).
             epsilon_tolerance: how far below the target Opacus' accountants may stop; ignored by
-                "tight".
+                ours.
         """
         mechanism = self.accountant.mechanism()
-        if mechanism == "tight" or grad_sample_mode == _FUSED:
+        ours = opacus_adapter.has(mechanism)
+        if ours or grad_sample_mode == _FUSED:
             rate, steps = sample_rate_of(data_loader), int(epochs * len(data_loader))
         else:
             rate = 1 / len(data_loader)
             steps = int(epochs / rate)
-        calibrate = get_noise_multiplier
-        if mechanism != "tight":
-            calibrate = partial(opacus_noise_multiplier, epsilon_tolerance=epsilon_tolerance)
+        tolerant = partial(opacus_noise_multiplier, epsilon_tolerance=epsilon_tolerance)
+        calibrate = get_noise_multiplier if ours else tolerant
         return self.make_private(
             module=module,
             optimizer=optimizer,

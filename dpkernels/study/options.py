@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpkernels.accounting.accountants import guaranteeing
+
 if TYPE_CHECKING:
     from dpkernels.study.runner import StudySettings
 
@@ -21,8 +23,8 @@ Epsilons = Annotated[
 Accountant = Annotated[
     str,
     typer.Option(
-        help="What a budget means: rdp (Opacus' accountant, as most publications) or tight "
-        "(what the noise guarantees). The table gives both."
+        help="What a budget means: rdp (Opacus' accountant, as most publications), tight (what the "
+        f"noise guarantees) or another of {', '.join(guaranteeing())}. The table gives tight, too."
     ),
 ]
 Seeds = Annotated[int, typer.Option(help="Runs for each budget.")]

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dpkernels.accounting.accountants import accountant_named
 from dpkernels.study.campaign import Adversary
 from dpkernels.study.results import UNLIKELY
 
@@ -32,11 +33,9 @@ def facts(cells: Sequence[Mapping[str, Any]], accountant: str, seeds: int) -> li
     """
     plan, norms = cells[0]["plan"], [norm for cell in cells for norm in cell["data_norms"]]
     unit = plan["unit"]
-    meaning = {
-        "rdp": "Opacus' RDP accountant at its default orders, which most published budgets mean; "
-        "the table also gives what the same noise guarantees under a tight accountant",
-        "tight": "a tight accountant, so it is what the noise guarantees",
-    }[accountant]
+    meaning = accountant_named(accountant).meaning
+    if accountant != "tight":
+        meaning += "; the table also gives what the same noise guarantees under a tight accountant"
     minutes = {
         part: sum(cell["seconds"][part] for cell in cells) / 60 for part in cells[0]["seconds"]
     }

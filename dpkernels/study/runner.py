@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dpkernels.accounting.accountants import guaranteeing
 from dpkernels.study import page, pictures, results
 from dpkernels.study.campaign import (
     ADVERSARIES,
@@ -31,7 +32,6 @@ from dpkernels.training.trainer import Exposed, Trainer
 
 _ATTACK_WEIGHT = 0.05
 _CHECKPOINTS = 20
-_CONVENTIONS = ("rdp", "tight")
 PAPER_BUDGETS = (1.0, 8.0, 1e3, 1e6, 1e9, 1e12, 1e15, math.inf)
 
 
@@ -42,7 +42,7 @@ class StudySettings:
     Attributes:
         epsilons: nominal budgets; infinite: without privacy.
         accountant: what a budget means: "rdp" (Opacus' accountant at its default orders, as in
-            most publications) or "tight" (what the noise guarantees).
+            most publications), "tight" (what the noise guarantees) or another upper bound.
         seeds: runs for each budget, with other initialisations and splits.
         patients: training patients to attack in each run.
         adversaries: keys of `campaign.ADVERSARIES`.
@@ -55,12 +55,13 @@ class StudySettings:
     adversaries: tuple[str, ...] = DEFAULT_ADVERSARIES
 
     def __post_init__(self) -> None:
+        accountants = guaranteeing()
         faults = {
             "epsilons": (
                 bool(self.epsilons) and all(e > 0 for e in self.epsilons),
                 "positive numbers or inf, separated by commas",
             ),
-            "accountant": (self.accountant in _CONVENTIONS, f"one of {', '.join(_CONVENTIONS)}"),
+            "accountant": (self.accountant in accountants, f"one of {', '.join(accountants)}"),
             "seeds": (self.seeds >= 1, "at least 1"),
             "patients": (self.patients >= 1, "at least 1"),
             "adversaries": (

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
+from dpkernels.accounting.accountants import guaranteeing
 from dpkernels.training.settings import build, merge, plain, require, require_all
 
 
@@ -105,7 +106,7 @@ class PrivacyConfig:
         delta: probability that the epsilon bound does not hold; well below 1 / patients.
         noise_multiplier: std of the noise divided by max_grad_norm; None: found from `epsilon`.
         max_grad_norm: bound on one patient's gradient.
-        accountant: "tight", "rdp" or "prv".
+        accountant: name of one whose epsilon is never below the exact one: "tight", "rdp", "prv".
         insecure_fixed_noise: seed for noise and sampling, for tests only: whoever knows it can
             subtract the noise, so there is no guarantee; the report says so.
     """
@@ -131,12 +132,13 @@ class PrivacyConfig:
         require(0 < self.delta < 1, "privacy.delta", self.delta, "between 0 and 1")
         seed = self.insecure_fixed_noise
         require(seed is None or seed >= 0, "privacy.insecure_fixed_noise", seed, "at least 0")
+        *names, last = guaranteeing()
         require(
-            self.accountant in ("tight", "rdp", "prv"),
+            self.accountant in (*names, last),
             "privacy.accountant",
             self.accountant,
-            "tight, rdp or prv (gdp can state less than the true epsilon, so that no guarantee "
-            "can rest on it)",
+            f"{', '.join(names)} or {last} (gdp can state less than the true epsilon, so that no "
+            "guarantee can rest on it)",
         )
         require(self.max_grad_norm > 0, "privacy.max_grad_norm", self.max_grad_norm, "positive")
 

@@ -16,7 +16,7 @@ from dpkernels.accounting import (
     get_noise_multiplier,
     opacus_accountants,
 )
-from dpkernels.accounting.opacus_adapter import TightAccountant, register
+from dpkernels.accounting.opacus_adapter import HistoryAccountant, register
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_tight_is_registered_and_counts_as_rdp_does():
     register()
     accountant = _steps(create_accountant("tight"), (1.0, 0.1, 3), (2.0, 0.1, 2), (1.0, 0.1, 1))
     other = _steps(RDPAccountant(), (1.0, 0.1, 3), (2.0, 0.1, 2), (1.0, 0.1, 1))
-    assert isinstance(accountant, TightAccountant)
+    assert isinstance(accountant, HistoryAccountant)
     assert accountant.history == other.history
     assert len(accountant) == len(other) == 3
     assert accountant.mechanism() == "tight"
@@ -101,8 +101,8 @@ def test_tight_is_registered_and_counts_as_rdp_does():
 
 
 def test_accountant_state_survives_checkpoints():
-    accountant = _steps(TightAccountant(), (1.0, 0.1, 3))
-    restored = TightAccountant()
+    accountant = _steps(HistoryAccountant(), (1.0, 0.1, 3))
+    restored = HistoryAccountant()
     restored.load_state_dict(pickle.loads(pickle.dumps(accountant.state_dict())))
     assert restored.history == accountant.history
     other = _steps(RDPAccountant(), (1.0, 0.1, 5))
@@ -113,7 +113,7 @@ def test_accountant_state_survives_checkpoints():
 
 
 def test_accountant_edges():
-    accountant = TightAccountant()
+    accountant = HistoryAccountant()
     assert accountant.get_epsilon(delta=1e-5) == 0
     accountant.step(noise_multiplier=0.0, sample_rate=0.1)
     assert accountant.get_epsilon(delta=1e-5) == float("inf")

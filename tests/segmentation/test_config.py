@@ -6,7 +6,7 @@ import yaml
 
 from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.presets import PRESETS
-from dpkernels.training.settings import load_yaml, merge, parse_override
+from dpkernels.training.settings import merge, parse_override
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -69,23 +69,6 @@ def test_faulty_settings_are_refused_by_name(override, message):
         values = merge(PRESETS["phantom"], parse_override(override))
     with pytest.raises(ValueError, match=message):
         SegmentationConfig.from_dict(values)
-
-
-@pytest.mark.parametrize("text", ["training.steps", "=3", "a=[1"])
-def test_faulty_overrides_are_refused(text):
-    with pytest.raises(ValueError, match="--set"):
-        parse_override(text)
-
-
-def test_faulty_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        load_yaml(tmp_path / "run.yaml")
-    (tmp_path / "run.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match="not valid YAML"):
-        load_yaml(tmp_path / "run.yaml")
-    (tmp_path / "run.yaml").write_text("[1]")
-    with pytest.raises(ValueError, match="must hold a mapping, found list"):
-        load_yaml(tmp_path / "run.yaml")
 
 
 def test_the_yaml_of_the_tutorial_is_valid():

@@ -1,6 +1,3 @@
-import functools
-import operator
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +11,6 @@ from dpkernels.segmentation.data import (
 )
 from dpkernels.segmentation.layouts import read_scans
 from dpkernels.segmentation.volume import Volume
-from dpkernels.training.reading import split_patients
 from dpkernels.training.sampling import flatten_views
 from dpkernels.training.store import PatientDataset
 
@@ -82,17 +78,6 @@ def test_restore_undoes_prepare():
     overlap = 2 * (restored & scan.label).sum() / (restored.sum() + scan.label.sum())
     assert restored.shape == scan.label.shape
     assert overlap > 0.85
-
-
-def test_split_is_of_patients_disjoint_complete_and_fixed_by_the_seed():
-    names = [f"p{i}" for i in range(20)]
-    split = split_patients(names, 0.2, 0.1, seed=3)
-    assert [len(split[part]) for part in ("train", "validation", "test")] == [14, 2, 4]
-    assert sorted(functools.reduce(operator.iadd, split.values(), [])) == sorted(names)
-    assert split == split_patients(names, 0.2, 0.1, seed=3)
-    assert split != split_patients(names, 0.2, 0.1, seed=4)
-    with pytest.raises(ValueError, match="none is left to train on"):
-        split_patients(["a"], 0.2, 0.1, seed=0)
 
 
 def test_views_of_a_patient_are_adjacent_rows_from_any_of_their_scans(folder, manifest):

@@ -11,7 +11,6 @@ from dpkernels.segmentation.model import (
 )
 from dpkernels.segmentation.networks import CentredConv3d, CentredUNet
 from dpkernels.segmentation.presets import PRESETS
-from dpkernels.training.targets import select_trainable
 
 
 def test_centred_filters_do_not_see_a_constant():
@@ -96,16 +95,6 @@ def test_initialisation_follows_the_seed_and_leaves_the_global_generator_alone()
     first = [next(iter(n.parameters())) for n in (a, b, c)]
     assert torch.equal(first[0], first[1])
     assert not torch.equal(first[0], first[2])
-
-
-def test_chosen_layers_train_and_others_do_not():
-    network = CentredUNet(1, 2, channels=(8, 16))
-    select_trainable(network, ["head.*", "up.0.?.weight"])
-    trained = {n for n, p in network.named_parameters() if p.requires_grad}
-    assert {"head.weight", "head.bias"} < trained
-    assert all(n.startswith(("head", "up.0")) for n in trained)
-    select_trainable(network, [])
-    assert all(p.requires_grad for p in network.parameters())
 
 
 def test_heads_of_every_form():

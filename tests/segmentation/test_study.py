@@ -207,7 +207,7 @@ def test_the_command_plans_runs_and_concludes(command, tmp_path) -> None:
         (("--epsilons", "8,many"), "--epsilons must be numbers or inf, got 'many'"),
         (("--epsilons", "0"), "epsilons must be positive"),
         (("--attacks", "guess"), "adversaries must be some of imprint"),
-        (("--accountant", "moments"), "accountant must be one of rdp, tight"),
+        (("--accountant", "moments"), "accountant must be one of tight, rdp"),
         (("--seeds", "0"), "seeds must be at least 1"),
     ],
 )

@@ -1,23 +1,20 @@
 import json
 import shutil
-import warnings
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
 from dpkernels.accounting import get_epsilon
 from dpkernels.reconstruction import rero_bound
 from dpkernels.segmentation.config import SegmentationConfig
 from dpkernels.segmentation.trainer import SegmentationTrainer
-from dpkernels.training import options
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.run_folder import load_checkpoint
 from dpkernels.training.settings import load_yaml
-from tests.segmentation.runs import weights
+from tests.training.runs import weights
 
 
 def test_the_run_folder_holds_everything_that_is_promised(finished):
@@ -198,12 +195,6 @@ def test_without_patient_ids_the_guarantee_is_not_said_to_be_per_patient(
     assert SegmentationTrainer(config, tmp_path / "run").planned().unit == "patient"
     manifest(folder, lambda values: [entry.pop("patient_id") for entry in values["training"]])
     assert SegmentationTrainer(config, tmp_path / "run").planned().unit == "scan"
-
-
-def test_warnings_of_a_command_are_one_line_without_a_path(capsys):
-    with options.PlainErrors(Console(width=40)):
-        warnings.warn("one [line], however long it may be", stacklevel=1)
-    assert capsys.readouterr().out == "Warning: one [line], however long it may be\n"
 
 
 def test_fine_tuning_starts_from_a_checkpoint_and_trains_only_the_listed_layers(

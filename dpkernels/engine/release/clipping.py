@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,13 +18,11 @@ from dpkernels import ops
 
 #: gamma of automatic clipping (Bu et al. 2023, AUTO-S)
 _AUTOMATIC_GAMMA = 0.01
-_ADAPTIVE = (
-    "target_unclipped_quantile",
-    "clipbound_learning_rate",
-    "max_clipbound",
-    "min_clipbound",
-    "unclipped_num_std",
-)
+
+#: by parameter, [B]: a value for each sample
+ByParameter = dict[nn.Parameter, torch.Tensor]
+#: adds noise of a standard deviation to a tensor, in place
+Draw = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 class Clipping:
@@ -43,9 +42,7 @@ class Clipping:
         self.max_grad_norm = float(max_grad_norm)
         self.gamma = gamma
 
-    def factors(
-        self, norm_sq: Mapping[nn.Parameter, torch.Tensor], max_grad_norm: float
-    ) -> dict[nn.Parameter, torch.Tensor]:
+    def factors(self, norm_sq: ByParameter, max_grad_norm: float) -> ByParameter:
         """By parameter, [B]: the factor of each sample's gradient.
 
         Args:
@@ -61,21 +58,16 @@ class Clipping:
         """The gradient's noise multiplier, where `noise_multiplier` is the whole mechanism's."""
         return noise_multiplier
 
-    def observe(self, factors: Mapping[nn.Parameter, torch.Tensor]) -> None:
+    def observe(self, factors: ByParameter) -> None:
         """Take note of one physical batch's clip factors, before the batch is summed."""
 
-    def next_bound(
-        self,
-        max_grad_norm: float,
-        expected_samples: float,
-        draw: Callable[[torch.Tensor, float], torch.Tensor],
-    ) -> float:
+    def next_bound(self, max_grad_norm: float, expected_samples: float, draw: Draw) -> float:
         """The bound of the next step, asked once per step.
 
         Args:
             max_grad_norm: the bound of this step.
             expected_samples: the expected number of samples of this step, which is public.
-            draw: adds noise of a standard deviation to a tensor, in place.
+            draw: adds noise to a tensor.
         """
         return max_grad_norm
 
@@ -108,9 +100,7 @@ class PerLayerClipping(Clipping):
         super().__init__(math.sqrt(math.fsum(float(c) ** 2 for c in max_grad_norms)))
         self.shares = {p: float(c) / self.max_grad_norm for p, c in zip(parameters, max_grad_norms)}
 
-    def factors(
-        self, norm_sq: Mapping[nn.Parameter, torch.Tensor], max_grad_norm: float
-    ) -> dict[nn.Parameter, torch.Tensor]:
+    def factors(self, norm_sq: ByParameter, max_grad_norm: float) -> ByParameter:
         unbounded = [p for p in norm_sq if p not in self.shares]
         if unbounded:
             raise ValueError(
@@ -120,6 +110,25 @@ class PerLayerClipping(Clipping):
         return {
             p: ops.clip_factor(norm, max_grad_norm * self.shares[p]) for p, norm in norm_sq.items()
         }
+
+
+@dataclass(frozen=True)
+class AdaptiveSettings:
+    """What ``clipping="adaptive"`` needs beside a bound.
+
+    Attributes:
+        target_unclipped_quantile: share of samples that shall stay unclipped.
+        clipbound_learning_rate: how fast the bound follows, geometrically.
+        max_clipbound: largest bound.
+        min_clipbound: smallest bound.
+        unclipped_num_std: std of the noise on the count of unclipped samples.
+    """
+
+    target_unclipped_quantile: float
+    clipbound_learning_rate: float
+    max_clipbound: float
+    min_clipbound: float
+    unclipped_num_std: float
 
 
 class AdaptiveClipping(Clipping):
@@ -133,64 +142,44 @@ class AdaptiveClipping(Clipping):
     Args:
         max_grad_norm: the first bound.
         noise_multiplier: sigma of the whole mechanism, count and gradient together.
-        target_unclipped_quantile: share of samples that shall stay unclipped.
-        clipbound_learning_rate: how fast the bound follows, geometrically.
-        max_clipbound: largest bound.
-        min_clipbound: smallest bound.
-        unclipped_num_std: std of the noise on the count.
+        settings: how the bound moves, and how the count is hidden.
     """
 
-    def __init__(
-        self,
-        max_grad_norm: float,
-        noise_multiplier: float,
-        *,
-        target_unclipped_quantile: float,
-        clipbound_learning_rate: float,
-        max_clipbound: float,
-        min_clipbound: float,
-        unclipped_num_std: float,
-    ):
+    def __init__(self, max_grad_norm: float, noise_multiplier: float, settings: AdaptiveSettings):
         super().__init__(max_grad_norm)
-        if max_clipbound <= min_clipbound:
+        if settings.max_clipbound <= settings.min_clipbound:
             raise ValueError("max_clipbound must be larger than min_clipbound.")
-        if noise_multiplier >= 2 * unclipped_num_std:
-            raise ValueError(
-                f"noise_multiplier={noise_multiplier} must be smaller than 2 * unclipped_num_std "
-                f"= {2 * unclipped_num_std}: the noisy count would spend the whole budget "
-                "(https://arxiv.org/abs/1905.03871, Theorem 1)"
-            )
-        self.target_unclipped_quantile = target_unclipped_quantile
-        self.clipbound_learning_rate = clipbound_learning_rate
-        self.max_clipbound = max_clipbound
-        self.min_clipbound = min_clipbound
-        self.unclipped_num_std = unclipped_num_std
+        self.settings = settings
         self._surplus = 0.0
+        self._limit_above(noise_multiplier)
 
     def gradient_noise(self, noise_multiplier: float) -> float:
         if noise_multiplier == 0:
             return 0.0
-        if noise_multiplier >= 2 * self.unclipped_num_std:
+        return (noise_multiplier**-2 - self._limit_above(noise_multiplier) ** -2) ** -0.5
+
+    def _limit_above(self, noise_multiplier: float) -> float:
+        """The noise multiplier at which the count would spend the whole budget."""
+        limit = 2 * self.settings.unclipped_num_std
+        if noise_multiplier >= limit:
             raise ValueError(
                 f"noise_multiplier={noise_multiplier} must be smaller than 2 * unclipped_num_std "
-                f"= {2 * self.unclipped_num_std}"
+                f"= {limit}: the noisy count would spend the whole budget "
+                "(https://arxiv.org/abs/1905.03871, Theorem 1)"
             )
-        return (noise_multiplier**-2 - (2 * self.unclipped_num_std) ** -2) ** -0.5
+        return limit
 
-    def observe(self, factors: Mapping[nn.Parameter, torch.Tensor]) -> None:
+    def observe(self, factors: ByParameter) -> None:
         factor = next(iter(factors.values()), torch.zeros(0))
         self._surplus += float((factor >= _UNCLIPPED).sum()) - len(factor) / 2
 
-    def next_bound(
-        self,
-        max_grad_norm: float,
-        expected_samples: float,
-        draw: Callable[[torch.Tensor, float], torch.Tensor],
-    ) -> float:
-        surplus = float(draw(torch.tensor([self._surplus]), self.unclipped_num_std))
+    def next_bound(self, max_grad_norm: float, expected_samples: float, draw: Draw) -> float:
+        settings = self.settings
+        surplus = float(draw(torch.tensor([self._surplus]), settings.unclipped_num_std))
         share = 0.5 + surplus / expected_samples
-        step = self.clipbound_learning_rate * (share - self.target_unclipped_quantile)
-        return min(max(max_grad_norm * math.exp(-step), self.min_clipbound), self.max_clipbound)
+        step = settings.clipbound_learning_rate * (share - settings.target_unclipped_quantile)
+        bound = max_grad_norm * math.exp(-step)
+        return min(max(bound, settings.min_clipbound), settings.max_clipbound)
 
     def reset(self) -> None:
         self._surplus = 0.0
@@ -208,13 +197,16 @@ def total_norm_sq(norm_sq: Any) -> torch.Tensor:
     return stacked.sum(0).to(widest)
 
 
+_ADAPTIVE = tuple(field.name for field in fields(AdaptiveSettings))
+
+
 def _adaptive(
     max_grad_norm: Any, noise_multiplier: float, parameters: Sequence[nn.Parameter], settings: Any
 ) -> Clipping:
     missing = [name for name in _ADAPTIVE if name not in settings]
     if missing:
         raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
-    return AdaptiveClipping(max_grad_norm, noise_multiplier, **settings)
+    return AdaptiveClipping(max_grad_norm, noise_multiplier, AdaptiveSettings(**settings))
 
 
 _KINDS: dict[str, Callable[[Any, float, Sequence[nn.Parameter], Any], Clipping]] = {

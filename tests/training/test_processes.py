@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from dpkernels.segmentation.config import SegmentationConfig
-from dpkernels.segmentation.trainer import SegmentationTrainer
+from dpkernels.training.processes import ALONE, TrainingProcesses
 from dpkernels.training.run_folder import RunFolder, load_checkpoint, steps_begun
 from dpkernels.training.settings import merge
 from dpkernels.training.trainer import TrainingResult
-from tests.segmentation.runs import StopAfter
+from tests.training.runs import StopAfter
+from tests.training.toy import ToyConfig, ToyTrainer, tiny
 
 _save_checkpoint = RunFolder.save_checkpoint
 
@@ -30,15 +30,15 @@ def _slowly_saved(folder: RunFolder, name: str, state: dict) -> None:
     _save_checkpoint(folder, name, state)
 
 
-def _interrupted_and_resumed(config: SegmentationConfig, out: str | Path) -> TrainingResult:
+def _interrupted_and_resumed(config: ToyConfig, out: str | Path) -> TrainingResult:
     """A run that is stopped after two steps and resumed to its end."""
     with (
         pytest.raises(KeyboardInterrupt),
         mock.patch("dpkernels.training.trainer.SilentDisplay", side_effect=lambda: StopAfter(2)),
         mock.patch.object(RunFolder, "save_checkpoint", _slowly_saved),
     ):
-        SegmentationTrainer(config, out).fit()
-    return SegmentationTrainer(config, out).fit(resume=True)
+        ToyTrainer(config, out).fit()
+    return ToyTrainer(config, out).fit(resume=True)
 
 
 def _train(rank: int, values: dict, folder: str) -> None:
@@ -48,19 +48,19 @@ def _train(rank: int, values: dict, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
         timeout=datetime.timedelta(seconds=120),
     )  # fmt: skip
-    config = SegmentationConfig.from_dict(values)
+    config = ToyConfig.from_dict(values)
     result = _interrupted_and_resumed(config, f"{folder}/two")
     assert result.steps == 4
     assert result.folder == Path(folder) / "two"
-    plain = SegmentationConfig.from_dict(merge(values, {"privacy": {"enabled": False}}))
+    plain = ToyConfig.from_dict(merge(values, {"privacy": {"enabled": False}}))
     with pytest.raises(ValueError, match="--non-private.*without torchrun"):
-        SegmentationTrainer(plain, f"{folder}/plain").fit()
+        ToyTrainer(plain, f"{folder}/plain").fit()
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
-def test_two_processes_train_what_one_does(tiny, tmp_path):
+def test_two_processes_train_what_one_does(tmp_path):
     config = tiny(
         {
             "data": {"test_share": 0.25, "validation_share": 0.25},
@@ -78,3 +78,38 @@ def test_two_processes_train_what_one_does(tiny, tmp_path):
         assert torch.allclose(two["model"][name], weights, rtol=1e-4, atol=1e-6), name
     written = {p.name for p in (tmp_path / "one").iterdir()}
     assert {p.name for p in (tmp_path / "two").iterdir()} == written
+
+
+def test_a_process_that_nobody_else_started_is_alone(tmp_path):
+    assert TrainingProcesses.join() == ALONE == TrainingProcesses(0, 1)
+    assert ALONE.first
+    folder, value = RunFolder(tmp_path / "run"), object()
+    assert ALONE.own_folder(folder, resume=True) is folder
+    assert ALONE.from_first(value) is value
+    folder.root.mkdir()
+    ALONE.leave(folder)
+    assert folder.root.is_dir(), "the first process keeps the run folder"
+
+
+def test_each_process_takes_a_device_of_its_own(monkeypatch):
+    """Unless the device is no GPU, or was chosen by number."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    several, anywhere = TrainingProcesses(5, 8), torch.device("cuda")
+    assert several.own_device(anywhere) == torch.device("cuda:3")
+    assert chosen == [torch.device("cuda:3")]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert several.own_device(anywhere) == torch.device("cuda:5")
+    for device in (torch.device("cpu"), torch.device("cuda:1")):
+        assert several.own_device(device) == device
+    assert ALONE.own_device(anywhere) == anywhere
+    assert len(chosen) == 2
+
+
+def test_a_passing_copy_is_removed_and_the_run_folder_is_not(tmp_path):
+    copied = RunFolder(tmp_path / "passing" / "run")
+    copied.root.mkdir(parents=True)
+    TrainingProcesses(1, 2).leave(copied)
+    assert not copied.root.parent.exists()
+    assert tmp_path.is_dir()

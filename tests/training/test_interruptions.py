@@ -13,32 +13,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from dpkernels.accounting import get_epsilon
-from dpkernels.segmentation.cli import app
-from dpkernels.segmentation.config import SegmentationConfig
-from dpkernels.segmentation.trainer import SegmentationTrainer
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.run_folder import (
     RunFolder,
     StepLedger,
-    atomic,
     load_checkpoint,
     steps_begun,
 )
 from dpkernels.training.settings import merge
-from tests.segmentation.runs import StopAfter, history, weights
+from tests.training.runs import StopAfter, history, weights
+from tests.training.toy import ToyConfig, ToyTrainer, tiny
 
 
-def test_an_interrupted_run_continues_with_an_exact_history(tiny, tmp_path):
+def test_an_interrupted_run_continues_with_an_exact_history(tmp_path):
     config = tiny({"training": {"steps": 5}})
     with pytest.raises(KeyboardInterrupt):
-        SegmentationTrainer(config, tmp_path / "run", StopAfter(2)).fit()
+        ToyTrainer(config, tmp_path / "run", StopAfter(2)).fit()
     assert history(tmp_path / "run")[0][2] == 2
-    SegmentationTrainer.from_run(tmp_path / "run").evaluate()
-    assert SegmentationTrainer.from_run(tmp_path / "run").finished() is None
-    result = SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True)
+    ToyTrainer.from_run(tmp_path / "run").evaluate()
+    assert ToyTrainer.from_run(tmp_path / "run").finished() is None
+    result = ToyTrainer.from_run(tmp_path / "run").fit(resume=True)
     assert result.steps == 5
     ((sigma, rate, steps),) = history(tmp_path / "run")
     assert (steps, rate) == (5, 2 / 6)
@@ -48,17 +44,16 @@ def test_an_interrupted_run_continues_with_an_exact_history(tiny, tmp_path):
     assert read_metrics(tmp_path / "run" / "metrics.csv")["step"] == [1, 3, 4, 5]
 
 
-def test_a_resumed_run_takes_the_very_steps_of_an_uninterrupted_one(tiny, tmp_path):
+def test_a_resumed_run_takes_the_very_steps_of_an_uninterrupted_one(tmp_path):
     """Without noise, and with every patient in every batch, nothing else is random."""
     change = {
         "training": {"steps": 5, "batch_size": 6, "ema_decay": 0.9, "schedule": "cosine"},
         "privacy": {"enabled": False},
-        "data": {"spacing": [15.0, 15.0, 15.0], "shape": None, "crop": [8, 8, 8]},
     }
-    SegmentationTrainer(tiny(change), tmp_path / "whole").fit()
+    ToyTrainer(tiny(change), tmp_path / "whole").fit()
     with pytest.raises(KeyboardInterrupt):
-        SegmentationTrainer(tiny(change), tmp_path / "parts", StopAfter(3)).fit()
-    SegmentationTrainer.from_run(tmp_path / "parts").fit(resume=True)
+        ToyTrainer(tiny(change), tmp_path / "parts", StopAfter(3)).fit()
+    ToyTrainer.from_run(tmp_path / "parts").fit(resume=True)
     torch.testing.assert_close(
         weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=1e-5
     )
@@ -70,9 +65,9 @@ def test_a_resumed_run_takes_the_very_steps_of_an_uninterrupted_one(tiny, tmp_pa
         torch.testing.assert_close(value, ema[1][name], rtol=0, atol=1e-5)
 
 
-def test_resuming_with_other_privacy_parameters_is_refused(tiny, tmp_path):
+def test_resuming_with_other_privacy_parameters_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        SegmentationTrainer(tiny({"training": {"steps": 4}}), tmp_path / "run", StopAfter(2)).fit()
+        ToyTrainer(tiny({"training": {"steps": 4}}), tmp_path / "run", StopAfter(2)).fit()
     for change, name in (
         ({"privacy": {"epsilon": 9.0}}, "noise_multiplier"),
         ({"privacy": {"max_grad_norm": 0.7}}, "max_grad_norm"),
@@ -85,47 +80,25 @@ def test_resuming_with_other_privacy_parameters_is_refused(tiny, tmp_path):
     ):
         config = tiny(merge({"training": {"steps": 4}}, change))
         with pytest.raises(ValueError, match=f"--resume: a privacy parameter .*{name}"):
-            SegmentationTrainer(config, tmp_path / "run").fit(resume=True)
+            ToyTrainer(config, tmp_path / "run").fit(resume=True)
 
 
 def test_a_finished_run_is_neither_resumed_nor_overwritten(finished):
-    trainer = SegmentationTrainer.from_run(finished)
+    trainer = ToyTrainer.from_run(finished)
     with pytest.raises(ValueError, match="all 3 planned steps are taken"):
         trainer.fit(resume=True)
     with pytest.raises(ValueError, match="holds a run that took steps"):
         trainer.fit()
 
 
-def test_a_run_that_failed_before_its_first_step_may_be_repeated(tiny, tmp_path, folder):
-    (folder / "imagesTr" / "phantom_003.nii.gz").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"phantom_003.nii.gz: not a readable NIfTI"):
-        SegmentationTrainer(tiny(root=folder), tmp_path / "run").fit()
+def test_a_run_that_failed_before_its_first_step_may_be_repeated(tmp_path):
+    with pytest.raises(ValueError, match=r"p3: not a readable vector"):
+        ToyTrainer(tiny({"data": {"damaged": ["p3"]}}), tmp_path / "run").fit()
     assert not (tmp_path / "run" / "checkpoints" / "steps.ledger").exists()
-    assert SegmentationTrainer(tiny(), tmp_path / "run").fit().steps == 3
+    assert ToyTrainer(tiny(), tmp_path / "run").fit().steps == 3
 
 
-def test_a_ledger_line_cut_short_still_counts(tmp_path):
-    path = tmp_path / "steps.ledger"
-    path.write_bytes(b"1\n2\n3")
-    ledger = StepLedger(path)
-    assert ledger.count == 3
-    assert ledger.begin() == 4
-    ledger.close()
-    assert StepLedger(path).count == steps_begun(path) == 4
-
-
-def test_the_report_of_a_read_only_run_is_printed_all_the_same(finished, monkeypatch):
-    def refuse(*_):
-        raise OSError(30, "Read-only file system", "privacy_report.json")
-
-    monkeypatch.setattr(RunFolder, "write_json", refuse)
-    shown = CliRunner().invoke(app, ["report", str(finished)], env={"COLUMNS": "200"})
-    assert shown.exit_code == 0
-    assert "The unit is the patient" in shown.output
-    assert "Not saved: [Errno 30] Read-only file system: 'privacy_report.json'" in shown.output
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     config = tiny({"training": {"steps": 4, "checkpoint_every": 1}})
     write = torch.save
     written = []
@@ -139,26 +112,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatc
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
     with pytest.raises(OSError, match=r"last.pt: .*No space left.*previous checkpoint is whole"):
-        SegmentationTrainer(config, tmp_path / "run").fit()
+        ToyTrainer(config, tmp_path / "run").fit()
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
     assert not list((tmp_path / "run").rglob("*.partial"))
     monkeypatch.undo()
-    result = SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True)
+    result = ToyTrainer.from_run(tmp_path / "run").fit(resume=True)
     assert result.steps == 4
     assert history(tmp_path / "run")[0][2] == 4
 
 
-def test_a_full_disk_is_reported_with_the_file_it_met(tmp_path):
-    path = tmp_path / "metrics.json"
-    with pytest.raises(OSError, match=r"No space left on device: .*metrics.json"), atomic(path):
-        raise OSError(28, "No space left on device")  # as write() says it, without a name
-
-
-def test_a_step_that_cannot_be_entered_in_the_ledger_is_not_taken(tiny, tmp_path):
+def test_a_step_that_cannot_be_entered_in_the_ledger_is_not_taken(tmp_path):
     """A limit on file sizes stands for the full disk: real writes fail, also those of root."""
     config = tiny({"training": {"steps": 3, "checkpoint_every": 1}})
     with pytest.raises(KeyboardInterrupt):
-        SegmentationTrainer(config, tmp_path / "run", StopAfter(2)).fit()
+        ToyTrainer(config, tmp_path / "run", StopAfter(2)).fit()
     ledger = tmp_path / "run" / "checkpoints" / "steps.ledger"
     counted, saved = steps_begun(ledger), weights(tmp_path / "run")
     entered = StepLedger(ledger)
@@ -174,13 +141,13 @@ def test_a_step_that_cannot_be_entered_in_the_ledger_is_not_taken(tiny, tmp_path
         entered.close()
     assert steps_begun(ledger) == counted == 2
     torch.testing.assert_close(weights(tmp_path / "run"), saved)
-    assert SegmentationTrainer.from_run(tmp_path / "run").fit(resume=True).steps == 3
+    assert ToyTrainer.from_run(tmp_path / "run").fit(resume=True).steps == 3
 
 
-def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"run folder: cannot write to .*file"):
-        SegmentationTrainer(tiny(), tmp_path / "file" / "run").fit()
+        ToyTrainer(tiny(), tmp_path / "file" / "run").fit()
 
 
 @contextlib.contextmanager
@@ -197,52 +164,44 @@ def unprivileged():
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_read_only_run_folder_is_named_before_the_data_are_read(tiny, resume):
+def test_a_read_only_run_folder_is_named_before_the_data_are_read(resume):
     with tempfile.TemporaryDirectory() as place:  # below tmp_path others than root see nothing
         run = RunFolder.create(Path(place) / "run")
         run.write_yaml("config.yaml", {})
         for part in (Path(place), run.root, run.checkpoints, run.overlays):
             part.chmod(0o555)
-        nothing = tiny({"data": {"root": str(Path(place) / "no-data")}})
+        nothing = tiny({"data": {"damaged": ["p0"]}})
         try:
             with (
                 unprivileged(),
                 pytest.raises(ValueError, match=r"cannot write to .*run:"),
             ):
-                SegmentationTrainer(nothing, run.root).fit(resume=resume)
+                ToyTrainer(nothing, run.root).fit(resume=resume)
         finally:
             for part in (Path(place), run.root, run.checkpoints, run.overlays):
                 part.chmod(0o755)
 
 
-def test_a_run_folder_has_one_trainer_at_a_time(tiny, tmp_path):
+def test_a_run_folder_has_one_trainer_at_a_time(tmp_path):
     """Two would enter steps into one ledger, and one would overwrite the other's checkpoint."""
     folder = RunFolder.create(tmp_path / "run")
     with folder.claimed(), pytest.raises(ValueError, match="another process is training in"):
-        SegmentationTrainer(tiny(), folder.root).fit()
+        ToyTrainer(tiny(), folder.root).fit()
     assert not folder.config.exists()
-    assert SegmentationTrainer(tiny(), folder.root).fit().steps == 3
-
-
-def test_own_files_beside_the_overlays_stay(tmp_path):
-    folder = RunFolder.create(tmp_path / "run")
-    for name in ("old.png", "notes.txt"):
-        (folder.overlays / name).write_text("x")
-    folder.clear_overlays()
-    assert [path.name for path in folder.overlays.iterdir()] == ["notes.txt"]
+    assert ToyTrainer(tiny(), folder.root).fit().steps == 3
 
 
 def _run_and_say(values: dict, out: Path, resume: bool) -> None:
     torch.set_num_threads(1)
-    SegmentationTrainer(SegmentationConfig.from_dict(values), out).fit(resume=resume)
+    ToyTrainer(ToyConfig.from_dict(values), out).fit(resume=resume)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork server to be fast")
-def test_killed_ten_times_no_step_goes_uncounted_and_no_checkpoint_is_unreadable(tiny, tmp_path):
-    steps, run = 60, tmp_path / "run"
+def test_killed_ten_times_no_step_goes_uncounted_and_no_checkpoint_is_unreadable(tmp_path):
+    steps, run = 500, tmp_path / "run"
     values = tiny({"training": {"steps": steps, "checkpoint_every": 2}}).to_dict()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dpkernels.segmentation.trainer"])
+    context.set_forkserver_preload(["tests.training.toy"])
     rng = np.random.default_rng(0)
     ledger, last = run / "checkpoints" / "steps.ledger", run / "checkpoints" / "last.pt"
 

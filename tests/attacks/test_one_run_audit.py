@@ -10,11 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from dpkernels import PrivacyEngine
 from dpkernels.attacks.one_run_audit import AuditReport, one_run_audit
-from dpkernels.cli import app
 from dpkernels.engine.release import secure
 from dpkernels.engine.release.clipping import Clipping
 from dpkernels.engine.release.optimizer import FusedDPOptimizer
@@ -132,18 +130,3 @@ def test_a_budget_beyond_what_canaries_can_show_is_said() -> None:
 def test_bad_input_is_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         one_run_audit(**{name: value})
-
-
-def test_the_command_says_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["audit", "--canaries", "500", "--confidence", str(CONFIDENCE)]
-    arguments += ["--delta", str(DELTA), "--noise-multiplier", "4"]
-    fine = CliRunner().invoke(app, arguments)
-    assert fine.exit_code == 0
-    assert "No violation found" in fine.output
-    without_clipping(monkeypatch)
-    broken = CliRunner().invoke(app, arguments)
-    assert broken.exit_code == 1
-    assert "VIOLATION" in broken.output
-    wrong = CliRunner().invoke(app, ["audit", "--steps", "0"])
-    assert wrong.exit_code == 2
-    assert "steps=0" in wrong.output
