@@ -99,7 +99,7 @@ def _train(task: Task) -> Callable[..., None]:
             console.print(f"Run folder: [bold]{trainer.folder.root}[/]", highlight=False)
             result = trainer.fit(resume=resume)
             console.print(_results(task, result.summary))
-            options.print_outcome(console, result, trainer.plan().unit, task)
+            options.print_outcome(console, result, trainer.plan().unit, task.files)
 
     return _with_settings(train, task)
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from dpkernels.training.config import RunConfig
     from dpkernels.training.progress import ConsoleDisplay
-    from dpkernels.training.task import Task
     from dpkernels.training.trainer import Trainer, TrainingResult
 
     Config = TypeVar("Config", bound=RunConfig)
@@ -222,27 +221,28 @@ def print_report(console: Console, trainer: Trainer) -> None:
         console.print(f"Not saved: {error}", style="yellow", markup=False, soft_wrap=True)
 
 
-def print_outcome(console: Console, result: TrainingResult, unit: str, task: Task) -> None:
+def print_outcome(
+    console: Console, result: TrainingResult, unit: str, files: Mapping[str, str]
+) -> None:
     """The budget spent, and where to look next.
 
     Args:
         console: where to.
         result: of the run.
         unit: what the guarantee protects.
-        task: what was trained.
+        files: what this task wrote besides what every task writes, with its meaning.
     """
     if result.epsilon is None:
         console.print("[bold]No privacy guarantee[/] (--non-private).")
     else:
         console.print(f"[bold]epsilon {result.epsilon:.4g}[/] per {unit}, {result.steps} steps.")
-    files = {
+    everything = {
         "privacy_report.md": "what is guaranteed, in plain language",
         "progress.png": "loss, epsilon and clipped share over the steps",
-        "metrics.json": task.metrics,
-        "overlays/": f"held-out {task.record}s with truth and prediction",
+        **files,
         "checkpoints/": "weights",
     }
-    print_files(console, result.folder, files)
+    print_files(console, result.folder, everything)
 
 
 def print_files(console: Console, folder: Path, files: Mapping[str, str]) -> None:

@@ -73,6 +73,14 @@ class Task:
     settings: Sequence[Setting] = ()
 
     @property
+    def files(self) -> dict[str, str]:
+        """What its evaluation writes, with its meaning."""
+        return {
+            "metrics.json": self.metrics,
+            "overlays/": f"held-out {self.record}s with truth and prediction",
+        }
+
+    @property
     def patients(self) -> str:
         """Help of --patients."""
         record = self.record
