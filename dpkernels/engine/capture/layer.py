@@ -81,6 +81,8 @@ class LayerCall:
                     owner.module, tuple(saved), backprops, self.samples, self.wanted
                 )
                 for name, operand in owner.rule.operands(call):
+                    if name not in self.wanted:
+                        refuse_unwanted(owner, owner.rule, name)
                     self._hand_on(sink, name, operand)
 
     def _open_sink(self) -> Sink | None:
@@ -98,6 +100,15 @@ class LayerCall:
     def trace(self, name: str, operand: Operand) -> Iterable[tuple[nn.Parameter, Operand]]:
         """The parameters behind one of the layer's tensors, each with its operand."""
         yield own_parameter(self.owner.module, name), operand
+
+
+def refuse_unwanted(owner: CapturedForward, rule: object, parameter: str) -> None:
+    """Raise: a rule has returned an operand for a parameter that is not trained in the call."""
+    raise NotPerSample(
+        f"layer {owner.name!r} ({type(owner.module).__name__}): {type(rule).__name__} returns an "
+        f"operand for {parameter!r}, which the call does not train, so a gradient that nobody gets "
+        "would count in the samples' norms; return operands for wanted parameters only"
+    )
 
 
 class OncePerSample(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkernels.engine.capture.layer import CapturedForward
+from dpkernels.engine.capture.layer import CapturedForward, refuse_unwanted
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
 from dpkernels.layers.composite import CompositeRule, Found
@@ -82,4 +82,7 @@ class CallRecorder:
             sink.begin(self.samples)
             sink.saw(name, "backprops", backprops, self.samples)
             for parameter, operand in found:
+                if id(parameter) not in self._wanted:
+                    unwanted = session.guards.names.get(id(parameter), "?")
+                    refuse_unwanted(self.owner, self.owner.rule, unwanted)
                 sink.add(parameter, operand, self.samples, name)
