@@ -6,7 +6,6 @@ Layers themselves are captured in :mod:`dpkernels.engine.capture.layer`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -102,15 +101,8 @@ class Session:
         self.place_anchor(torch.device("cpu"))
         self._depth = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        """A copied model runs as an ordinary one: it has no optimizer to be private with."""
-        twin = Session.__new__(Session)
-        memo[id(self)] = twin
-        twin.__setstate__(self.__getstate__())
-        twin.root = copy.deepcopy(self.root, memo)
-        return twin
-
     def __getstate__(self) -> dict[str, Any]:
+        """A copied model runs as an ordinary one: it has no optimizer to be private with."""
         return {name: self.__dict__[name] for name in ("root", "axis", "views")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
