@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,31 +21,14 @@ from dpkernels.layers.fold import rows_per_sample
 from dpkernels.layers.operands import Operand
 
 
-class Sink(Protocol):
-    """Where contributions go: the engine's side of the backward pass."""
+class Sink:
+    """Where contributions go. This one takes none: its passes do not train the model.
 
-    #: whether passes that end here train the model; not so in a trial run or a stand-in pass
-    trains: bool
-
-    @property
-    def samples(self) -> int | None:
-        """Number of samples of the backward pass under way, None outside one."""
-
-    def reset(self) -> None:
-        """Forget a backward pass that failed half-way."""
-
-    def begin(self, samples: int) -> None:
-        """A backward pass over `samples` samples is under way."""
-
-    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
-        """A layer's activations or backprops, sample axis first, as they pass by."""
-
-    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
-        """One parameter's contribution from one call of one layer."""
-
-
-class NoGradients:
-    """A sink that takes no gradients, of passes that do not train the model."""
+    Attributes:
+        trains: whether passes that end here train the model; not so in a trial run or a stand-in
+            pass.
+        samples: number of samples of the backward pass under way, None outside one.
+    """
 
     trains = False
 
@@ -53,18 +36,18 @@ class NoGradients:
         self.samples: int | None = None
 
     def reset(self) -> None:
-        """Forget a backward pass that failed half-way."""
+        """Forget a backward pass, at its end or after it failed half-way."""
         self.samples = None
 
     def begin(self, samples: int) -> None:
-        """A backward pass over `samples` samples is under way, whose end is not reported."""
+        """A backward pass over `samples` samples is under way."""
         self.samples = samples
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
-        """Tensors that pass by are not looked at."""
+        """A layer's activations or backprops, sample axis first, as they pass by."""
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
-        """Gradients are not kept."""
+        """One parameter's contribution from one call of one layer."""
 
 
 class Session:
