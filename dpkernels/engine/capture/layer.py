@@ -62,13 +62,14 @@ class LayerCall:
 
     def _receive_rows(self, name: str, grad_rows: torch.Tensor) -> None:
         """Hand on the gradient of one of the layer's tensors for each row, [rows, *shape]."""
-        sink = self._open_sink()
+        sink = self.owner.session.receiving_sink(self.samples)
         if sink is not None:
             self._hand_on(sink, name, StoredOperand(sum_rows(grad_rows, self.samples)))
 
     def receive(self, backprops: torch.Tensor, saved: Sequence[torch.Tensor]) -> None:
         """Hand on what the rule makes of backprops and saved tensors."""
-        sink, owner = self._open_sink(), self.owner
+        owner = self.owner
+        sink = owner.session.receiving_sink(self.samples)
         if sink is None:
             return
         if owner.axis:
@@ -84,14 +85,6 @@ class LayerCall:
                     if name not in self.wanted:
                         refuse_unwanted(owner, owner.rule, name)
                     self._hand_on(sink, name, operand)
-
-    def _open_sink(self) -> Sink | None:
-        """The sink of the backward pass under way; None where the pass is for something else."""
-        session = self.owner.session
-        if session.sink is None or not session.wants_this_backward():
-            return None
-        session.sink.begin(self.samples)
-        return session.sink
 
     def _hand_on(self, sink: Sink, name: str, operand: Operand) -> None:
         for parameter, gradient in self.trace(name, operand):

@@ -75,11 +75,10 @@ class CallRecorder:
     def receive(self, backprops: torch.Tensor, found: Found) -> None:
         """Take a part's backprops, sample axis first, and the operands of them, in backward."""
         session, name = self.owner.session, self.owner.name
-        sink = session.sink
-        if sink is None or not session.wants_this_backward():
+        sink = session.receiving_sink(self.samples)
+        if sink is None:
             return
         with full_precision():
-            sink.begin(self.samples)
             sink.saw(name, "backprops", backprops, self.samples)
             for parameter, operand in found:
                 if id(parameter) not in self._wanted:

@@ -278,9 +278,8 @@ class UnitForward(CapturedForward):
         """[samples, *shape]: the parameter expanded, whose gradient goes to the sink."""
 
         def receive(grad_sample: torch.Tensor) -> None:
-            sink = self.session.sink
-            if sink is not None and self.session.wants_this_backward():
-                sink.begin(samples)
+            sink = self.session.receiving_sink(samples)
+            if sink is not None:
                 sink.add(parameter, StoredOperand(grad_sample), samples, self.name)
 
         return OncePerSample.apply(self.session.anchor, parameter.detach(), receive, samples)

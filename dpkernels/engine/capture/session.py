@@ -123,6 +123,13 @@ class Session:
         node = self.anchor.grad_fn
         return node is not None and torch._C._will_engine_execute_node(node)
 
+    def receiving_sink(self, samples: int) -> Sink | None:
+        """The sink, told of the backward pass under way; None if the pass is for something else."""
+        if self.sink is None or not self.wants_this_backward():
+            return None
+        self.sink.begin(samples)
+        return self.sink
+
     def place_anchor(self, device: torch.device) -> None:
         """Make the anchor, a scalar that every captured layer takes as input.
 
