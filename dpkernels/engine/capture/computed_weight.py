@@ -101,11 +101,7 @@ class ComputedWeightCall(LayerCall):
         self._values: dict[str, torch.Tensor] = {}
         self._leaves: dict[str, list[tuple[nn.Parameter, torch.Tensor]]] = {}
         for name, source in parametrizations(owner.module):
-            slots = [
-                (module, key, own_parameter(module, key))
-                for module in source.modules()
-                for key in sorted(owner.session.guards.wanted(module))
-            ]
+            slots = owner.slots(source.modules())
             leaves = {id(p): p.detach().requires_grad_() for _, _, p in slots}
             with (
                 torch.enable_grad(),

@@ -26,6 +26,9 @@ from dpkernels.layers.operands import Operand, StoredOperand
 from dpkernels.layers.rule import CapturedCall, Rule
 from dpkernels.ops.precision import full_precision
 
+#: a module, the name of one of its parameters, the parameter
+Slot = tuple[nn.Module, str, nn.Parameter]
+
 
 class LayerCall:
     """One call of one layer: everything its backward needs besides the saved tensors.
@@ -170,6 +173,14 @@ class CapturedForward:
             return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    def slots(self, modules: Iterable[nn.Module]) -> list[Slot]:
+        """The trained parameters that the modules own; a tied one in every place."""
+        return [
+            (module, name, own_parameter(module, name))
+            for module in modules
+            for name in sorted(self.session.guards.wanted(module))
+        ]
+
     def install(self) -> None:
         self.module.__dict__["forward"] = self
 
@@ -249,12 +260,3 @@ def is_packed(value: Any) -> bool:
 def leaves_of(tree: Any) -> list[Any]:
     """The leaves of nested arguments or outputs; a PackedSequence is one."""
     return tree_leaves(tree, is_leaf=is_packed)
-
-
-def refuse_packed(module: nn.Module, name: str, values: Iterable[Any]) -> None:
-    """Raise where an argument is a PackedSequence: its rows are steps, not samples."""
-    if any(isinstance(value, PackedSequence) for value in values):
-        raise NotPerSample(
-            f"module {name!r} ({type(module).__name__}): a PackedSequence interleaves the steps of "
-            "all samples; pass the padded tensor"
-        )
