@@ -32,12 +32,8 @@ _REDUCED = (
 )
 
 
-class Operand(Protocol):
-    """One parameter's gradient in one call: a sum of outer products, kept factored."""
-
-    @property
-    def samples(self) -> int:
-        """Number of samples, B."""
+class Factored(Protocol):
+    """A gradient that is not formed before the clip factors are known."""
 
     def norm_sq(self) -> torch.Tensor:
         """[B]: squared norm of each sample's gradient."""
@@ -54,6 +50,14 @@ class Operand(Protocol):
 
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
         """[*param.shape]: sum over samples of clip_factor[b] times the gradient of sample b."""
+
+
+class Operand(Factored, Protocol):
+    """One parameter's gradient in one call: a sum of outer products, kept factored."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples, B."""
 
     def part(self, samples: slice) -> Operand:
         """The same for some of the samples."""

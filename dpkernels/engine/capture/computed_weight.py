@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,18 +25,36 @@ from dpkernels.ops.sums import squared_norms
 
 
 @dataclass(frozen=True)
-class Derivation:
-    """A computed tensor with its graph.
+class ComputedWeightOperand:
+    """The gradient at a parameter, from the operand of a tensor computed from the parameter.
 
     Attributes:
-        value: the tensor, attached to `leaf` by autograd.
-        leaf: stands for the parameter from which the tensor is computed.
+        operand: of the computed tensor.
+        value: the computed tensor, attached to `leaf` by autograd.
+        leaf: stands for the parameter.
     """
 
+    operand: Operand
     value: torch.Tensor
     leaf: torch.Tensor
 
-    def pull_back(self, gradients: torch.Tensor) -> torch.Tensor:
+    @property
+    def samples(self) -> int:
+        return self.operand.samples
+
+    def norm_sq(self) -> torch.Tensor:
+        return squared_norms(self.grad_sample())
+
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        return margins.of_values(norm_sq)
+
+    def grad_sample(self) -> torch.Tensor:
+        return self._pull_back(self.operand.grad_sample())
+
+    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
+        return self._pull_back(self.operand.clipped_grad(clip_factor)[None])[0]
+
+    def _pull_back(self, gradients: torch.Tensor) -> torch.Tensor:
         """[n, *value.shape] -> [n, *leaf.shape]: each gradient's vector-Jacobian product."""
         (pulled,) = torch.autograd.grad(
             self.value,
@@ -50,32 +68,8 @@ class Derivation:
             return self.leaf.new_zeros(len(gradients), *self.leaf.shape)
         return pulled
 
-
-@dataclass(frozen=True)
-class ComputedWeightOperand:
-    """The gradient at a parameter, from the operand of a tensor computed from the parameter."""
-
-    operand: Operand
-    derivation: Derivation
-
-    @property
-    def samples(self) -> int:
-        return self.operand.samples
-
-    def norm_sq(self) -> torch.Tensor:
-        return squared_norms(self.grad_sample())
-
-    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
-        return margins.of_values(norm_sq)
-
-    def grad_sample(self) -> torch.Tensor:
-        return self.derivation.pull_back(self.operand.grad_sample())
-
-    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
-        return self.derivation.pull_back(self.operand.clipped_grad(clip_factor)[None])[0]
-
     def part(self, samples: slice) -> ComputedWeightOperand:
-        return ComputedWeightOperand(self.operand.part(samples), self.derivation)
+        return replace(self, operand=self.operand.part(samples))
 
     def kernel(self, strategy: str) -> Call | None:
         return self.operand.kernel("store")
@@ -142,7 +136,7 @@ class ComputedWeightCall(LayerCall):
             yield from super().trace(name, operand)
             return
         for parameter, leaf in self._leaves[name]:
-            yield parameter, ComputedWeightOperand(operand, Derivation(self._values[name], leaf))
+            yield parameter, ComputedWeightOperand(operand, self._values[name], leaf)
 
 
 class ComputedWeightForward(LayerForward):

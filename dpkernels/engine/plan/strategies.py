@@ -4,33 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from dpkernels import ops
 from dpkernels.layers import margins
-from dpkernels.layers.operands import Operand
+from dpkernels.layers.operands import Factored, Operand
 from dpkernels.ops.sums import squared_norms
 
 #: values of per-sample gradients that `recompute` forms at a time
 _FORMED_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
-
-
-class Factored(Protocol):
-    """A gradient that is not formed before the clip factors are known."""
-
-    def norm_sq(self) -> torch.Tensor:
-        """[B]: squared norms."""
-
-    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
-        """[B]: largest norm that rounding allows a sample's contribution, before clip factors."""
-
-    def grad_sample(self) -> torch.Tensor:
-        """[B, *shape]."""
-
-    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
-        """[*shape]: the weighted sum."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +25,8 @@ class Recomputed:
     """
 
     operand: Operand | OnBackend
+    #: number of samples whose gradients are formed at a time
     chunk: int
-
-    @classmethod
-    def of(cls, operand: Operand | OnBackend, parameter: torch.Tensor) -> Recomputed:
-        """Form as many samples at a time as ``_FORMED_AT_ONCE`` allows on the device."""
-        values = _FORMED_AT_ONCE.get(parameter.device.type, _FORMED_AT_ONCE["cpu"])
-        return cls(operand, max(1, values // max(1, parameter.numel())))
 
     def norm_sq(self) -> torch.Tensor:
         return torch.cat([squared_norms(grads) for _, grads in self._formed()])
@@ -121,4 +99,7 @@ def held_by(
     chosen: Operand | OnBackend = operand if backend is None else OnBackend(operand, backend)
     if strategy in ("store", "single"):
         return chosen.grad_sample()
-    return Recomputed.of(chosen, parameter) if strategy == "recompute" else chosen
+    if strategy == "recompute":
+        values = _FORMED_AT_ONCE.get(parameter.device.type, _FORMED_AT_ONCE["cpu"])
+        return Recomputed(chosen, max(1, values // max(1, parameter.numel())))
+    return chosen

@@ -11,9 +11,9 @@ from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session, Sink
 from dpkernels.engine.capture.streams import Streams, refuse_graph_capture
 from dpkernels.engine.plan.planner import Planner
-from dpkernels.engine.plan.strategies import Factored, held_by
+from dpkernels.engine.plan.strategies import held_by
 from dpkernels.layers import margins
-from dpkernels.layers.operands import Operand
+from dpkernels.layers.operands import Factored, Operand
 from dpkernels.ops.precision import full_precision
 from dpkernels.ops.sums import squared_norms
 
