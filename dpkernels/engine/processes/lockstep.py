@@ -26,9 +26,7 @@ class DirectForward(CapturedForward):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ddp = self.module
-        if not isinstance(ddp, DistributedDataParallel):
-            raise ValueError(f"module: {type(ddp).__name__}, expected DistributedDataParallel")
+        ddp: Any = self.module
         if ddp.device_ids:
             device = torch.device(ddp.device_type, ddp.device_ids[0])
             args, kwargs = tree_map(
