@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dpkernels import ops
-from dpkernels.engine.plan.ridge_point import kind_of_products, ridge_point
+from dpkernels.engine.plan.ridge_point import kind_of_products, ridge_point, wait
 from dpkernels.engine.plan.strategies import held_by
 from dpkernels.layers import margins
 from dpkernels.layers.costs import STRATEGIES, Cost
@@ -303,7 +303,7 @@ def _time(
     candidate: tuple[str, str], operand: Operand, like: torch.Tensor, factor: torch.Tensor
 ) -> float:
     """Seconds of norm and clipped sum by a strategy on a backend; infinite if unavailable."""
-    _wait(like)
+    wait(like.device)
     began = time.perf_counter()
     try:
         held = held_by(candidate[0], operand, like, candidate[1])
@@ -315,13 +315,8 @@ def _time(
             held.clipped_grad(factor)
     except ops.BackendUnavailable:
         return math.inf
-    _wait(like)
+    wait(like.device)
     return time.perf_counter() - began
-
-
-def _wait(like: torch.Tensor) -> None:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
 
 
 def _tensors_of(operand: Operand) -> list[torch.Tensor]:

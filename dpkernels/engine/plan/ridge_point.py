@@ -149,19 +149,20 @@ def measure(device: torch.device, kind: str) -> float:
     return min(max(ridge, stated / _CREDIBLE), stated * _CREDIBLE)
 
 
+def wait(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Shortest time of a call, in seconds; a first call does not count."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     run()
     times = []
     for _ in range(repeats):
-        wait()
+        wait(device)
         began = time.perf_counter()
         run()
-        wait()
+        wait(device)
         times.append(time.perf_counter() - began)
     return max(min(times), 1e-9)
