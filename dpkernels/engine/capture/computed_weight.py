@@ -96,18 +96,15 @@ class ComputedWeightCall(LayerCall):
         self._leaves: dict[str, list[tuple[nn.Parameter, torch.Tensor]]] = {}
         for name, source in parametrizations(owner.module):
             slots = owner.slots(source.modules())
-            leaves = {id(p): p.detach().requires_grad_() for _, _, p in slots}
+            leaves = {p: p.detach().requires_grad_() for _, _, p in slots}
             with (
                 torch.enable_grad(),
                 owner.session.paused(),
-                swapped((module, key, leaves[id(p)]) for module, key, p in slots),
+                swapped((module, key, leaves[p]) for module, key, p in slots),
             ):
                 value = self._values[name] = source()
             _refuse_foreign(value, list(leaves.values()), owner.name, name)
-            parameters = {id(p): p for _, _, p in slots}
-            self._leaves[name] = [
-                (parameters[key], leaf) for key, leaf in leaves.items() if value.requires_grad
-            ]
+            self._leaves[name] = list(leaves.items()) if value.requires_grad else []
 
     @contextlib.contextmanager
     def detached(self) -> Iterator[None]:
