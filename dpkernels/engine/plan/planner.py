@@ -243,22 +243,20 @@ class Planner:
         waiting: list[tuple[float, Entry]] = []
         for entry in self.entries.values():
             entry.refused.clear()
-            if entry.parameter in self._reused:
-                strategy = "store" if "store" in entry.costs else "single"
-                entry.refused = dict.fromkeys(set(entry.costs) - {strategy}, _REUSED)
-                entry.pick(strategy, _REUSED)
-                left -= entry.kept(strategy, self._samples)
-                continue
+            reused = entry.parameter in self._reused
             others = {n: work for n, work in entry.work.items() if n != "store"}
-            if not others:
-                entry.pick("store", "the only strategy for this layer")
-                left -= entry.kept("store", self._samples)
+            if reused or not others:
+                strategy = "store" if "store" in entry.costs else "single"
+                if reused:
+                    entry.refused = dict.fromkeys(set(entry.costs) - {strategy}, _REUSED)
+                entry.pick(strategy, _REUSED if reused else self._reason(entry, strategy))
+                left -= entry.kept(strategy, self._samples)
                 continue
             best = min(others, key=others.__getitem__)
             entry.pick(best, self._reason(entry, best))
-            kept = entry.kept("store", self._samples) if "store" in entry.costs else 0.0
             saved = entry.work[best] - entry.work.get("store", math.inf)
             if saved > 0:
+                kept = entry.kept("store", self._samples)
                 own = max(kept * entry.samples / self._samples, 1.0)
                 waiting.append((saved / own, entry))
         for _, entry in sorted(waiting, key=lambda row: -row[0]):

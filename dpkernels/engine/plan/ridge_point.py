@@ -10,7 +10,6 @@ and product.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -90,14 +89,12 @@ def _cached(device: torch.device, kind: str, key: str) -> float:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
         scratch.touch()
-    except OSError:
-        return _TABLE[device.type][kind]
-    with contextlib.suppress(OSError):
         value = measure(device, kind)
         scratch.write_text(json.dumps({**_read(path), key: value}, indent=1))
         scratch.replace(path)
-        return value
-    return _TABLE[device.type][kind]
+    except OSError:
+        return _TABLE[device.type][kind]
+    return value
 
 
 def _path() -> Path:
