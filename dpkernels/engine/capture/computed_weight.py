@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,12 +20,12 @@ from dpkernels.engine.capture.layer import LayerCall, LayerForward, own_paramete
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost, Offers
-from dpkernels.layers.operands import Call, Operand
+from dpkernels.layers.operands import Around, Call, Operand
 from dpkernels.ops.sums import squared_norms
 
 
 @dataclass(frozen=True)
-class ComputedWeightOperand:
+class ComputedWeightOperand(Around):
     """The gradient at a parameter, from the operand of a tensor computed from the parameter.
 
     Attributes:
@@ -34,13 +34,8 @@ class ComputedWeightOperand:
         leaf: stands for the parameter.
     """
 
-    operand: Operand
     value: torch.Tensor
     leaf: torch.Tensor
-
-    @property
-    def samples(self) -> int:
-        return self.operand.samples
 
     def norm_sq(self) -> torch.Tensor:
         return squared_norms(self.grad_sample())
@@ -67,9 +62,6 @@ class ComputedWeightOperand:
         if pulled is None:
             return self.leaf.new_zeros(len(gradients), *self.leaf.shape)
         return pulled
-
-    def part(self, samples: slice) -> ComputedWeightOperand:
-        return replace(self, operand=self.operand.part(samples))
 
     def kernel(self, strategy: str) -> Call | None:
         return self.operand.kernel("store")

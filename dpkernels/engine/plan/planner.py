@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from dpkernels.engine.plan.ridge_point import kind_of_products, ridge_point, wai
 from dpkernels.engine.plan.strategies import held_by
 from dpkernels.layers import margins
 from dpkernels.layers.costs import STRATEGIES, Cost
-from dpkernels.layers.operands import ConvOperand, Operand
+from dpkernels.layers.operands import Around, ConvOperand, Operand
 from dpkernels.ops.sums import squared_norms
 
 PLANS = ("auto", "measured")
@@ -322,9 +321,9 @@ def _tensors_of(operand: Operand) -> list[torch.Tensor]:
     return [value for value in own if isinstance(value, torch.Tensor)]
 
 
-def _innermost(operand: Any) -> Operand:
+def _innermost(operand: Operand) -> Operand:
     """The operand inside the operand of a piece of a parameter, or of a computed parameter."""
-    while hasattr(operand, "operand"):
+    while isinstance(operand, Around):
         operand = operand.operand
     return operand
 

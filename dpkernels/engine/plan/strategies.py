@@ -9,7 +9,7 @@ import torch
 
 from dpkernels import ops
 from dpkernels.layers import margins
-from dpkernels.layers.operands import Factored, Operand
+from dpkernels.layers.operands import Around, Factored, Operand
 from dpkernels.ops.sums import squared_norms
 
 #: values of per-sample gradients that `recompute` forms at a time
@@ -24,7 +24,7 @@ class Recomputed:
     very values that are summed.
     """
 
-    operand: Operand | OnBackend
+    operand: Operand
     #: number of samples whose gradients are formed at a time
     chunk: int
 
@@ -53,22 +53,14 @@ class Recomputed:
 
 
 @dataclass(frozen=True)
-class OnBackend:
+class OnBackend(Around):
     """An operand whose kernels run on one backend."""
 
-    operand: Operand
     backend: str
-
-    @property
-    def samples(self) -> int:
-        return self.operand.samples
 
     def norm_sq(self) -> torch.Tensor:
         with ops.use_backend(self.backend):
             return self.operand.norm_sq()
-
-    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
-        return self.operand.norm_bound(norm_sq)
 
     def grad_sample(self) -> torch.Tensor:
         with ops.use_backend(self.backend):
@@ -77,9 +69,6 @@ class OnBackend:
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
         with ops.use_backend(self.backend):
             return self.operand.clipped_grad(clip_factor)
-
-    def part(self, samples: slice) -> OnBackend:
-        return OnBackend(self.operand.part(samples), self.backend)
 
 
 def held_by(
@@ -96,7 +85,7 @@ def held_by(
     Returns:
         Per-sample gradients [B, *shape], or a gradient that is still factored.
     """
-    chosen: Operand | OnBackend = operand if backend is None else OnBackend(operand, backend)
+    chosen = operand if backend is None else OnBackend(operand, backend)
     if strategy in ("store", "single"):
         return chosen.grad_sample()
     if strategy == "recompute":
