@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from dpkernels.engine.capture.batch import Batch
 from dpkernels.engine.capture.guards import Guards
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.trial_book import TrialBook
@@ -48,6 +48,26 @@ class Sink:
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         """One parameter's contribution from one call of one layer."""
+
+
+@dataclass
+class Batch:
+    """What one forward pass of the model runs on, and what the pass' layers met.
+
+    Attributes:
+        rows: rows along the sample axis of the model's input, a blank sample's if `empty`.
+        samples: number of samples; 1 if `empty`.
+        empty: whether the batch had no sample, so a blank one runs in its place.
+        marked: whether a captured layer's node is in the graph of the pass (none is where all
+            layers run inside reentrant checkpoints).
+        folded: a layer that had several rows per sample while no trial had been run.
+    """
+
+    rows: int
+    samples: int
+    empty: bool
+    marked: bool = False
+    folded: str | None = None
 
 
 class Session:

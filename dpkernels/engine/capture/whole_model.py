@@ -10,11 +10,10 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture.batch import Batch
 from dpkernels.engine.capture.layer import CapturedForward, leaves_of
 from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.capture.refusals import NotPerSample, Untried
-from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.session import Batch, Session
 from dpkernels.engine.capture.streams import refuse_graph_capture
 from dpkernels.layers.sequence import arguments_of
 
