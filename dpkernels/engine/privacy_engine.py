@@ -317,7 +317,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         """Which strategy each parameter got, its cost and why: printable, ``.rows`` as dicts."""
         if self._module is None:
             raise ValueError("explain(): call make_private(grad_sample_mode='fused') first")
-        return Plan.of(self._module.planner)
+        return Plan(self._module.planner)
 
     def risk_report(self, *, delta: float, dataset_size: int | None = None, **kwargs: Any) -> Any:
         """What an attacker could and could not reconstruct after the steps taken so far.

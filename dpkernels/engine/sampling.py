@@ -108,8 +108,7 @@ def refuse_random_rows(data_loader: DataLoader, rand_on_empty: bool) -> None:
 
 def warn_of_other_samplers(data_loader: DataLoader) -> None:
     """Warn that epsilon does not hold for a kept sampler that does not draw every record alike."""
-    iterable = isinstance(data_loader.dataset, IterableDataset)
-    if iterable or not draws_every_record_alike(data_loader):
+    if not draws_every_record_alike(data_loader):
         warnings.warn(
             f"poisson_sampling=False keeps the sampler {_sampler_name(data_loader)}: epsilon is "
             "computed for Poisson sampling with the rate batch_size / len(dataset) and does not "

@@ -16,11 +16,7 @@ from dpkernels.layers.embedding_bag import EmbeddingBagRule
 from dpkernels.layers.linear import LinearRule, TransposedLinearRule
 from dpkernels.layers.norm import GroupNormRule, LayerNormRule, PReLURule
 from dpkernels.layers.recurrent import DPRecurrentRule, RecurrentRule
-from dpkernels.layers.refusals import (
-    batch_norm_refusal,
-    reparametrization_refusal,
-    running_statistics_refusal,
-)
+from dpkernels.layers.refusals import refusal_without_rule
 from dpkernels.layers.rule import Rule
 
 #: what knows how to train one kind of layer
@@ -87,9 +83,4 @@ def find_rule(module: nn.Module) -> AnyRule | None:
 def refusal(module: nn.Module) -> str | None:
     """Why this module has no per-sample gradients, with the remedy; None if it has."""
     rule = find_rule(module)
-    return (
-        batch_norm_refusal(module)
-        or running_statistics_refusal(module)
-        or reparametrization_refusal(module)
-        or (rule.refusal(module) if rule is not None else None)
-    )
+    return refusal_without_rule(module) or (None if rule is None else rule.refusal(module))

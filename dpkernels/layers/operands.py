@@ -32,12 +32,8 @@ _REDUCED = (
 )
 
 
-class Operand(Protocol):
-    """One parameter's gradient in one call: a sum of outer products, kept factored."""
-
-    @property
-    def samples(self) -> int:
-        """Number of samples, B."""
+class Factored(Protocol):
+    """A gradient that is not formed before the clip factors are known."""
 
     def norm_sq(self) -> torch.Tensor:
         """[B]: squared norm of each sample's gradient."""
@@ -55,6 +51,14 @@ class Operand(Protocol):
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
         """[*param.shape]: sum over samples of clip_factor[b] times the gradient of sample b."""
 
+
+class Operand(Factored, Protocol):
+    """One parameter's gradient in one call: a sum of outer products, kept factored."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples, B."""
+
     def part(self, samples: slice) -> Operand:
         """The same for some of the samples."""
 
@@ -63,6 +67,38 @@ class Operand(Protocol):
 
     def kernel(self, strategy: str) -> Call | None:
         """What the strategy runs first; None where autograd has done it."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """An operand around another, which answers whatever a subclass does not answer itself."""
+
+    operand: Operand
+
+    @property
+    def samples(self) -> int:
+        return self.operand.samples
+
+    def norm_sq(self) -> torch.Tensor:
+        return self.operand.norm_sq()
+
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        return self.operand.norm_bound(norm_sq)
+
+    def grad_sample(self) -> torch.Tensor:
+        return self.operand.grad_sample()
+
+    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
+        return self.operand.clipped_grad(clip_factor)
+
+    def part(self, samples: slice) -> Operand:
+        return replace(self, operand=self.operand.part(samples))
+
+    def kernel(self, strategy: str) -> Call | None:
+        return self.operand.kernel(strategy)
+
+    def offers(self) -> Offers:
+        return self.operand.offers()
 
 
 @dataclass(frozen=True)
@@ -265,18 +301,14 @@ class StoredOperand:
 
 
 @dataclass(frozen=True)
-class PieceOperand:
+class PieceOperand(Around):
     """Rows `start` and on of a parameter with `total` rows: one of several packed weights.
 
     The rest of this contribution is zero; contributions of other pieces are added as usual.
     """
 
-    operand: Operand
     start: int
     total: int
-
-    def norm_sq(self) -> torch.Tensor:
-        return self.operand.norm_sq()
 
     def grad_sample(self) -> torch.Tensor:
         piece = self.operand.grad_sample()
@@ -289,19 +321,3 @@ class PieceOperand:
         whole = piece.new_zeros(self.total, *piece.shape[1:])
         whole.narrow(0, self.start, len(piece)).copy_(piece)
         return whole
-
-    @property
-    def samples(self) -> int:
-        return self.operand.samples
-
-    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
-        return self.operand.norm_bound(norm_sq)
-
-    def part(self, samples: slice) -> PieceOperand:
-        return replace(self, operand=self.operand.part(samples))
-
-    def kernel(self, strategy: str) -> Call | None:
-        return self.operand.kernel(strategy)
-
-    def offers(self) -> Offers:
-        return self.operand.offers()

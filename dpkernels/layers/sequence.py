@@ -17,24 +17,30 @@ from torch import nn
 
 from dpkernels.layers.fold import without_samples
 
-_BATCH_FIRST: tuple[tuple[type[nn.Module], Callable[[Any], bool]], ...] = (
-    (nn.MultiheadAttention, lambda m: m.batch_first),
-    (nn.RNNBase, lambda m: m.batch_first),
-    (DPRNNBase, lambda m: m.batch_first),
-    (nn.Transformer, lambda m: m.batch_first),
-    (nn.TransformerEncoderLayer, lambda m: m.self_attn.batch_first),
-    (nn.TransformerDecoderLayer, lambda m: m.self_attn.batch_first),
-    (nn.TransformerEncoder, lambda m: m.layers[0].self_attn.batch_first),
-    (nn.TransformerDecoder, lambda m: m.layers[0].self_attn.batch_first),
+_BATCH_FIRST: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any], bool]], ...] = (
+    ((nn.MultiheadAttention, nn.RNNBase, DPRNNBase, nn.Transformer), lambda m: m.batch_first),
+    ((nn.TransformerEncoderLayer, nn.TransformerDecoderLayer), lambda m: m.self_attn.batch_first),
+    (
+        (nn.TransformerEncoder, nn.TransformerDecoder),
+        lambda m: m.layers[0].self_attn.batch_first,
+    ),
 )
 
 
 def stated_axis(module: nn.Module) -> int | None:
     """The sample axis that the module itself states for what is below it; None if it does not."""
-    for kind, batch_first in _BATCH_FIRST:
-        if isinstance(module, kind):
+    for kinds, batch_first in _BATCH_FIRST:
+        if isinstance(module, kinds):
             return 0 if batch_first(module) else 1
     return None
+
+
+def arguments_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of the module, by the names that its class gives them."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    return dict(list(bound.arguments.items())[1:])
 
 
 def _attention(module: Any, axis: int, name: str, tensor: torch.Tensor) -> int | None:
@@ -90,9 +96,7 @@ def sample_axes(
     """
     for kind, axis_of in _ARGUMENTS:
         if isinstance(module, kind) and type(module).forward is _base_forward(module):
-            bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-            named = dict(list(bound.arguments.items())[1:])
-            return named, partial(axis_of, module, axis)
+            return arguments_of(module, args, kwargs), partial(axis_of, module, axis)
     return None
 
 

@@ -112,7 +112,7 @@ def test_the_budget_goes_where_a_byte_saves_the_most_work() -> None:
     assert (first, second) == ("store", "recompute")
     planner.settle()
     assert strategies(planner) == {"first": "recompute", "second": "store"}
-    rows = {row["parameter"]: row for row in Plan.of(planner).rows}
+    rows = {row["parameter"]: row for row in Plan(planner).rows}
     assert "memory_budget" in rows["first"]["why_not"]["store"]
 
 
@@ -131,7 +131,7 @@ def test_a_parameter_used_twice_is_stored_from_the_second_pass_on(budget: int) -
     planner.reused("a")
     planner.settle()
     assert strategies(planner) == {"a": "store"}
-    assert "used several times" in Plan.of(planner).rows[0]["why"]
+    assert "used several times" in Plan(planner).rows[0]["why"]
 
 
 class Reused(nn.Module):
@@ -186,12 +186,12 @@ def test_measured_takes_what_was_fastest_and_names_the_backend(
         lambda candidate, *_: cost[candidate[1]] * (1 + STRATEGIES.index(candidate[0])),
     )
     planner = planned({"a": operand}, 10**9, "measured")
-    row = Plan.of(planner).rows[0]
+    row = Plan(planner).rows[0]
     assert (row["strategy"], row["backend"]) == ("store", "library")
     assert "measured" in row["why"]
     tight = planned({"a": operand}, 0, "measured")
     assert strategies(tight) == {"a": "gram"}
-    assert "was not timed" in Plan.of(tight).rows[0]["why_not"]["store"]
+    assert "was not timed" in Plan(tight).rows[0]["why_not"]["store"]
 
 
 def test_explain_states_costs_and_why_not_the_others() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from opacus.validators.errors import UnsupportedModuleError
@@ -13,10 +16,17 @@ from torch.utils.data import (
 )
 
 from dpkernels import PrivacyEngine
+from dpkernels.layers import register_rule
+from dpkernels.layers.composite import CompositeRule, Found, Recorder, mark
+from dpkernels.layers.linear import LinearRule
+from dpkernels.layers.operands import Operand, StoredOperand
+from dpkernels.layers.rule import CapturedCall
 from tests.engine.support import (
     cnn,
     images,
+    made_private,
     private,
+    step,
 )
 
 
@@ -128,3 +138,57 @@ def test_a_dataset_without_length_is_refused(poisson_sampling: bool) -> None:
 
     with pytest.raises(ValueError, match="Stream has no length"):
         private(cnn(), Stream(), poisson_sampling=poisson_sampling)
+
+
+class Shift(nn.Linear):
+    """A layer of one's own, whose rules hand over the bias' gradients, trained or not."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+class ShiftRule(LinearRule):
+    handles = (Shift,)
+
+    def operands(self, call: CapturedCall) -> Iterable[tuple[str, Operand]]:
+        yield from (found for found in super().operands(call) if found[0] != "bias")
+        yield "bias", StoredOperand(call.backprops)
+
+
+class ShiftInParts(CompositeRule):
+    handles = (Shift,)
+
+    def knows(self, module: Any) -> bool:
+        return True
+
+    def rows(self, module: Any, arguments: dict[str, Any]) -> int:
+        return len(arguments["input"])
+
+    def run(self, module: Any, arguments: dict[str, Any], recorder: Recorder) -> torch.Tensor:
+        def operands(backprops: torch.Tensor, saved: Any) -> Found:
+            if recorder.wants(module.weight):
+                yield module.weight, StoredOperand(torch.einsum("bo,bi->boi", backprops, saved[0]))
+            yield module.bias, StoredOperand(backprops)
+
+        x = arguments["input"]
+        output = nn.functional.linear(x, module.weight.detach(), module.bias.detach())
+        return mark(recorder, output, operands, x)
+
+
+@pytest.mark.parametrize("rule", [ShiftRule(), ShiftInParts()])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_operand_for_a_frozen_parameter_is_refused(rule: Any, frozen: bool) -> None:
+    """The operand's gradient would count in the norms of samples, and be released nowhere."""
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    model = nn.Sequential(nn.Linear(4, 4), Shift(4, 3))
+    model[1].bias.requires_grad_(not frozen)
+    with register_rule(rule):
+        _, model, optimizer, _ = made_private(model, x)
+    if frozen:
+        refused = rf"layer '1' \(Shift\): {type(rule).__name__} returns .* for '(1\.)?bias'"
+        with pytest.raises(ValueError, match=refused):
+            model(x).square().sum().backward()
+        assert all(p.grad is None for p in model.parameters())
+    else:
+        step(model, optimizer, x)
+        assert all(bool(p.grad.any()) for p in model.parameters())

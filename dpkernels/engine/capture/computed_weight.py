@@ -20,23 +20,36 @@ from dpkernels.engine.capture.layer import LayerCall, LayerForward, own_paramete
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.layers import margins
 from dpkernels.layers.costs import Cost, Offers
-from dpkernels.layers.operands import Call, Operand
+from dpkernels.layers.operands import Around, Call, Operand
 from dpkernels.ops.sums import squared_norms
 
 
 @dataclass(frozen=True)
-class Derivation:
-    """A computed tensor with its graph.
+class ComputedWeightOperand(Around):
+    """The gradient at a parameter, from the operand of a tensor computed from the parameter.
 
     Attributes:
-        value: the tensor, attached to `leaf` by autograd.
-        leaf: stands for the parameter from which the tensor is computed.
+        operand: of the computed tensor.
+        value: the computed tensor, attached to `leaf` by autograd.
+        leaf: stands for the parameter.
     """
 
     value: torch.Tensor
     leaf: torch.Tensor
 
-    def pull_back(self, gradients: torch.Tensor) -> torch.Tensor:
+    def norm_sq(self) -> torch.Tensor:
+        return squared_norms(self.grad_sample())
+
+    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
+        return margins.of_values(norm_sq)
+
+    def grad_sample(self) -> torch.Tensor:
+        return self._pull_back(self.operand.grad_sample())
+
+    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
+        return self._pull_back(self.operand.clipped_grad(clip_factor)[None])[0]
+
+    def _pull_back(self, gradients: torch.Tensor) -> torch.Tensor:
         """[n, *value.shape] -> [n, *leaf.shape]: each gradient's vector-Jacobian product."""
         (pulled,) = torch.autograd.grad(
             self.value,
@@ -49,33 +62,6 @@ class Derivation:
         if pulled is None:
             return self.leaf.new_zeros(len(gradients), *self.leaf.shape)
         return pulled
-
-
-@dataclass(frozen=True)
-class ComputedWeightOperand:
-    """The gradient at a parameter, from the operand of a tensor computed from the parameter."""
-
-    operand: Operand
-    derivation: Derivation
-
-    @property
-    def samples(self) -> int:
-        return self.operand.samples
-
-    def norm_sq(self) -> torch.Tensor:
-        return squared_norms(self.grad_sample())
-
-    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
-        return margins.of_values(norm_sq)
-
-    def grad_sample(self) -> torch.Tensor:
-        return self.derivation.pull_back(self.operand.grad_sample())
-
-    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
-        return self.derivation.pull_back(self.operand.clipped_grad(clip_factor)[None])[0]
-
-    def part(self, samples: slice) -> ComputedWeightOperand:
-        return ComputedWeightOperand(self.operand.part(samples), self.derivation)
 
     def kernel(self, strategy: str) -> Call | None:
         return self.operand.kernel("store")
@@ -101,23 +87,16 @@ class ComputedWeightCall(LayerCall):
         self._values: dict[str, torch.Tensor] = {}
         self._leaves: dict[str, list[tuple[nn.Parameter, torch.Tensor]]] = {}
         for name, source in parametrizations(owner.module):
-            slots = [
-                (module, key, own_parameter(module, key))
-                for module in source.modules()
-                for key in sorted(owner.session.guards.wanted(module))
-            ]
-            leaves = {id(p): p.detach().requires_grad_() for _, _, p in slots}
+            slots = owner.slots(source.modules())
+            leaves = {p: p.detach().requires_grad_() for _, _, p in slots}
             with (
                 torch.enable_grad(),
                 owner.session.paused(),
-                swapped((module, key, leaves[id(p)]) for module, key, p in slots),
+                swapped((module, key, leaves[p]) for module, key, p in slots),
             ):
                 value = self._values[name] = source()
             _refuse_foreign(value, list(leaves.values()), owner.name, name)
-            parameters = {id(p): p for _, _, p in slots}
-            self._leaves[name] = [
-                (parameters[key], leaf) for key, leaf in leaves.items() if value.requires_grad
-            ]
+            self._leaves[name] = list(leaves.items()) if value.requires_grad else []
 
     @contextlib.contextmanager
     def detached(self) -> Iterator[None]:
@@ -146,7 +125,7 @@ class ComputedWeightCall(LayerCall):
             yield from super().trace(name, operand)
             return
         for parameter, leaf in self._leaves[name]:
-            yield parameter, ComputedWeightOperand(operand, Derivation(self._values[name], leaf))
+            yield parameter, ComputedWeightOperand(operand, self._values[name], leaf)
 
 
 class ComputedWeightForward(LayerForward):

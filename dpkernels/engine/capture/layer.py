@@ -26,6 +26,9 @@ from dpkernels.layers.operands import Operand, StoredOperand
 from dpkernels.layers.rule import CapturedCall, Rule
 from dpkernels.ops.precision import full_precision
 
+#: a module, the name of one of its parameters, the parameter
+Slot = tuple[nn.Module, str, nn.Parameter]
+
 
 class LayerCall:
     """One call of one layer: everything its backward needs besides the saved tensors.
@@ -62,13 +65,14 @@ class LayerCall:
 
     def _receive_rows(self, name: str, grad_rows: torch.Tensor) -> None:
         """Hand on the gradient of one of the layer's tensors for each row, [rows, *shape]."""
-        sink = self._open_sink()
+        sink = self.owner.session.receiving_sink(self.samples)
         if sink is not None:
             self._hand_on(sink, name, StoredOperand(sum_rows(grad_rows, self.samples)))
 
     def receive(self, backprops: torch.Tensor, saved: Sequence[torch.Tensor]) -> None:
         """Hand on what the rule makes of backprops and saved tensors."""
-        sink, owner = self._open_sink(), self.owner
+        owner = self.owner
+        sink = owner.session.receiving_sink(self.samples)
         if sink is None:
             return
         if owner.axis:
@@ -81,15 +85,9 @@ class LayerCall:
                     owner.module, tuple(saved), backprops, self.samples, self.wanted
                 )
                 for name, operand in owner.rule.operands(call):
+                    if name not in self.wanted:
+                        refuse_unwanted(owner, owner.rule, name)
                     self._hand_on(sink, name, operand)
-
-    def _open_sink(self) -> Sink | None:
-        """The sink of the backward pass under way; None where the pass is for something else."""
-        session = self.owner.session
-        if session.sink is None or not session.wants_this_backward():
-            return None
-        session.sink.begin(self.samples)
-        return session.sink
 
     def _hand_on(self, sink: Sink, name: str, operand: Operand) -> None:
         for parameter, gradient in self.trace(name, operand):
@@ -98,6 +96,15 @@ class LayerCall:
     def trace(self, name: str, operand: Operand) -> Iterable[tuple[nn.Parameter, Operand]]:
         """The parameters behind one of the layer's tensors, each with its operand."""
         yield own_parameter(self.owner.module, name), operand
+
+
+def refuse_unwanted(owner: CapturedForward, rule: object, parameter: str) -> None:
+    """Raise: a rule has returned an operand for a parameter that is not trained in the call."""
+    raise NotPerSample(
+        f"layer {owner.name!r} ({type(owner.module).__name__}): {type(rule).__name__} returns an "
+        f"operand for {parameter!r}, which the call does not train, so a gradient that nobody gets "
+        "would count in the samples' norms; return operands for wanted parameters only"
+    )
 
 
 class OncePerSample(torch.autograd.Function):
@@ -165,6 +172,14 @@ class CapturedForward:
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    def slots(self, modules: Iterable[nn.Module]) -> list[Slot]:
+        """The trained parameters that the modules own; a tied one in every place."""
+        return [
+            (module, name, own_parameter(module, name))
+            for module in modules
+            for name in sorted(self.session.guards.wanted(module))
+        ]
 
     def install(self) -> None:
         self.module.__dict__["forward"] = self
@@ -245,12 +260,3 @@ def is_packed(value: Any) -> bool:
 def leaves_of(tree: Any) -> list[Any]:
     """The leaves of nested arguments or outputs; a PackedSequence is one."""
     return tree_leaves(tree, is_leaf=is_packed)
-
-
-def refuse_packed(module: nn.Module, name: str, values: Iterable[Any]) -> None:
-    """Raise where an argument is a PackedSequence: its rows are steps, not samples."""
-    if any(isinstance(value, PackedSequence) for value in values):
-        raise NotPerSample(
-            f"module {name!r} ({type(module).__name__}): a PackedSequence interleaves the steps of "
-            "all samples; pass the padded tensor"
-        )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
-from dpkernels.engine.capture.layer import CapturedForward
+from dpkernels.engine.capture.layer import CapturedForward, refuse_unwanted
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
 from dpkernels.layers.composite import CompositeRule, Found
+from dpkernels.layers.sequence import arguments_of
 from dpkernels.ops.precision import full_precision
 
 
@@ -33,24 +33,19 @@ class PartsForward(CapturedForward):
         }
         if not wanted:
             return self.original(*args, **kwargs)
-        arguments = self._arguments(args, kwargs)
-        rows = self.rows(*args, **kwargs)
-        recorder = CallRecorder(self, session.samples_for(rows, self.name), wanted)
+        arguments = arguments_of(self.module, args, kwargs)
+        samples = session.samples_for(self.rows(arguments), self.name)
+        recorder = CallRecorder(self, samples, wanted)
         return self.rule.run(self.module, arguments, recorder)
 
-    def rows(self, *args: Any, **kwargs: Any) -> int:
+    def rows(self, arguments: dict[str, Any]) -> int:
         """Rows of a call along the sample axis that the layer itself prescribes."""
         try:
-            return self.rule.rows(self.module, self._arguments(args, kwargs))
+            return self.rule.rows(self.module, arguments)
         except ValueError as error:
             raise NotPerSample(
                 f"module {self.name!r} ({type(self.module).__name__}): {error}"
             ) from None
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name."""
-        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
-        return dict(list(bound.arguments.items())[1:])
 
 
 class CallRecorder:
@@ -75,11 +70,13 @@ class CallRecorder:
     def receive(self, backprops: torch.Tensor, found: Found) -> None:
         """Take a part's backprops, sample axis first, and the operands of them, in backward."""
         session, name = self.owner.session, self.owner.name
-        sink = session.sink
-        if sink is None or not session.wants_this_backward():
+        sink = session.receiving_sink(self.samples)
+        if sink is None:
             return
         with full_precision():
-            sink.begin(self.samples)
             sink.saw(name, "backprops", backprops, self.samples)
             for parameter, operand in found:
+                if id(parameter) not in self._wanted:
+                    unwanted = session.guards.names.get(id(parameter), "?")
+                    refuse_unwanted(self.owner, self.owner.rule, unwanted)
                 sink.add(parameter, operand, self.samples, name)

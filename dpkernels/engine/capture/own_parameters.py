@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from dpkernels.engine.capture.layer import own_parameter, swapped
-from dpkernels.engine.capture.sample_by_sample import Slot, UnitCall, UnitForward, deterministic
+from dpkernels.engine.capture.layer import Slot, swapped
+from dpkernels.engine.capture.sample_by_sample import UnitCall, UnitForward, deterministic
 from dpkernels.engine.capture.session import Session
 
 #: the parameter moves no output: the parameter stays, and its guard refuses a gradient
@@ -38,7 +38,7 @@ class OwnParametersForward(UnitForward):
         self._layouts: dict[tuple[Any, ...], dict[int, int]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        slots = [] if self.session.open_sink is None else self._bare_slots()
+        slots = [] if self.session.open_sink is None else self.slots(_owners(self.module))
         if not slots or self.axis != 0:
             return super().__call__(*args, **kwargs)
         call = self._take_apart(args, kwargs)
@@ -65,18 +65,10 @@ class OwnParametersForward(UnitForward):
         rows = per_sample if repeats == 1 else per_sample.repeat_interleave(repeats, 0)
         return _laid_out(rows, parameter, layout)
 
-    def _bare_slots(self) -> list[Slot]:
-        """Trained parameters that the module's own forward uses: its own and its containers'."""
-        return [
-            (owner, name, own_parameter(owner, name))
-            for owner in _owners(self.module)
-            for name in sorted(self.session.guards.wanted(owner))
-        ]
-
     def _find_layouts(self, call: UnitCall, slots: list[Slot]) -> dict[int, int]:
         """By parameter, the layout that stands the trial; empty if one parameter has none."""
         layouts: dict[int, int] = {}
-        pair = call.first(2)
+        pair = call.part(0, 2)
         for _, _, parameter in slots:
             if id(parameter) in layouts:
                 continue
@@ -139,7 +131,7 @@ class OwnParametersForward(UnitForward):
                     for v in (own, control, alike)
                 )
                 plain = run(pair, control[0])
-                alone = [run(pair.only(b), own[b]) for b in range(2)]
+                alone = [run(pair.part(b, 1), own[b]) for b in range(2)]
             except Exception:  # a forward may raise anything for a parameter of another shape
                 return None
         joined = [torch.cat(parts) for parts in zip(*alone) if parts[0].ndim]
@@ -151,7 +143,7 @@ class OwnParametersForward(UnitForward):
 
 
 def _owners(module: nn.Module) -> Iterator[nn.Module]:
-    """The module, and the containers below it that have no forward of their own."""
+    """The module and containers below it: without a forward of theirs, the module's uses them."""
     yield module
     for child in module.children():
         if type(child).forward is nn.Module.forward:

@@ -24,17 +24,14 @@ from torch.utils.checkpoint import _StopRecomputationError
 from dpkernels.engine.capture.layer import (
     CapturedForward,
     OncePerSample,
-    own_parameter,
-    refuse_packed,
+    Slot,
+    is_packed,
     swapped,
 )
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
 from dpkernels.layers.operands import StoredOperand
 from dpkernels.layers.sequence import sample_axes
-
-#: a module, the name of one of its parameters, the parameter
-Slot = tuple[nn.Module, str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -68,22 +65,15 @@ class UnitCall:
             for leaf, axis in zip(self.leaves, self.axes)
         )
 
-    def first(self, samples: int) -> UnitCall:
-        """The call with the first `samples` samples only."""
-        return self._part(0, samples)
-
-    def only(self, sample: int) -> UnitCall:
-        """The call with one sample only."""
-        return self._part(sample, 1)
-
-    def _part(self, start: int, samples: int) -> UnitCall:
+    def part(self, start: int, samples: int) -> UnitCall:
+        """The call with the `samples` samples from `start` on only."""
         leaves = []
         for leaf, axis in zip(self.leaves, self.axes):
             if axis is not None:
                 each = leaf.shape[axis] // self.samples
                 leaf = leaf.narrow(axis, start * each, samples * each)
             leaves.append(leaf)
-        return UnitCall(leaves, self.axes, self.run, samples)
+        return replace(self, leaves=leaves, samples=samples)
 
     def inputs(self) -> list[torch.Tensor]:
         """The batched leaves, [samples, ..., rows per sample at the sample axis, ...]."""
@@ -121,7 +111,7 @@ class UnitForward(CapturedForward):
         sink = session.open_sink
         if sink is None:
             return self.original(*args, **kwargs)
-        slots = self._slots()
+        slots = self.slots(self.module.modules())
         if not slots:
             return self.original(*args, **kwargs)
         call = self._take_apart(args, kwargs)
@@ -181,7 +171,11 @@ class UnitForward(CapturedForward):
         Raises:
             NotPerSample: no argument has a sample axis, or rows cannot be assigned to samples.
         """
-        refuse_packed(self.module, self.name, (*args, *kwargs.values()))
+        if any(map(is_packed, (*args, *kwargs.values()))):
+            raise NotPerSample(
+                f"module {self.name!r} ({type(self.module).__name__}): a PackedSequence "
+                "interleaves the steps of all samples; pass the padded tensor"
+            )
         known = sample_axes(self.module, args, kwargs, self.axis)
         if known is None:
             leaves, spec = tree_flatten((args, kwargs))
@@ -278,20 +272,11 @@ class UnitForward(CapturedForward):
         """[samples, *shape]: the parameter expanded, whose gradient goes to the sink."""
 
         def receive(grad_sample: torch.Tensor) -> None:
-            sink = self.session.sink
-            if sink is not None and self.session.wants_this_backward():
-                sink.begin(samples)
+            sink = self.session.receiving_sink(samples)
+            if sink is not None:
                 sink.add(parameter, StoredOperand(grad_sample), samples, self.name)
 
         return OncePerSample.apply(self.session.anchor, parameter.detach(), receive, samples)
-
-    def _slots(self) -> list[Slot]:
-        """The trained parameters of the unit's subtree; a tied one in every place."""
-        return [
-            (module, name, own_parameter(module, name))
-            for module in self.module.modules()
-            for name in sorted(self.session.guards.wanted(module))
-        ]
 
     def _rows(self, leaves: list[Any]) -> int:
         for leaf in leaves:

@@ -6,15 +6,14 @@ Layers themselves are captured in :mod:`dpkernels.engine.capture.layer`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Iterator
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from dpkernels.engine.capture.batch import Batch
 from dpkernels.engine.capture.guards import Guards
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.trial_book import TrialBook
@@ -22,21 +21,27 @@ from dpkernels.layers.fold import rows_per_sample
 from dpkernels.layers.operands import Operand
 
 
-class Sink(Protocol):
-    """Where contributions go: the engine's side of the backward pass."""
+class Sink:
+    """Where contributions go. This one takes none: its passes do not train the model.
 
-    #: whether passes that end here train the model; not so in a trial run or a stand-in pass
-    trains: bool
+    Attributes:
+        trains: whether passes that end here train the model; not so in a trial run or a stand-in
+            pass.
+        samples: number of samples of the backward pass under way, None outside one.
+    """
 
-    @property
-    def samples(self) -> int | None:
-        """Number of samples of the backward pass under way, None outside one."""
+    trains = False
+
+    def __init__(self) -> None:
+        self.samples: int | None = None
 
     def reset(self) -> None:
-        """Forget a backward pass that failed half-way."""
+        """Forget a backward pass, at its end or after it failed half-way."""
+        self.samples = None
 
     def begin(self, samples: int) -> None:
         """A backward pass over `samples` samples is under way."""
+        self.samples = samples
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
         """A layer's activations or backprops, sample axis first, as they pass by."""
@@ -45,27 +50,24 @@ class Sink(Protocol):
         """One parameter's contribution from one call of one layer."""
 
 
-class NoGradients:
-    """A sink that takes no gradients, of passes that do not train the model."""
+@dataclass
+class Batch:
+    """What one forward pass of the model runs on, and what the pass' layers met.
 
-    trains = False
+    Attributes:
+        rows: rows along the sample axis of the model's input, a blank sample's if `empty`.
+        samples: number of samples; 1 if `empty`.
+        empty: whether the batch had no sample, so a blank one runs in its place.
+        marked: whether a captured layer's node is in the graph of the pass (none is where all
+            layers run inside reentrant checkpoints).
+        folded: a layer that had several rows per sample while no trial had been run.
+    """
 
-    def __init__(self) -> None:
-        self.samples: int | None = None
-
-    def reset(self) -> None:
-        """Forget a backward pass that failed half-way."""
-        self.samples = None
-
-    def begin(self, samples: int) -> None:
-        """A backward pass over `samples` samples is under way, whose end is not reported."""
-        self.samples = samples
-
-    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
-        """Tensors that pass by are not looked at."""
-
-    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
-        """Gradients are not kept."""
+    rows: int
+    samples: int
+    empty: bool
+    marked: bool = False
+    folded: str | None = None
 
 
 class Session:
@@ -102,15 +104,8 @@ class Session:
         self.place_anchor(torch.device("cpu"))
         self._depth = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        """A copied model runs as an ordinary one: it has no optimizer to be private with."""
-        twin = Session.__new__(Session)
-        memo[id(self)] = twin
-        twin.__setstate__(self.__getstate__())
-        twin.root = copy.deepcopy(self.root, memo)
-        return twin
-
     def __getstate__(self) -> dict[str, Any]:
+        """A copied model runs as an ordinary one: it has no optimizer to be private with."""
         return {name: self.__dict__[name] for name in ("root", "axis", "views")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,6 +142,13 @@ class Session:
             )
         node = self.anchor.grad_fn
         return node is not None and torch._C._will_engine_execute_node(node)
+
+    def receiving_sink(self, samples: int) -> Sink | None:
+        """The sink, told of the backward pass under way; None if the pass is for something else."""
+        if self.sink is None or not self.wants_this_backward():
+            return None
+        self.sink.begin(samples)
+        return self.sink
 
     def place_anchor(self, device: torch.device) -> None:
         """Make the anchor, a scalar that every captured layer takes as input.

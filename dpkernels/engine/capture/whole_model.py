@@ -10,12 +10,12 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture.batch import Batch
 from dpkernels.engine.capture.layer import CapturedForward, leaves_of
 from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.capture.refusals import NotPerSample, Untried
-from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.session import Batch, Session
 from dpkernels.engine.capture.streams import refuse_graph_capture
+from dpkernels.layers.sequence import arguments_of
 
 
 class WholeModelForward(CapturedForward):
@@ -75,7 +75,7 @@ class WholeModelForward(CapturedForward):
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = self.session.axis
         if isinstance(self.inner, PartsForward):
-            return self.inner.rows(*args, **kwargs)
+            return self.inner.rows(arguments_of(self.module, args, kwargs))
         for leaf in leaves_of((args, kwargs)):
             if isinstance(leaf, PackedSequence):
                 return int(leaf.batch_sizes[0])

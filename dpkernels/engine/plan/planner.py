@@ -15,16 +15,15 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from dpkernels import ops
-from dpkernels.engine.plan.ridge_point import kind_of_products, ridge_point
+from dpkernels.engine.plan.ridge_point import kind_of_products, ridge_point, wait
 from dpkernels.engine.plan.strategies import held_by
 from dpkernels.layers import margins
 from dpkernels.layers.costs import STRATEGIES, Cost
-from dpkernels.layers.operands import ConvOperand, Operand
+from dpkernels.layers.operands import Around, ConvOperand, Operand
 from dpkernels.ops.sums import squared_norms
 
 PLANS = ("auto", "measured")
@@ -243,22 +242,20 @@ class Planner:
         waiting: list[tuple[float, Entry]] = []
         for entry in self.entries.values():
             entry.refused.clear()
-            if entry.parameter in self._reused:
-                strategy = "store" if "store" in entry.costs else "single"
-                entry.refused = dict.fromkeys(set(entry.costs) - {strategy}, _REUSED)
-                entry.pick(strategy, _REUSED)
-                left -= entry.kept(strategy, self._samples)
-                continue
+            reused = entry.parameter in self._reused
             others = {n: work for n, work in entry.work.items() if n != "store"}
-            if not others:
-                entry.pick("store", "the only strategy for this layer")
-                left -= entry.kept("store", self._samples)
+            if reused or not others:
+                strategy = "store" if "store" in entry.costs else "single"
+                if reused:
+                    entry.refused = dict.fromkeys(set(entry.costs) - {strategy}, _REUSED)
+                entry.pick(strategy, _REUSED if reused else self._reason(entry, strategy))
+                left -= entry.kept(strategy, self._samples)
                 continue
             best = min(others, key=others.__getitem__)
             entry.pick(best, self._reason(entry, best))
-            kept = entry.kept("store", self._samples) if "store" in entry.costs else 0.0
             saved = entry.work[best] - entry.work.get("store", math.inf)
             if saved > 0:
+                kept = entry.kept("store", self._samples)
                 own = max(kept * entry.samples / self._samples, 1.0)
                 waiting.append((saved / own, entry))
         for _, entry in sorted(waiting, key=lambda row: -row[0]):
@@ -303,7 +300,7 @@ def _time(
     candidate: tuple[str, str], operand: Operand, like: torch.Tensor, factor: torch.Tensor
 ) -> float:
     """Seconds of norm and clipped sum by a strategy on a backend; infinite if unavailable."""
-    _wait(like)
+    wait(like.device)
     began = time.perf_counter()
     try:
         held = held_by(candidate[0], operand, like, candidate[1])
@@ -315,13 +312,8 @@ def _time(
             held.clipped_grad(factor)
     except ops.BackendUnavailable:
         return math.inf
-    _wait(like)
+    wait(like.device)
     return time.perf_counter() - began
-
-
-def _wait(like: torch.Tensor) -> None:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
 
 
 def _tensors_of(operand: Operand) -> list[torch.Tensor]:
@@ -329,9 +321,9 @@ def _tensors_of(operand: Operand) -> list[torch.Tensor]:
     return [value for value in own if isinstance(value, torch.Tensor)]
 
 
-def _innermost(operand: Any) -> Operand:
+def _innermost(operand: Operand) -> Operand:
     """The operand inside the operand of a piece of a parameter, or of a computed parameter."""
-    while hasattr(operand, "operand"):
+    while isinstance(operand, Around):
         operand = operand.operand
     return operand
 

@@ -10,7 +10,6 @@ and product.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -90,14 +89,12 @@ def _cached(device: torch.device, kind: str, key: str) -> float:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
         scratch.touch()
-    except OSError:
-        return _TABLE[device.type][kind]
-    with contextlib.suppress(OSError):
         value = measure(device, kind)
         scratch.write_text(json.dumps({**_read(path), key: value}, indent=1))
         scratch.replace(path)
-        return value
-    return _TABLE[device.type][kind]
+    except OSError:
+        return _TABLE[device.type][kind]
+    return value
 
 
 def _path() -> Path:
@@ -149,19 +146,20 @@ def measure(device: torch.device, kind: str) -> float:
     return min(max(ridge, stated / _CREDIBLE), stated * _CREDIBLE)
 
 
+def wait(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Shortest time of a call, in seconds; a first call does not count."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     run()
     times = []
     for _ in range(repeats):
-        wait()
+        wait(device)
         began = time.perf_counter()
         run()
-        wait()
+        wait(device)
         times.append(time.perf_counter() - began)
     return max(min(times), 1e-9)

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from dpkernels import ops
 from dpkernels.layers import margins
-from dpkernels.layers.operands import Operand
+from dpkernels.layers.operands import Around, Factored, Operand
 from dpkernels.ops.sums import squared_norms
 
 #: values of per-sample gradients that `recompute` forms at a time
 _FORMED_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
-
-
-class Factored(Protocol):
-    """A gradient that is not formed before the clip factors are known."""
-
-    def norm_sq(self) -> torch.Tensor:
-        """[B]: squared norms."""
-
-    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
-        """[B]: largest norm that rounding allows a sample's contribution, before clip factors."""
-
-    def grad_sample(self) -> torch.Tensor:
-        """[B, *shape]."""
-
-    def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
-        """[*shape]: the weighted sum."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +24,9 @@ class Recomputed:
     very values that are summed.
     """
 
-    operand: Operand | OnBackend
+    operand: Operand
+    #: number of samples whose gradients are formed at a time
     chunk: int
-
-    @classmethod
-    def of(cls, operand: Operand | OnBackend, parameter: torch.Tensor) -> Recomputed:
-        """Form as many samples at a time as ``_FORMED_AT_ONCE`` allows on the device."""
-        values = _FORMED_AT_ONCE.get(parameter.device.type, _FORMED_AT_ONCE["cpu"])
-        return cls(operand, max(1, values // max(1, parameter.numel())))
 
     def norm_sq(self) -> torch.Tensor:
         return torch.cat([squared_norms(grads) for _, grads in self._formed()])
@@ -75,22 +53,14 @@ class Recomputed:
 
 
 @dataclass(frozen=True)
-class OnBackend:
+class OnBackend(Around):
     """An operand whose kernels run on one backend."""
 
-    operand: Operand
     backend: str
-
-    @property
-    def samples(self) -> int:
-        return self.operand.samples
 
     def norm_sq(self) -> torch.Tensor:
         with ops.use_backend(self.backend):
             return self.operand.norm_sq()
-
-    def norm_bound(self, norm_sq: torch.Tensor) -> torch.Tensor:
-        return self.operand.norm_bound(norm_sq)
 
     def grad_sample(self) -> torch.Tensor:
         with ops.use_backend(self.backend):
@@ -99,9 +69,6 @@ class OnBackend:
     def clipped_grad(self, clip_factor: torch.Tensor) -> torch.Tensor:
         with ops.use_backend(self.backend):
             return self.operand.clipped_grad(clip_factor)
-
-    def part(self, samples: slice) -> OnBackend:
-        return OnBackend(self.operand.part(samples), self.backend)
 
 
 def held_by(
@@ -118,7 +85,10 @@ def held_by(
     Returns:
         Per-sample gradients [B, *shape], or a gradient that is still factored.
     """
-    chosen: Operand | OnBackend = operand if backend is None else OnBackend(operand, backend)
+    chosen = operand if backend is None else OnBackend(operand, backend)
     if strategy in ("store", "single"):
         return chosen.grad_sample()
-    return Recomputed.of(chosen, parameter) if strategy == "recompute" else chosen
+    if strategy == "recompute":
+        values = _FORMED_AT_ONCE.get(parameter.device.type, _FORMED_AT_ONCE["cpu"])
+        return Recomputed(chosen, max(1, values // max(1, parameter.numel())))
+    return chosen

@@ -8,44 +8,37 @@ from dpkernels.engine.plan.planner import Planner
 
 
 class Plan:
-    """The plan as a list of dicts in ``rows``, and as a table when printed.
+    """The plan as chosen so far, as a list of dicts in ``rows``, and as a table when printed.
 
     A row has ``layer``, ``parameter``, ``shape`` (of one sample's tensors), ``strategy``,
     ``backend``, ``share`` (predicted, of the work of all rows), ``flops`` and ``bytes`` (of the
     strategy, for the samples of the batch that was planned), ``kept_bytes`` (from the layer's
     backward until the end of the backward pass), ``why``, and ``why_not``: by strategy that was
-    not chosen, the reason in one sentence.
+    not chosen, the reason in one sentence. There is no row before the first backward pass.
     """
 
     _COLUMNS = ("layer", "parameter", "shape", "strategy", "backend", "share", "kept_bytes", "why")
 
-    def __init__(self, rows: list[dict[str, Any]]):
-        self.rows = rows
-
-    @classmethod
-    def of(cls, planner: Planner) -> Plan:
-        """The plan as chosen so far; empty before the first backward pass."""
+    def __init__(self, planner: Planner):
         entries = list(planner.entries.values())
         chosen = [entry.work[entry.choice.strategy] for entry in entries]
         total = sum(chosen) or 1.0
-        return cls(
-            [
-                {
-                    "layer": e.layer,
-                    "parameter": e.parameter,
-                    "shape": e.shape,
-                    "strategy": e.choice.strategy,
-                    "backend": e.backend,
-                    "share": work / total,
-                    "flops": e.cost.flops,
-                    "bytes": e.cost.traffic,
-                    "kept_bytes": e.cost.kept,
-                    "why": e.choice.reason,
-                    "why_not": e.why_not(),
-                }
-                for e, work in zip(entries, chosen, strict=True)
-            ]
-        )
+        self.rows: list[dict[str, Any]] = [
+            {
+                "layer": e.layer,
+                "parameter": e.parameter,
+                "shape": e.shape,
+                "strategy": e.choice.strategy,
+                "backend": e.backend,
+                "share": work / total,
+                "flops": e.cost.flops,
+                "bytes": e.cost.traffic,
+                "kept_bytes": e.cost.kept,
+                "why": e.choice.reason,
+                "why_not": e.why_not(),
+            }
+            for e, work in zip(entries, chosen, strict=True)
+        ]
 
     def __str__(self) -> str:
         if not self.rows:

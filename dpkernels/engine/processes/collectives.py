@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 #: bytes that one collective exchanges at most; a larger tensor crosses alone
 _BUCKET_BYTES = 64 * 2**20
@@ -169,9 +170,7 @@ class Shards(_Group):
         for bucket in _buckets(sums):
             parts = [self._parts(p, total) for p, total in bucket.items()]
             rows = [torch.cat([shard.reshape(-1) for shard in shards]) for shards in zip(*parts)]
-            flat = rows[0].new_zeros(len(rows), max(len(row) for row in rows))
-            for packed, row in zip(flat, rows):
-                packed[: len(row)] = row
+            flat = pad_sequence(rows, batch_first=True)
             own = flat.new_empty(flat.shape[1])
             _reduce_scatter(own, flat.reshape(-1), group=self.group)
             shards = [own.new_empty(part[self.rank].shape) for part in parts]
@@ -182,7 +181,7 @@ class Shards(_Group):
     def earlier(self, parameter: nn.Parameter) -> torch.Tensor | None:
         if parameter.grad is None:
             return None
-        shard = _local(parameter.grad)
+        shard = _as_sharded(parameter.grad).to_local()
         whole = torch.zeros(parameter.shape, dtype=shard.dtype, device=shard.device)
         self._parts(parameter, whole)[self.rank].copy_(shard)
         return whole
@@ -244,10 +243,6 @@ def _as_sharded(tensor: Any) -> DTensor:
     if not isinstance(tensor, DTensor):
         raise ValueError(f"parameter of shape {tuple(tensor.shape)}: expected a sharded one")
     return tensor
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return _as_sharded(tensor).to_local()
 
 
 def _mesh_of(module: nn.Module) -> Any:

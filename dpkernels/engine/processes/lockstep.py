@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture.layer import CapturedForward, is_packed, leaves_of
-from dpkernels.engine.capture.session import NoGradients, Session
+from dpkernels.engine.capture.session import Session, Sink
 from dpkernels.engine.processes.collectives import Processes
 from dpkernels.engine.trial.mixing import refuse_mixing
 
@@ -26,9 +26,7 @@ class DirectForward(CapturedForward):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ddp = self.module
-        if not isinstance(ddp, DistributedDataParallel):
-            raise ValueError(f"module: {type(ddp).__name__}, expected DistributedDataParallel")
+        ddp: Any = self.module
         if ddp.device_ids:
             device = torch.device(ddp.device_type, ddp.device_ids[0])
             args, kwargs = tree_map(
@@ -158,7 +156,7 @@ class Lockstep:
             self.session.sink, self._inside = sink, False
 
     def _stand_in(self, batch: tuple[Any, Any]) -> None:
-        self.session.sink = NoGradients()
+        self.session.sink = Sink()
         args, kwargs = batch
         sums = [
             leaf.double().sum()

@@ -145,7 +145,12 @@ class AdaptiveClipping(Clipping):
         settings: how the bound moves, and how the count is hidden.
     """
 
-    def __init__(self, max_grad_norm: float, noise_multiplier: float, settings: AdaptiveSettings):
+    def __init__(
+        self,
+        max_grad_norm: float | list[float],
+        noise_multiplier: float,
+        settings: AdaptiveSettings,
+    ):
         super().__init__(max_grad_norm)
         if settings.max_clipbound <= settings.min_clipbound:
             raise ValueError("max_clipbound must be larger than min_clipbound.")
@@ -197,29 +202,13 @@ def total_norm_sq(norm_sq: Any) -> torch.Tensor:
     return stacked.sum(0).to(widest)
 
 
+_KINDS = ("flat", "automatic", "per_layer", "adaptive")
 _ADAPTIVE = tuple(field.name for field in fields(AdaptiveSettings))
-
-
-def _adaptive(
-    max_grad_norm: Any, noise_multiplier: float, parameters: Sequence[nn.Parameter], settings: Any
-) -> Clipping:
-    missing = [name for name in _ADAPTIVE if name not in settings]
-    if missing:
-        raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
-    return AdaptiveClipping(max_grad_norm, noise_multiplier, AdaptiveSettings(**settings))
-
-
-_KINDS: dict[str, Callable[[Any, float, Sequence[nn.Parameter], Any], Clipping]] = {
-    "flat": lambda bound, *_: Clipping(bound),
-    "automatic": lambda bound, *_: Clipping(bound, _AUTOMATIC_GAMMA),
-    "per_layer": lambda bounds, _, parameters, __: PerLayerClipping(bounds, parameters),
-    "adaptive": _adaptive,
-}
 
 
 def make_clipping(
     kind: str,
-    max_grad_norm: float | Sequence[float],
+    max_grad_norm: float | list[float],
     noise_multiplier: float,
     parameters: Sequence[nn.Parameter],
     settings: Mapping[str, Any],
@@ -241,4 +230,11 @@ def make_clipping(
     unknown = [name for name in settings if name not in _ADAPTIVE]
     if unknown:
         raise ValueError(f"make_private() got an unexpected argument {unknown[0]!r}")
-    return _KINDS[kind](max_grad_norm, noise_multiplier, parameters, settings)
+    if kind == "per_layer":
+        return PerLayerClipping(max_grad_norm, parameters)
+    if kind != "adaptive":
+        return Clipping(max_grad_norm, _AUTOMATIC_GAMMA if kind == "automatic" else 0.0)
+    missing = [name for name in _ADAPTIVE if name not in settings]
+    if missing:
+        raise ValueError(f"clipping='adaptive' needs {', '.join(missing)}")
+    return AdaptiveClipping(max_grad_norm, noise_multiplier, AdaptiveSettings(**settings))

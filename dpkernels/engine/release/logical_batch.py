@@ -155,14 +155,12 @@ class LogicalBatch:
             raise ValueError(_SIGNAL_TOO_LATE)
         self.state, self.carried, self.passes = State.SKIPPED, True, 0
 
-    def check_step(
-        self, noise_multiplier: float, param_groups: Iterable[Mapping[str, Any]]
-    ) -> None:
+    def check_step(self, noise_multiplier: float, parameters: Iterable[nn.Parameter]) -> None:
         """Raise ``ValueError`` where a step would use gradients that are not private.
 
         Args:
             noise_multiplier: the noise multiplier with which the step will be counted.
-            param_groups: the optimizer's parameter groups.
+            parameters: every parameter of the optimizer.
         """
         self._refuse_uncleared()
         if self.mechanism is None or self.state is not State.NOISED:
@@ -171,14 +169,13 @@ class LogicalBatch:
                 "Call loss.backward() on the private model before optimizer.step()"
             )
         self._check_noise(self.mechanism, noise_multiplier)
-        for group in param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad is not self.private.get(p, (None,))[0]:
-                    raise ValueError(
-                        f"optimizer.step(): the gradient of a parameter of shape {tuple(p.shape)} "
-                        "was not made private by the engine; leave p.grad as backward() wrote it "
-                        "(in-place changes are allowed), and call zero_grad() before backward()"
-                    )
+        for p in parameters:
+            if p.grad is not None and p.grad is not self.private.get(p, (None,))[0]:
+                raise ValueError(
+                    f"optimizer.step(): the gradient of a parameter of shape {tuple(p.shape)} was "
+                    "not made private by the engine; leave p.grad as backward() wrote it (in-place "
+                    "changes are allowed), and call zero_grad() before backward()"
+                )
 
     def abandon(self) -> bool:
         """The loop has moved on: no sample of an unfinished logical batch may go into the next.

@@ -87,7 +87,8 @@ class ScaledLossOptimizer(DPOptimizer):
                 looks for the gradients, because ``step()`` could find no trace of the call.
         """
         caller = sys._getframe(1)
-        if caller.f_code.co_name == "_unscale_grads_" and _called_by(caller, "unscale_"):
+        before = caller.f_back if caller.f_code.co_name == "_unscale_grads_" else None
+        if before is not None and before.f_code.co_name == "unscale_":
             raise ValueError(
                 "scaler.unscale_(optimizer): gradients are unscaled and private after backward(), "
                 f"and would be divided by the scale again; drop the call. {_REMEDY}"
@@ -97,10 +98,6 @@ class ScaledLossOptimizer(DPOptimizer):
     @param_groups.setter
     def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
         self.original_optimizer.param_groups = param_groups
-
-
-def _called_by(frame: Any, name: str) -> bool:
-    return frame.f_back is not None and frame.f_back.f_code.co_name == name
 
 
 def warn_of_overflow(norm_sq: torch.Tensor) -> None:

@@ -349,7 +349,7 @@ class FusedDPOptimizer(ScaledLossOptimizer):
             self.logical_batch.skip()
             return False
         self._follow_cleared_gradients()
-        self.logical_batch.check_step(float(self.noise_multiplier), self.param_groups)
+        self.logical_batch.check_step(float(self.noise_multiplier), self.held_parameters())
         if self.step_hook:
             self.step_hook(self)
         expected = self._expected_samples(self.logical_batch.iterations)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from dpkernels.engine.capture.refusals import NotPerSample
-from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.session import Session, Sink
 from dpkernels.engine.capture.streams import Streams, refuse_graph_capture
 from dpkernels.engine.plan.planner import Planner
-from dpkernels.engine.plan.strategies import Factored, held_by
+from dpkernels.engine.plan.strategies import held_by
 from dpkernels.layers import margins
-from dpkernels.layers.operands import Operand
+from dpkernels.layers.operands import Factored, Operand
 from dpkernels.ops.precision import full_precision
 from dpkernels.ops.sums import squared_norms
 
@@ -77,7 +77,7 @@ class ParameterGradient:
         return margins.of_values_sq(norm_sq)
 
 
-class PendingGradients:
+class PendingGradients(Sink):
     """The sink of one model's capture: collects contributions, and reports when backward ends.
 
     Args:
@@ -96,12 +96,12 @@ class PendingGradients:
         done: Callable[[PendingGradients], None],
         streams: Streams,
     ):
+        super().__init__()
         self.planner = planner
         self.names = session.guards.names
         self._session = session
         self._done = done
         self._streams = streams
-        self.samples: int | None = None
         self.gradients: dict[nn.Parameter, ParameterGradient] = {}
 
     @property
@@ -120,9 +120,6 @@ class PendingGradients:
                 f"one backward pass covers forward passes over {self.samples} and {samples} "
                 "samples, so their rows cannot be paired; run backward() and step() for each"
             )
-
-    def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
-        """Nothing to do: only a trial run looks at activations and backprops."""
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         """Take one parameter's contribution from one call of one layer."""
@@ -155,8 +152,7 @@ class PendingGradients:
         )
 
     def reset(self) -> None:
-        """Forget everything, at the end of a backward pass or after its failure."""
-        self.samples = None
+        super().reset()
         self.gradients = {}
         self._streams.forget()
 

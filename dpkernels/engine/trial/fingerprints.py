@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dpkernels import ops
-from dpkernels.engine.capture.session import NoGradients
+from dpkernels.engine.capture.session import Sink
 from dpkernels.ops.checks import FLOAT_DTYPES
 
 #: finite sums of squares above this bound lose nothing to float32's range
@@ -27,7 +27,7 @@ class Seen:
     rows: slice
 
 
-class Fingerprints(NoGradients):
+class Fingerprints(Sink):
     """A sink that keeps fingerprints of the tensors that pass by, and no gradients.
 
     All fingerprints stand in one block of memory. Small blocks, one a fingerprint, would lie
