@@ -119,10 +119,14 @@ class TradeOff:
 
     def test_at_alpha(self, alpha: float) -> TestPoint:
         """The optimal test with the given false alarms, in (0, 1)."""
-        tilt = self._chernoff_tilt(alpha, none=-1.0, less=1.0)
+        tilt = self.tilt_at_alpha(alpha)
         curve, i = self._refined(tilt, lambda curve: curve.index_of_alpha(alpha))
         share = _share(curve.alpha, i, alpha)
         return TestPoint(_between(curve.power, i, share), _between(curve.beta, i, share))
+
+    def tilt_at_alpha(self, alpha: float) -> float:
+        """The tilt that moves the summed loss to the threshold of `test_at_alpha`."""
+        return self._chernoff_tilt(alpha, none=-1.0, less=1.0)
 
     def alpha_at_beta(self, beta: float) -> float:
         """The smallest false alarms of any test with the given misses, in (0, 1)."""
@@ -213,11 +217,6 @@ class TradeOff:
         )
 
 
-def saturation(history: History, alpha: float) -> float:
-    """The power that no amount of missing noise exceeds: a record that never joined is safe."""
-    return 1 - math.exp(log_absence(history)) * (1 - alpha)
-
-
 def _loudest_step_miss(history: History, alpha: float) -> float:
     """Misses of the test that rejects when any single step looks like participation.
 
@@ -245,7 +244,8 @@ def optimal_test(history: History, alpha: float, adversary: str) -> TestPoint:
             only.
 
     Returns:
-        Power in [alpha, saturation] and misses, each erring towards the adversary.
+        Power in [alpha, 1 - P(the record never joins) * (1 - alpha)] and misses, each erring
+        towards the adversary.
 
     Raises:
         ValueError: if the adversary is not known.
@@ -253,8 +253,8 @@ def optimal_test(history: History, alpha: float, adversary: str) -> TestPoint:
     laws = step_laws(history, adversary)
     if not history:
         return TestPoint(alpha, 1 - alpha)
-    limit = saturation(history, alpha)
-    floor = math.exp(log_absence(history)) * (1 - alpha)
+    floor = math.exp(log_absence(history)) * (1 - alpha)  # a record that never joined is safe
+    limit = 1 - floor
     if adversary == "worst_case" and all(law.rate == 1 for law in laws):
         mu = math.sqrt(sum(phase.steps / phase.noise_multiplier**2 for phase in history))
         z = float(ndtri(alpha)) + mu
@@ -268,14 +268,10 @@ def optimal_test(history: History, alpha: float, adversary: str) -> TestPoint:
     )
 
 
-def _may_miss(history: History) -> bool:
-    """Whether a record can join no step with a probability that float64 can hold."""
-    return log_absence(history) > -700
-
-
 def _reverse_miss(history: History, alpha: float, adversary: str) -> float:
     """Misses of the best test of "never joined" (the add direction), from below."""
-    least = max(0.0, 1 - alpha / math.exp(log_absence(history))) if _may_miss(history) else 0.0
+    log_absent = log_absence(history)
+    least = max(0.0, 1 - alpha / math.exp(log_absent)) if log_absent > -700 else 0.0  # of float64
     probe = min(least + 1e-7 * max(least, 1e-3), (1 + least) / 2)
     if probe < 1 and _loudest_step_miss(history, probe) <= alpha:
         return least
