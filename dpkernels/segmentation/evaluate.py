@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -14,7 +14,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch import nn
 
 from dpkernels.segmentation.config import SegmentationConfig
-from dpkernels.segmentation.data import Case, CaseStore, restore
+from dpkernels.segmentation.data import Case, restore
 from dpkernels.segmentation.model import head_outputs
 from dpkernels.segmentation.scans import Scan
 from dpkernels.segmentation.volume import Volume
@@ -71,43 +71,32 @@ class Predictor:
         return head_outputs(self._network(window))[0]
 
 
-def evaluate_scans(
-    predictor: Predictor,
-    store: CaseStore,
-    scans: Sequence[Scan],
+def measure(
+    scan: Scan,
+    volume: Volume,
+    prediction: np.ndarray,
+    labels: Mapping[int, str],
     *,
     surface_distance: bool,
-    on_case: Callable[[Volume, np.ndarray, CaseResult], None] = lambda *_: None,
-) -> list[CaseResult]:
-    """Predict and measure every scan.
+) -> CaseResult:
+    """Compare a prediction with the truth, class by class.
 
     Args:
-        predictor: the network.
-        store: where the scans come from.
-        scans: which of them.
+        scan: whose prediction it is.
+        volume: the scan, with its label.
+        prediction: [X, Y, Z], class indices in RAS order.
+        labels: value to name, background included.
         surface_distance: also compute hd95.
-        on_case: called with the volume, the prediction [X, Y, Z] and the result of each scan.
     """
-    names = store.folder.labels
-    results = []
-    for scan in scans:
-        volume = store.volume(scan)
-        prediction = predictor.segment(store.item(scan), volume)
-        dice, hd95 = {}, {}
-        for value, name in names.items():
-            if value == 0:
-                continue
-            truth_mask, predicted_mask = volume.truth == value, prediction == value
-            dice[name] = dice_score(predicted_mask, truth_mask)
-            hd95[name] = (
-                hausdorff_95(predicted_mask, truth_mask, volume.spacing)
-                if surface_distance
-                else math.nan
-            )
-        result = CaseResult(scan.name, scan.patient_id, dice, hd95)
-        results.append(result)
-        on_case(volume, prediction, result)
-    return results
+    result = CaseResult(scan.name, scan.patient_id, {}, {})
+    for value, name in labels.items():
+        if value == 0:
+            continue
+        truth, predicted = volume.truth == value, prediction == value
+        result.dice[name] = dice_score(predicted, truth)
+        distance = hausdorff_95(predicted, truth, volume.spacing) if surface_distance else math.nan
+        result.hd95[name] = distance
+    return result
 
 
 def dice_score(prediction: np.ndarray, truth: np.ndarray) -> float:
