@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 
 from dpkernels.accounting import gaussian
 from dpkernels.accounting.events import History, coarsen, log_absence
-from dpkernels.accounting.participation import ParticipationMixture, RevealedHistory
+from dpkernels.accounting.participation import ParticipationMixture, revealed_epsilon
 from dpkernels.accounting.profile import FINE, Profile
 
 ROUND_UP = 1e-4
@@ -44,8 +44,7 @@ def _separation(history: History) -> float:
 def _mixture_epsilon(history: History, log_delta: float, ceiling: float) -> tuple[float, bool]:
     """Epsilon by participation mixtures, from above, and whether a lower bound certifies it."""
     if len(history) > 1:
-        few = coarsen(history, _MAX_REVEALED)
-        return RevealedHistory(few, log_delta).epsilon(log_delta, ceiling)
+        return revealed_epsilon(coarsen(history, _MAX_REVEALED), log_delta, ceiling)
     (phase,) = history
     mixture = ParticipationMixture(phase.sample_rate, phase.steps, log_delta)
     sigma = phase.noise_multiplier

@@ -279,25 +279,21 @@ def _reverse_miss(history: History, alpha: float, adversary: str) -> float:
     return min(pair.alpha_at_beta(alpha) * (1 - _ROUND_OUT), 1 - alpha)
 
 
-class _Symmetric:
+def _symmetric_miss(history: History, adversary: str) -> Callable[[float], float]:
     """The lower hull of both directions, joined by their common tangent of slope -1."""
+    absent = math.exp(log_absence(history))
+    if _loudest_step_miss(history, 1e-7) <= max(absent * (1 + 1e-6), 1e-12):
+        low, high = 0.0, absent
+    else:
+        low, high = sorted(TradeOff(history, adversary, -7.0).balanced())
 
-    def __init__(self, history: History, adversary: str) -> None:
-        self._history = history
-        self._adversary = adversary
-        absent = math.exp(log_absence(history))
-        if _loudest_step_miss(history, 1e-7) <= max(absent * (1 + 1e-6), 1e-12):
-            self._low, self._high = 0.0, absent
-        else:
-            self._low, self._high = sorted(TradeOff(history, adversary, -7.0).balanced())
+    def miss(alpha: float) -> float:
+        if low < alpha < high:
+            return (low + high - alpha) * (1 - _ROUND_OUT)
+        remove = optimal_test(history, alpha, adversary).miss
+        return min(remove, _reverse_miss(history, alpha, adversary))
 
-    def miss(self, alpha: float) -> float:
-        if self._low < alpha < self._high:
-            return (self._low + self._high - alpha) * (1 - _ROUND_OUT)
-        return min(
-            optimal_test(self._history, alpha, self._adversary).miss,
-            _reverse_miss(self._history, alpha, self._adversary),
-        )
+    return miss
 
 
 def trade_off(
@@ -338,7 +334,7 @@ def trade_off(
     }
     trivial = not history
     if direction == "both" and not trivial:
-        misses["both"] = _Symmetric(history, adversary).miss
+        misses["both"] = _symmetric_miss(history, adversary)
     result = np.empty(alphas.shape)
     for place, value in np.ndenumerate(alphas):
         check_number("alpha", float(value), at_least=0.0, at_most=1.0)

@@ -39,26 +39,24 @@ class CaseResult:
     hd95: dict[str, float]
 
 
+@dataclass(frozen=True)
 class Predictor:
     """A network in evaluation mode, applied by sliding window."""
 
-    def __init__(
-        self, network: nn.Module, config: SegmentationConfig, device: torch.device
-    ) -> None:
-        self._network = network
-        self._config = config
-        self._device = device
+    network: nn.Module
+    config: SegmentationConfig
+    device: torch.device
 
     def logits(self, case: Case) -> torch.Tensor:
         """Class scores [C, X, Y, Z] on the prepared grid, on the CPU."""
-        window = self._config.data.crop or tuple(case.image.shape[1:])
-        with evaluating(self._network):
+        window = self.config.data.crop or tuple(case.image.shape[1:])
+        with evaluating(self.network):
             scores = sliding_window_inference(
-                case.image[None].to(self._device),
+                case.image[None].to(self.device),
                 roi_size=window,
                 sw_batch_size=4,
                 predictor=self._full_resolution,
-                overlap=self._config.evaluation.overlap,
+                overlap=self.config.evaluation.overlap,
                 mode="gaussian",
             )
         return scores[0].float().cpu()
@@ -68,7 +66,7 @@ class Predictor:
         return restore(self.logits(case), case, volume).numpy()
 
     def _full_resolution(self, window: torch.Tensor) -> torch.Tensor:
-        return head_outputs(self._network(window))[0]
+        return head_outputs(self.network(window))[0]
 
 
 def measure(
