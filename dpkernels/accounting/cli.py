@@ -90,8 +90,3 @@ def _draw(noise: Callable[..., float], names: list[str], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), "o-", label=name)
         axes.set(xscale="log", yscale="log", xlabel="epsilon", ylabel="noise multiplier it needs")
         axes.legend()
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command `account` to an application."""
-    app.command("account")(account)

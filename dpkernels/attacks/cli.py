@@ -57,8 +57,3 @@ def audit(
     typer.echo(report.to_text())
     if report.violated:
         raise typer.Exit(code=1)
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command `audit` to an application."""
-    app.command("audit")(audit)

@@ -75,11 +75,6 @@ TASK = Task(
 app = command_line(TASK)
 
 
-def register(parent: typer.Typer) -> None:
-    """Add the `classify` commands to the command line of the package."""
-    parent.add_typer(app, name=TASK.name)
-
-
 @app.command()
 def synthetic(
     folder: Annotated[Path, typer.Argument(help="Folder to create.")],

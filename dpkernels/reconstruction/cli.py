@@ -59,8 +59,3 @@ def risk(
     if plot is not None:
         with options.plotting(plot):
             report.plot(plot)
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command `risk` to an application."""
-    app.command("risk")(risk)

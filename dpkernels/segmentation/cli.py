@@ -55,11 +55,6 @@ TASK = Task(
 app = command_line(TASK)
 
 
-def register(parent: typer.Typer) -> None:
-    """Add the `segment` commands to the command line of the package."""
-    parent.add_typer(app, name=TASK.name)
-
-
 @app.command()
 def phantom(
     folder: Annotated[Path, typer.Argument(help="Folder to create.")],
