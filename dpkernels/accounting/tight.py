@@ -24,7 +24,9 @@ MIXTURE_SIGMA = 0.3
 MIXTURE_GAP = 1e-3
 """Relative gap between upper and lower bound at which the mixture is accepted."""
 
-_SOLVER = 1e-7
+SOLVER = 1e-7
+"""Relative margin over a root that a solver found."""
+
 _MAX_PHASES = 32
 _MAX_REVEALED = 16
 _MIN_LOG_DELTA = -600.0
@@ -83,7 +85,7 @@ def epsilon(history: History, delta: float, tolerance: float = FINE) -> float:
         return full_batch * (1 + ROUND_UP)
     if full_batch == 0.0:
         return 0.0
-    ceiling = full_batch * (1 + _SOLVER)
+    ceiling = full_batch * (1 + SOLVER)
     if min(phase.noise_multiplier for phase in history) < MIXTURE_SIGMA:
         ceiling, certified = _mixture_epsilon(history, log_delta, ceiling)
         if certified:

@@ -56,14 +56,6 @@ class _Curve:
     beta: Array
     power: Array
 
-    def index_of_alpha(self, alpha: float) -> int:
-        """Least i >= 1 with at most `alpha` false alarms."""
-        return int(np.clip(np.searchsorted(-self.alpha, -alpha), 1, self.losses.size))
-
-    def index_of_beta(self, beta: float) -> int:
-        """Least i >= 1 with at least `beta` misses."""
-        return int(np.clip(np.searchsorted(self.beta, beta), 1, self.losses.size))
-
     def steepness(self, i: int) -> float:
         """-d log(power) / d loss on a stretch from cell i on that halves the power."""
         level = self.power[i - 1]
@@ -75,14 +67,16 @@ class _Curve:
         )
 
 
-def _share(values: Array, i: int, value: float) -> float:
-    """Where between values[i - 1] (0) and values[i] (1) `value` lies."""
-    gap = values[i] - values[i - 1]
-    return float(np.clip((value - values[i - 1]) / gap, 0.0, 1.0)) if gap != 0 else 0.0
+def _least_index(rising: Array, value: float) -> int:
+    """Least i >= 1 at which a rising array has reached `value`; the last one if none has."""
+    return int(np.clip(np.searchsorted(rising, value), 1, rising.size - 1))
 
 
-def _between(values: Array, i: int, share: float) -> float:
-    return float(values[i - 1] + share * (values[i] - values[i - 1]))
+def _between(wanted: Array, known: Array, i: int, value: float) -> float:
+    """`wanted` where `known` is `value`, on the line between the entries i - 1 and i."""
+    gap = known[i] - known[i - 1]
+    share = float(np.clip((value - known[i - 1]) / gap, 0.0, 1.0)) if gap != 0 else 0.0
+    return float(wanted[i - 1] + share * (wanted[i] - wanted[i - 1]))
 
 
 def _tail_sums(mass: Array, exponents: Array, above: bool) -> tuple[Array, Array]:
@@ -120,9 +114,9 @@ class TradeOff:
     def test_at_alpha(self, alpha: float) -> TestPoint:
         """The optimal test with the given false alarms, in (0, 1)."""
         tilt = self.tilt_at_alpha(alpha)
-        curve, i = self._refined(tilt, lambda curve: curve.index_of_alpha(alpha))
-        share = _share(curve.alpha, i, alpha)
-        return TestPoint(_between(curve.power, i, share), _between(curve.beta, i, share))
+        curve, i = self._refined(tilt, lambda curve: _least_index(-curve.alpha, -alpha))
+        power = _between(curve.power, curve.alpha, i, alpha)
+        return TestPoint(power, _between(curve.beta, curve.alpha, i, alpha))
 
     def tilt_at_alpha(self, alpha: float) -> float:
         """The tilt that moves the summed loss to the threshold of `test_at_alpha`."""
@@ -131,8 +125,8 @@ class TradeOff:
     def alpha_at_beta(self, beta: float) -> float:
         """The smallest false alarms of any test with the given misses, in (0, 1)."""
         tilt = self._chernoff_tilt(beta, none=0.0, less=-1.0)
-        curve, i = self._refined(tilt, lambda curve: curve.index_of_beta(beta))
-        return _between(curve.alpha, i, _share(curve.beta, i, beta))
+        curve, i = self._refined(tilt, lambda curve: _least_index(curve.beta, beta))
+        return _between(curve.alpha, curve.beta, i, beta)
 
     def balanced(self) -> tuple[float, float]:
         """(alpha, beta) of the test that rejects where the loss is positive: slope -1."""
