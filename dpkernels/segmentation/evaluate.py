@@ -55,7 +55,7 @@ class Predictor:
                 case.image[None].to(self.device),
                 roi_size=window,
                 sw_batch_size=4,
-                predictor=self._full_resolution,
+                predictor=lambda window: head_outputs(self.network(window))[0],
                 overlap=self.config.evaluation.overlap,
                 mode="gaussian",
             )
@@ -64,9 +64,6 @@ class Predictor:
     def segment(self, case: Case, volume: Volume) -> np.ndarray:
         """Class indices [X, Y, Z], uint8, on the scan's own voxels in RAS order."""
         return restore(self.logits(case), case, volume).numpy()
-
-    def _full_resolution(self, window: torch.Tensor) -> torch.Tensor:
-        return head_outputs(self.network(window))[0]
 
 
 def measure(
@@ -114,16 +111,13 @@ def hausdorff_95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[fl
     box = tuple(
         slice(low, high + 1) for low, high in zip(inside.min(0), inside.max(0), strict=True)
     )
-    surfaces = [_surface(np.pad(mask[box], 1)) for mask in (prediction, truth)]
+    masks = [np.pad(mask[box], 1) for mask in (prediction, truth)]
+    surfaces = [mask & ~binary_erosion(mask) for mask in masks]
     directed = [
         np.percentile(distance_transform_edt(~there, sampling=spacing)[here], 95)
         for here, there in (surfaces, surfaces[::-1])
     ]
     return float(max(directed))
-
-
-def _surface(mask: np.ndarray) -> np.ndarray:
-    return mask & ~binary_erosion(mask)
 
 
 def summarise(results: Sequence[CaseResult]) -> dict[str, dict[str, float]]:

@@ -170,15 +170,8 @@ def _check_pair(image: Nifti1Image, image_path: Path, label: Nifti1Image, label_
 
 def _label_values(voxels: np.ndarray, path: Path, labels: dict[int, str] | None) -> np.ndarray:
     values = np.unique(voxels)
-    wrong = (
-        [
-            v
-            for v in values.tolist()
-            if v != int(v) or v < 0 or v > 255 or (labels is not None and int(v) not in labels)
-        ]
-        if np.isfinite(values).all()
-        else ["NaN"]
-    )
+    allowed = [value for value in range(256) if labels is None or value in labels]
+    wrong = values[~np.isin(values, allowed)].tolist()
     if wrong:
         expected = labels or "whole numbers from 0 to 255"
         raise ValueError(f"{path}: label values {wrong[:5]} found, expected only {expected}")
