@@ -45,7 +45,7 @@ ONLY_IN = {
     "triton": {"ops"},
 }
 #: rooms of which each module has a test module of its own, in the folder of the same name
-MIRRORED = ("training", "attacks")
+MIRRORED = ("layers", "training", "attacks")
 ROOM_OF_NAME = {"PrivacyEngine": "engine"}
 FRONT, ENGINE = "dpkernels.PrivacyEngine", "dpkernels.engine.privacy_engine"
 LONG_FILE = 400

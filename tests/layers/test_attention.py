@@ -12,6 +12,8 @@ from torch import nn
 
 from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.module import FusedGradSampleModule
+from dpkernels.layers import find_rule
+from dpkernels.layers.attention import AttentionRule
 from dpkernels.testing import assert_per_sample
 from tests.engine.support import Call, made_private, squared_loss, values
 from tests.engine.truth import assert_private
@@ -151,3 +153,13 @@ def test_an_input_without_samples_is_refused() -> None:
     model = Call(nn.MultiheadAttention(8, 2), lambda m, x: m(x[0], x[0], x[0])[0])
     with pytest.raises(ValueError, match=r"'module'.*query of shape.*no sample axis"):
         made_private(model, torch.zeros(4, 3, 8))[1](torch.zeros(4, 3, 8))
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        (nn.MultiheadAttention(8, 2), AttentionRule),
+    ],
+)
+def test_each_layer_is_served_by_its_rule(layer: nn.Module, rule: type) -> None:
+    assert type(find_rule(layer)) is rule

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from dpkernels.layers import find_rule
+from dpkernels.layers.conv import ConvRule, ConvTransposeRule
 from dpkernels.testing import assert_per_sample
 from tests.engine.support import values
 
@@ -63,3 +65,15 @@ def test_equal_to_one_sample_at_a_time(name: str) -> None:
     torch.manual_seed(0)
     build, x = CASES[name]
     assert_per_sample(build(), None, (x,))
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        (nn.Conv1d(2, 3, 2), ConvRule),
+        (nn.Conv3d(2, 2, 3, groups=2), ConvRule),
+        (nn.ConvTranspose2d(2, 3, 2), ConvTransposeRule),
+    ],
+)
+def test_each_layer_is_served_by_its_rule(layer: nn.Module, rule: type) -> None:
+    assert type(find_rule(layer)) is rule

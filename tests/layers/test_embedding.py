@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from dpkernels.layers import find_rule
+from dpkernels.layers.embedding import EmbeddingRule
 from dpkernels.testing import assert_per_sample
 from tests.engine.support import ids, made_private
 
@@ -31,3 +33,13 @@ def test_equal_to_one_sample_at_a_time(name: str) -> None:
 def test_tables_that_follow_the_batch_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"Embedding.*{next(iter(options))}"):
         made_private(nn.Embedding(11, 6, **options), ids(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        (nn.Embedding(5, 2), EmbeddingRule),
+    ],
+)
+def test_each_layer_is_served_by_its_rule(layer: nn.Module, rule: type) -> None:
+    assert type(find_rule(layer)) is rule

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from dpkernels.layers import find_rule
+from dpkernels.layers.embedding_bag import EmbeddingBagRule
 from dpkernels.testing import assert_per_sample
 from tests.engine.support import Call, ids, made_private, squared_loss
 from tests.engine.truth import assert_private, fused
@@ -101,3 +103,13 @@ def test_a_bag_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(AssertionError):
         assert_private(expected, squared_loss, (ids(4, 5),))
     assert fused(expected, squared_loss, (ids(4, 5),), 1.0).norms.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        (nn.EmbeddingBag(5, 2), EmbeddingBagRule),
+    ],
+)
+def test_each_layer_is_served_by_its_rule(layer: nn.Module, rule: type) -> None:
+    assert type(find_rule(layer)) is rule

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from dpkernels.layers import find_rule
+from dpkernels.layers.linear import LinearRule, TransposedLinearRule
 from dpkernels.testing import assert_per_sample
 from tests.engine.support import values
 
@@ -30,3 +32,9 @@ def test_equal_to_one_sample_at_a_time(name: str) -> None:
     torch.manual_seed(0)
     build, x = CASES[name]
     assert_per_sample(build(), None, (x,))
+
+
+def test_each_layer_is_served_by_its_rule() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    assert type(find_rule(nn.Linear(2, 3))) is LinearRule
+    assert type(find_rule(conv1d(3, 2))) is TransposedLinearRule

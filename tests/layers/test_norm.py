@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dpkernels.layers import find_rule
+from dpkernels.layers.norm import GroupNormRule, LayerNormRule, PReLURule
 from dpkernels.testing import assert_per_sample
 from tests.engine.support import values
 
@@ -61,3 +63,17 @@ def test_equal_to_one_sample_at_a_time(name: str) -> None:
     torch.manual_seed(0)
     build, x = CASES[name]
     assert_per_sample(build(), None, (x,))
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        (nn.GroupNorm(2, 4), GroupNormRule),
+        (nn.InstanceNorm3d(2, affine=True), GroupNormRule),
+        (nn.LayerNorm(4), LayerNormRule),
+        (nn.RMSNorm(4), LayerNormRule),
+        (nn.PReLU(3), PReLURule),
+    ],
+)
+def test_each_layer_is_served_by_its_rule(layer: nn.Module, rule: type) -> None:
+    assert type(find_rule(layer)) is rule

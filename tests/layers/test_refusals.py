@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from dpkernels.layers import refusal
+from dpkernels.layers.refusals import batch_norm_refusal
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch norm": (lambda: nn.BatchNorm2d(2), "use nn.GroupNorm"),
@@ -48,3 +49,12 @@ def test_the_reason_names_the_remedy(name: str) -> None:
 )
 def test_what_has_per_sample_gradients_is_not_refused(build: Callable[[], nn.Module]) -> None:
     assert refusal(build()) is None
+
+
+def test_a_subclass_of_batch_norm_is_refused_too_while_it_trains() -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    assert "use nn.GroupNorm" in (batch_norm_refusal(Own(2)) or "")
+    assert batch_norm_refusal(Own(2).eval()) is None
+    assert batch_norm_refusal(nn.GroupNorm(1, 2)) is None
