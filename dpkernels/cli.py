@@ -9,7 +9,7 @@ import typer
 
 import dpkernels
 
-# Command, module whose `register(app)` adds it, extra that brings what the module imports.
+# Command, module with its `app` or a function of its name, extra that brings what that imports.
 _COMMANDS = (
     ("account", "dpkernels.accounting.cli", "dpkernels"),
     ("risk", "dpkernels.reconstruction.cli", "dpkernels"),
@@ -53,11 +53,16 @@ def info() -> None:
 
 
 def _register(command: str, module: str, requirement: str) -> None:
-    """Let `module` add its command; if it cannot be imported, a command that says so."""
+    """Add the command that `module` has; if it cannot be imported, a command that says so."""
     try:
-        importlib.import_module(module).register(app)
+        room = importlib.import_module(module)
     except ImportError as error:
         _register_missing(command, f"{error}; pip install '{requirement}'")
+        return
+    if hasattr(room, "app"):
+        app.add_typer(room.app, name=command)
+    else:
+        app.command(command)(getattr(room, command))
 
 
 def _register_missing(command: str, reason: str) -> None:

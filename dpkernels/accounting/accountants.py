@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from dpkernels.accounting import calibration, opacus_accountants, search, tight
-from dpkernels.accounting.events import History
+from scipy.optimize import brentq
+
+from dpkernels.accounting import calibration, opacus_accountants, tight
+from dpkernels.accounting.events import History, Phase
+
+_MAX_SIGMA = 1e7
+_MIN_SIGMA = 1e-8
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,42 @@ class Accountant:
     calibrate: Callable[[float, float, float, int], float] | None = None
 
     def noise_multiplier(self, target: float, delta: float, rate: float, steps: int) -> float:
-        """The noise multiplier for a budget: calibrated, or searched for.
+        """The noise multiplier for a budget: calibrated, or searched for to a relative 1e-8.
+
+        Opacus' own search stops at an absolute difference in epsilon, which never ends at large
+        budgets; this one is relative throughout.
+
+        Args:
+            target: epsilon > 0.
+            delta: in (0, 1).
+            rate: sample rate, in (0, 1].
+            steps: number of steps.
 
         Raises:
             ValueError: no noise meets the budget, or the accountant cannot answer.
         """
         if self.calibrate is not None:
             return self.calibrate(target, delta, rate, steps)
-        return search.noise_multiplier(self.name, self.epsilon, target, delta, rate, steps)
+
+        def spent(log_sigma: float) -> float:
+            return self.epsilon((Phase(math.exp(log_sigma), rate, steps),), delta)
+
+        def first(accepts: Callable[[float], bool], x: float, move: float) -> float:
+            while not accepts(x):
+                x += move
+                if not math.log(_MIN_SIGMA) < x < math.log(_MAX_SIGMA):
+                    raise ValueError(
+                        f"target_epsilon={target!r}: out of reach of accountant={self.name!r} at "
+                        f"any noise_multiplier up to {_MAX_SIGMA:g}. Use accountant='tight'"
+                    )
+            return x
+
+        start = math.log(calibration.noise_multiplier(target, delta, rate, steps))
+        low = first(lambda x: spent(x) > target, start, -math.log(2))
+        high = first(lambda x: spent(x) <= target, max(low, start), math.log(2))
+        root = brentq(lambda x: math.log(max(spent(x), 1e-300) / target), low, high, xtol=1e-9)
+        above = (root, root + 2e-9, root + 1e-8, root + 1e-6, high)
+        return math.exp(next(x for x in above if spent(x) <= target))
 
 
 _BUILT_IN = (

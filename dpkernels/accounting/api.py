@@ -10,9 +10,6 @@ from dpkernels.accounting.accountants import accountant_named
 from dpkernels.accounting.checks import check_count, check_number
 from dpkernels.accounting.events import Phase, as_history
 
-EPSILON_RANGE = (1e-2, 1e15)
-"""Target budgets that calibration accepts."""
-
 _ROUND_UP = 1e-6
 
 
@@ -123,8 +120,7 @@ def get_noise_multiplier(
         Under "tight" the value is at most 0.5 % above the exact one.
     """
     chosen = accountant_named(accountant)
-    low, high = EPSILON_RANGE
-    check_number("target_epsilon", target_epsilon, at_least=low, at_most=high)
+    check_number("target_epsilon", target_epsilon, at_least=1e-2, at_most=1e15)
     check_number("target_delta", target_delta, above=0.0, below=1.0)
     check_number("sample_rate", sample_rate, above=0.0, at_most=1.0)
     steps = check_count("steps", steps)

@@ -16,11 +16,10 @@ from dpkernels.accounting.tight import (
     MIXTURE_GAP,
     MIXTURE_SIGMA,
     ROUND_UP,
+    SOLVER,
     epsilon,
     log_saturation,
 )
-
-_SOLVER = 1e-7
 
 
 def _mixture_noise(
@@ -32,7 +31,7 @@ def _mixture_noise(
     def gap(log_sigma: float) -> float:
         return mixture.upper(target, math.exp(log_sigma)) - log_delta
 
-    high = math.log(min(full_batch * (1 + _SOLVER), MIXTURE_SIGMA))
+    high = math.log(min(full_batch * (1 + SOLVER), MIXTURE_SIGMA))
     if gap(high) > 0:
         return None
     low = high - 1.0
@@ -81,7 +80,7 @@ def noise_multiplier(target: float, delta: float, rate: float, steps: int) -> fl
             f"any step with probability {math.exp(saturation):g} only, so that no noise at all "
             "would meet this delta; expected a target_delta below that probability"
         )
-    margin = 1 + _SOLVER
+    margin = 1 + SOLVER
     target = target / (1 + ROUND_UP)
     full_batch = math.sqrt(steps) / gaussian.calibrate_mu(target, log_delta)
     if rate == 1:

@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Real
-
-
-def _range(
-    above: float | None, at_least: float | None, below: float | None, at_most: float | None
-) -> str:
-    parts = [
-        f"{sign} {bound:g}"
-        for sign, bound in ((">", above), (">=", at_least), ("<", below), ("<=", at_most))
-        if bound is not None
-    ]
-    return " and ".join(parts) or "finite"
 
 
 def check_number(
@@ -31,19 +21,17 @@ def check_number(
     Raises:
         ValueError: naming the argument, its value and the range.
     """
-    expected = f"a finite number {_range(above, at_least, below, at_most)}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
-    number = float(value)
-    if (
-        not math.isfinite(number)
-        or (above is not None and not number > above)
-        or (at_least is not None and not number >= at_least)
-        or (below is not None and not number < below)
-        or (at_most is not None and not number <= at_most)
-    ):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
-    return number
+    bounds = (
+        (">", above, operator.gt),
+        (">=", at_least, operator.ge),
+        ("<", below, operator.lt),
+        ("<=", at_most, operator.le),
+    )
+    limits = [(sign, bound, holds) for sign, bound, holds in bounds if bound is not None]
+    if not _is_finite(value) or not all(holds(float(value), bound) for _, bound, holds in limits):
+        stated = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in limits)
+        raise ValueError(f"{name}={value!r}: expected a finite number {stated}".rstrip())
+    return float(value)
 
 
 def check_count(name: str, value: float, *, at_least: int = 1) -> int:
@@ -52,9 +40,10 @@ def check_count(name: str, value: float, *, at_least: int = 1) -> int:
     Raises:
         ValueError: naming the argument, its value and the range.
     """
-    expected = f"an integer >= {at_least}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
-    if not math.isfinite(value) or float(value) != math.floor(value) or value < at_least:
-        raise ValueError(f"{name}={value!r}: expected {expected}")
+    if not _is_finite(value) or float(value) != math.floor(value) or value < at_least:
+        raise ValueError(f"{name}={value!r}: expected an integer >= {at_least}")
     return int(value)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -44,12 +44,6 @@ class TiltedSum:
     noise: float
     steps: int
 
-    def weighted(self, cells: slice, weights: Array) -> float:
-        """Upper bound on the sum of mass * weights over the cells; weights in [0, 1]."""
-        total = float(self.mass[cells] @ weights)
-        rounding = 6 * self.noise * math.sqrt(float(weights @ weights))
-        return total * (1 + 1e-14 * self.steps) + rounding + self.escaped
-
     def log_delta(self, epsilon: float, *, reverse: bool = False) -> float:
         """log of an upper bound on delta(epsilon), before the mass that was cut.
 
@@ -65,7 +59,10 @@ class TiltedSum:
             rate = self.tilt
             cells = slice(int(np.searchsorted(self.losses, epsilon, side="right")), None)
             over = self.losses[cells] - epsilon
-        bound = self.weighted(cells, np.exp(-rate * over) * -np.expm1(-over))
+        weights = np.exp(-rate * over) * -np.expm1(-over)
+        total = float(self.mass[cells] @ weights)
+        rounding = 6 * self.noise * math.sqrt(float(weights @ weights))
+        bound = total * (1 + 1e-14 * self.steps) + rounding + self.escaped
         return self.log_mgf - rate * epsilon + (math.log(bound) if bound > 0 else -math.inf)
 
 
@@ -125,8 +122,7 @@ class Composition:
         self.steps = sum(law.phase.steps for law in laws)
         self.log_cut = log_cut
         self._cut = float(-ndtri_exp(log_cut - math.log(2 * self.steps)))
-        nodes = [law.nodes(self._cut) for law in laws]
-        self._nodes = nodes
+        self._nodes = nodes = [law.nodes(self._cut) for law in laws]
         self._widest = max(float(losses[-1] - losses[0]) for losses, _ in nodes)
         self.rounding = _UNIT * (self.steps + 4 * math.log2(MAX_CELLS))
         self._counts = np.array([law.phase.steps for law in laws], dtype=np.float64)
@@ -208,14 +204,13 @@ class Composition:
         offset = sum(step.count * step.centre for step in steps)
         losses = (start + np.arange(size)) * spacing
         escaped = 0.0
-        if stop < highest:
-            log_tail = sum(step.log_growth(window.forward) for step in steps)
-            log_tail -= window.forward * losses[-1]
-            escaped += math.exp(min(0.0, log_tail))
-        if start > lowest:
-            log_tail = sum(step.log_growth(-window.backward) for step in steps)
-            log_tail += window.backward * losses[0]
-            escaped += math.exp(min(0.0, log_tail))
+        for leaves, move, end in (
+            (stop < highest, window.forward, losses[-1]),
+            (start > lowest, -window.backward, losses[0]),
+        ):
+            if leaves:
+                log_tail = sum(step.log_growth(move) for step in steps) - move * end
+                escaped += math.exp(min(0.0, log_tail))
         return TiltedSum(
             losses=losses,
             mass=np.roll(mass, (offset - start) % size),

@@ -71,6 +71,11 @@ class StepLaw(ABC):
         """Privacy loss log(1 - q + q * ratio)."""
         return np.logaddexp(self._log_absent, self._log_rate + self.joined_log_ratio(coordinate))
 
+    def log_mixture(self, coordinate: Array) -> Array:
+        """log of the density of the step's mixture of both hypotheses."""
+        log_null = -0.5 * coordinate * coordinate - 0.5 * math.log(2 * math.pi) + self.log_copies
+        return log_null + self.loss(coordinate)
+
     def edges(self, losses: Array) -> Array:
         """Coordinates whose losses are `losses`."""
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -84,11 +89,8 @@ class StepLaw(ABC):
         panels = np.linspace(low, high, 2 + min(40, math.ceil(self.shift / (2 * cut))))
         half = (panels[1] - panels[0]) / 2
         x = (panels[:-1, None] + half * (1 + points)).ravel()
-        ratio = self.joined_log_ratio(x)
-        log_null = -0.5 * x * x - 0.5 * math.log(2 * math.pi) + self.log_copies
-        losses = np.logaddexp(self._log_absent, self._log_rate + ratio)
-        log_weights = log_null + losses + np.tile(np.log(half * weights), panels.size - 1)
-        return losses, log_weights
+        log_weights = self.log_mixture(x) + np.tile(np.log(half * weights), panels.size - 1)
+        return self.loss(x), log_weights
 
 
 class WorstCase(StepLaw):

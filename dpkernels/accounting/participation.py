@@ -16,6 +16,7 @@ from dpkernels.accounting import gaussian
 from dpkernels.accounting.events import History
 
 _ETAS = 10.0 ** np.arange(-10, -4)
+_CELLS = 1 << 13
 
 
 def _window(steps: int, rate: float, log_tail: float) -> tuple[int, int]:
@@ -115,68 +116,59 @@ class ParticipationMixture:
         return float(etas[first]), float(log_bad[first])
 
 
-class RevealedHistory:
-    """A history of several phases whose participations are all revealed to the attacker.
+def revealed_epsilon(history: History, log_delta: float, ceiling: float) -> tuple[float, bool]:
+    """An upper bound on epsilon where the attacker learns all participations of several phases.
 
     The separation squared is the sum over phases of participations / noise_multiplier^2, rounded
-    up to a grid; revealing and rounding up can only raise delta.
+    up to a grid; revealing and rounding up can only raise delta. Concealing the participations
+    again takes at most `concealed` off any loss, hence off epsilon, which certifies the bound where
+    that is little.
 
     Args:
         history: phases, at most a few dozen.
-        log_delta: log of the delta of interest; sets where the binomials may be cut.
+        log_delta: log of delta; sets where the binomials may be cut.
+        ceiling: any upper bound on epsilon.
+
+    Returns:
+        The bound, and whether it is within about 0.1 % of the exact epsilon.
     """
+    log_cut = log_delta - math.log(1e10)
+    log_side = log_cut - math.log(2 * len(history))
+    windows = [
+        (p.steps, p.steps) if p.sample_rate == 1 else _window(p.steps, p.sample_rate, log_side)
+        for p in history
+    ]
+    largest = sum(
+        high / p.noise_multiplier**2 for (_, high), p in zip(windows, history, strict=True)
+    )
+    step = largest / _CELLS
+    mass = np.ones(1)
+    offset = 0
+    concealed = 0.0
+    for (low, high), phase in zip(windows, history, strict=True):
+        counts = np.arange(low, high + 1, dtype=np.float64)
+        cells = np.ceil(counts / (phase.noise_multiplier**2 * step)).astype(np.int64)
+        chances = np.ones(1)
+        if phase.sample_rate < 1:
+            chances = np.exp(log_binomial(phase.steps, phase.sample_rate, counts))
+            concealed -= high * math.log(phase.sample_rate)
+            concealed -= (phase.steps - low) * math.log1p(-phase.sample_rate)
+        mass = np.convolve(mass, np.bincount(cells - cells[0], weights=chances))
+        offset += int(cells[0])
+    kept = mass > 0
+    separations = np.sqrt((offset + np.flatnonzero(kept)) * step)
+    log_mass = np.log(mass[kept])
 
-    _CELLS = 1 << 13
+    def gap(log_epsilon: float) -> float:
+        each = gaussian.log_delta(math.exp(log_epsilon), separations)
+        bound = np.logaddexp(logsumexp(log_mass + each), log_cut)
+        return float(bound) - log_delta
 
-    def __init__(self, history: History, log_delta: float) -> None:
-        self._log_cut = log_delta - math.log(1e10)
-        log_side = self._log_cut - math.log(2 * len(history))
-        windows = [
-            (p.steps, p.steps) if p.sample_rate == 1 else _window(p.steps, p.sample_rate, log_side)
-            for p in history
-        ]
-        largest = sum(
-            high / p.noise_multiplier**2 for (_, high), p in zip(windows, history, strict=True)
-        )
-        step = largest / self._CELLS
-        mass = np.ones(1)
-        offset = 0
-        self.concealed = 0.0
-        for (low, high), phase in zip(windows, history, strict=True):
-            counts = np.arange(low, high + 1, dtype=np.float64)
-            cells = np.ceil(counts / (phase.noise_multiplier**2 * step)).astype(np.int64)
-            chances = np.ones(1)
-            if phase.sample_rate < 1:
-                chances = np.exp(log_binomial(phase.steps, phase.sample_rate, counts))
-                self.concealed -= high * math.log(phase.sample_rate)
-                self.concealed -= (phase.steps - low) * math.log1p(-phase.sample_rate)
-            mass = np.convolve(mass, np.bincount(cells - cells[0], weights=chances))
-            offset += int(cells[0])
-        kept = mass > 0
-        self._mu = np.sqrt((offset + np.flatnonzero(kept)) * step)
-        self._log_mass = np.log(mass[kept])
-
-    def epsilon(self, log_delta: float, ceiling: float) -> tuple[float, bool]:
-        """An upper bound on epsilon, and whether it is within about 0.1 % of the exact one.
-
-        Concealing the participations again takes at most `concealed` off any loss, hence off
-        epsilon, which certifies the bound where that is little.
-
-        Args:
-            log_delta: log of delta.
-            ceiling: any upper bound on epsilon.
-        """
-
-        def gap(log_epsilon: float) -> float:
-            each = gaussian.log_delta(math.exp(log_epsilon), self._mu)
-            bound = np.logaddexp(logsumexp(self._log_mass + each), self._log_cut)
-            return float(bound) - log_delta
-
-        high = math.log(ceiling)
-        low = high - 1.0
-        while gap(low) <= 0 and low > high - 60:
-            low -= 2.0
-        if gap(high) >= 0 or gap(low) <= 0:
-            return ceiling, False
-        epsilon = math.exp(brentq(gap, low, high, xtol=1e-10))
-        return epsilon, self.concealed <= 1e-3 * epsilon
+    most = math.log(ceiling)
+    least = most - 1.0
+    while gap(least) <= 0 and least > most - 60:
+        least -= 2.0
+    if gap(most) >= 0 or gap(least) <= 0:
+        return ceiling, False
+    epsilon = math.exp(brentq(gap, least, most, xtol=1e-10))
+    return epsilon, concealed <= 1e-3 * epsilon

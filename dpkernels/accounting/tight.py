@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 
 from dpkernels.accounting import gaussian
 from dpkernels.accounting.events import History, coarsen, log_absence
-from dpkernels.accounting.participation import ParticipationMixture, RevealedHistory
+from dpkernels.accounting.participation import ParticipationMixture, revealed_epsilon
 from dpkernels.accounting.profile import FINE, Profile
 
 ROUND_UP = 1e-4
@@ -24,7 +24,9 @@ MIXTURE_SIGMA = 0.3
 MIXTURE_GAP = 1e-3
 """Relative gap between upper and lower bound at which the mixture is accepted."""
 
-_SOLVER = 1e-7
+SOLVER = 1e-7
+"""Relative margin over a root that a solver found."""
+
 _MAX_PHASES = 32
 _MAX_REVEALED = 16
 _MIN_LOG_DELTA = -600.0
@@ -44,8 +46,7 @@ def _separation(history: History) -> float:
 def _mixture_epsilon(history: History, log_delta: float, ceiling: float) -> tuple[float, bool]:
     """Epsilon by participation mixtures, from above, and whether a lower bound certifies it."""
     if len(history) > 1:
-        few = coarsen(history, _MAX_REVEALED)
-        return RevealedHistory(few, log_delta).epsilon(log_delta, ceiling)
+        return revealed_epsilon(coarsen(history, _MAX_REVEALED), log_delta, ceiling)
     (phase,) = history
     mixture = ParticipationMixture(phase.sample_rate, phase.steps, log_delta)
     sigma = phase.noise_multiplier
@@ -84,7 +85,7 @@ def epsilon(history: History, delta: float, tolerance: float = FINE) -> float:
         return full_batch * (1 + ROUND_UP)
     if full_batch == 0.0:
         return 0.0
-    ceiling = full_batch * (1 + _SOLVER)
+    ceiling = full_batch * (1 + SOLVER)
     if min(phase.noise_multiplier for phase in history) < MIXTURE_SIGMA:
         ceiling, certified = _mixture_epsilon(history, log_delta, ceiling)
         if certified:

@@ -56,14 +56,6 @@ class _Curve:
     beta: Array
     power: Array
 
-    def index_of_alpha(self, alpha: float) -> int:
-        """Least i >= 1 with at most `alpha` false alarms."""
-        return int(np.clip(np.searchsorted(-self.alpha, -alpha), 1, self.losses.size))
-
-    def index_of_beta(self, beta: float) -> int:
-        """Least i >= 1 with at least `beta` misses."""
-        return int(np.clip(np.searchsorted(self.beta, beta), 1, self.losses.size))
-
     def steepness(self, i: int) -> float:
         """-d log(power) / d loss on a stretch from cell i on that halves the power."""
         level = self.power[i - 1]
@@ -75,14 +67,16 @@ class _Curve:
         )
 
 
-def _share(values: Array, i: int, value: float) -> float:
-    """Where between values[i - 1] (0) and values[i] (1) `value` lies."""
-    gap = values[i] - values[i - 1]
-    return float(np.clip((value - values[i - 1]) / gap, 0.0, 1.0)) if gap != 0 else 0.0
+def _least_index(rising: Array, value: float) -> int:
+    """Least i >= 1 at which a rising array has reached `value`; the last one if none has."""
+    return int(np.clip(np.searchsorted(rising, value), 1, rising.size - 1))
 
 
-def _between(values: Array, i: int, share: float) -> float:
-    return float(values[i - 1] + share * (values[i] - values[i - 1]))
+def _between(wanted: Array, known: Array, i: int, value: float) -> float:
+    """`wanted` where `known` is `value`, on the line between the entries i - 1 and i."""
+    gap = known[i] - known[i - 1]
+    share = float(np.clip((value - known[i - 1]) / gap, 0.0, 1.0)) if gap != 0 else 0.0
+    return float(wanted[i - 1] + share * (wanted[i] - wanted[i - 1]))
 
 
 def _tail_sums(mass: Array, exponents: Array, above: bool) -> tuple[Array, Array]:
@@ -119,16 +113,20 @@ class TradeOff:
 
     def test_at_alpha(self, alpha: float) -> TestPoint:
         """The optimal test with the given false alarms, in (0, 1)."""
-        tilt = self._chernoff_tilt(alpha, none=-1.0, less=1.0)
-        curve, i = self._refined(tilt, lambda curve: curve.index_of_alpha(alpha))
-        share = _share(curve.alpha, i, alpha)
-        return TestPoint(_between(curve.power, i, share), _between(curve.beta, i, share))
+        tilt = self.tilt_at_alpha(alpha)
+        curve, i = self._refined(tilt, lambda curve: _least_index(-curve.alpha, -alpha))
+        power = _between(curve.power, curve.alpha, i, alpha)
+        return TestPoint(power, _between(curve.beta, curve.alpha, i, alpha))
+
+    def tilt_at_alpha(self, alpha: float) -> float:
+        """The tilt that moves the summed loss to the threshold of `test_at_alpha`."""
+        return self._chernoff_tilt(alpha, none=-1.0, less=1.0)
 
     def alpha_at_beta(self, beta: float) -> float:
         """The smallest false alarms of any test with the given misses, in (0, 1)."""
         tilt = self._chernoff_tilt(beta, none=0.0, less=-1.0)
-        curve, i = self._refined(tilt, lambda curve: curve.index_of_beta(beta))
-        return _between(curve.alpha, i, _share(curve.beta, i, beta))
+        curve, i = self._refined(tilt, lambda curve: _least_index(curve.beta, beta))
+        return _between(curve.alpha, curve.beta, i, beta)
 
     def balanced(self) -> tuple[float, float]:
         """(alpha, beta) of the test that rejects where the loss is positive: slope -1."""
@@ -213,11 +211,6 @@ class TradeOff:
         )
 
 
-def saturation(history: History, alpha: float) -> float:
-    """The power that no amount of missing noise exceeds: a record that never joined is safe."""
-    return 1 - math.exp(log_absence(history)) * (1 - alpha)
-
-
 def _loudest_step_miss(history: History, alpha: float) -> float:
     """Misses of the test that rejects when any single step looks like participation.
 
@@ -245,7 +238,8 @@ def optimal_test(history: History, alpha: float, adversary: str) -> TestPoint:
             only.
 
     Returns:
-        Power in [alpha, saturation] and misses, each erring towards the adversary.
+        Power in [alpha, 1 - P(the record never joins) * (1 - alpha)] and misses, each erring
+        towards the adversary.
 
     Raises:
         ValueError: if the adversary is not known.
@@ -253,8 +247,8 @@ def optimal_test(history: History, alpha: float, adversary: str) -> TestPoint:
     laws = step_laws(history, adversary)
     if not history:
         return TestPoint(alpha, 1 - alpha)
-    limit = saturation(history, alpha)
-    floor = math.exp(log_absence(history)) * (1 - alpha)
+    floor = math.exp(log_absence(history)) * (1 - alpha)  # a record that never joined is safe
+    limit = 1 - floor
     if adversary == "worst_case" and all(law.rate == 1 for law in laws):
         mu = math.sqrt(sum(phase.steps / phase.noise_multiplier**2 for phase in history))
         z = float(ndtri(alpha)) + mu
@@ -268,14 +262,10 @@ def optimal_test(history: History, alpha: float, adversary: str) -> TestPoint:
     )
 
 
-def _may_miss(history: History) -> bool:
-    """Whether a record can join no step with a probability that float64 can hold."""
-    return log_absence(history) > -700
-
-
 def _reverse_miss(history: History, alpha: float, adversary: str) -> float:
     """Misses of the best test of "never joined" (the add direction), from below."""
-    least = max(0.0, 1 - alpha / math.exp(log_absence(history))) if _may_miss(history) else 0.0
+    log_absent = log_absence(history)
+    least = max(0.0, 1 - alpha / math.exp(log_absent)) if log_absent > -700 else 0.0  # of float64
     probe = min(least + 1e-7 * max(least, 1e-3), (1 + least) / 2)
     if probe < 1 and _loudest_step_miss(history, probe) <= alpha:
         return least
@@ -283,25 +273,21 @@ def _reverse_miss(history: History, alpha: float, adversary: str) -> float:
     return min(pair.alpha_at_beta(alpha) * (1 - _ROUND_OUT), 1 - alpha)
 
 
-class _Symmetric:
+def _symmetric_miss(history: History, adversary: str) -> Callable[[float], float]:
     """The lower hull of both directions, joined by their common tangent of slope -1."""
+    absent = math.exp(log_absence(history))
+    if _loudest_step_miss(history, 1e-7) <= max(absent * (1 + 1e-6), 1e-12):
+        low, high = 0.0, absent
+    else:
+        low, high = sorted(TradeOff(history, adversary, -7.0).balanced())
 
-    def __init__(self, history: History, adversary: str) -> None:
-        self._history = history
-        self._adversary = adversary
-        absent = math.exp(log_absence(history))
-        if _loudest_step_miss(history, 1e-7) <= max(absent * (1 + 1e-6), 1e-12):
-            self._low, self._high = 0.0, absent
-        else:
-            self._low, self._high = sorted(TradeOff(history, adversary, -7.0).balanced())
+    def miss(alpha: float) -> float:
+        if low < alpha < high:
+            return (low + high - alpha) * (1 - _ROUND_OUT)
+        remove = optimal_test(history, alpha, adversary).miss
+        return min(remove, _reverse_miss(history, alpha, adversary))
 
-    def miss(self, alpha: float) -> float:
-        if self._low < alpha < self._high:
-            return (self._low + self._high - alpha) * (1 - _ROUND_OUT)
-        return min(
-            optimal_test(self._history, alpha, self._adversary).miss,
-            _reverse_miss(self._history, alpha, self._adversary),
-        )
+    return miss
 
 
 def trade_off(
@@ -342,7 +328,7 @@ def trade_off(
     }
     trivial = not history
     if direction == "both" and not trivial:
-        misses["both"] = _Symmetric(history, adversary).miss
+        misses["both"] = _symmetric_miss(history, adversary)
     result = np.empty(alphas.shape)
     for place, value in np.ndenumerate(alphas):
         check_number("alpha", float(value), at_least=0.0, at_most=1.0)

@@ -6,15 +6,13 @@ from typing import Annotated
 
 import typer
 
+from dpkernels.accounting import options
+
 
 def audit(
-    noise_multiplier: Annotated[
-        float, typer.Option(help="Std of the noise divided by the clipping norm, > 0.")
-    ] = 2.0,
-    sample_rate: Annotated[
-        float, typer.Option(help="Chance of a record to join a step: batch size / dataset size.")
-    ] = 1.0,
-    steps: Annotated[int, typer.Option(help="Number of training steps.")] = 1,
+    noise_multiplier: options.NoiseMultiplier = 2.0,
+    sample_rate: options.SampleRate = 1.0,
+    steps: options.Steps = 1,
     delta: Annotated[float, typer.Option(help="Probability left out of epsilon.")] = 1e-6,
     canaries: Annotated[
         int, typer.Option(help="Number of planted records; more can show a larger leak.")
@@ -44,7 +42,7 @@ def audit(
     from dpkernels.attacks.one_run_audit import one_run_audit
     from dpkernels.engine.privacy_engine import PrivacyEngine
 
-    try:
+    with options.refusing():
         report = one_run_audit(
             noise_multiplier=noise_multiplier,
             sample_rate=sample_rate,
@@ -56,13 +54,6 @@ def audit(
             confidence=confidence,
             engine=PrivacyEngine(secure_mode=secure_mode),
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(report.to_text())
     if report.violated:
         raise typer.Exit(code=1)
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command `audit` to an application."""
-    app.command("audit")(audit)

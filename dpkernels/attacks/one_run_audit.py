@@ -58,29 +58,26 @@ class AuditReport:
 
     def to_text(self) -> str:
         """The report in plain words."""
-        failure = 1.0 - self.confidence
-        lines = [
-            f"accountant   epsilon = {self.epsilon:.4g} at delta = {self.delta:g}",
-            f"attack       epsilon >= {self.lower_bound:.4g} ({self.correct} of {self.guesses} "
-            f"guesses right, {self.canaries} canaries, confidence {self.confidence:.9g})",
-        ]
         if self.violated:
-            lines.append(
+            verdict = (
                 "VIOLATION: more leaked than was counted. A correct engine gives this result with "
-                f"probability at most {failure:.2g}."
+                f"probability at most {1.0 - self.confidence:.2g}."
             )
         else:
-            lines.append("No violation found: the attack stays within the budget.")
-            lines.append(
-                f"So many canaries can show an epsilon of {self.ceiling:.3g} at most"
-                + (
-                    ", less than was counted: for a test that can fail take more of them, fewer "
-                    "steps, or a smaller delta or confidence."
-                    if self.ceiling <= self.epsilon
-                    else "."
-                )
+            too_few = (
+                ", less than was counted: for a test that can fail take more of them, fewer steps, "
+                "or a smaller delta or confidence"
             )
-        return "\n".join(lines)
+            verdict = (
+                "No violation found: the attack stays within the budget.\n"
+                f"So many canaries can show an epsilon of {self.ceiling:.3g} at most"
+                f"{too_few if self.ceiling <= self.epsilon else ''}."
+            )
+        return (
+            f"accountant   epsilon = {self.epsilon:.4g} at delta = {self.delta:g}\n"
+            f"attack       epsilon >= {self.lower_bound:.4g} ({self.correct} of {self.guesses} "
+            f"guesses right, {self.canaries} canaries, confidence {self.confidence:.9g})\n{verdict}"
+        )
 
 
 class _AuditedModel(nn.Module):

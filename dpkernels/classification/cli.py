@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from dpkernels import classification
 from dpkernels.classification.presets import PRESETS
 from dpkernels.study.command_line import command_line
 from dpkernels.training import options
 from dpkernels.training.task import Prediction, Setting, Task
-
-if TYPE_CHECKING:
-    from dpkernels.classification.trainer import ClassificationTrainer
 
 _HELP = """Train image classifiers with differential privacy, counted per patient.
 
@@ -23,12 +21,6 @@ and leaves a run folder with metrics, pictures and a privacy report. Then pass y
 filename,label), or one folder of images per class."""
 
 
-def _trainer() -> type[ClassificationTrainer]:
-    from dpkernels.classification.trainer import ClassificationTrainer
-
-    return ClassificationTrainer
-
-
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -36,7 +28,7 @@ def _names(text: str) -> list[str]:
 TASK = Task(
     name="classify",
     help=_HELP,
-    trainer=_trainer,
+    trainer=lambda: classification.ClassificationTrainer,  # loaded on use
     presets=tuple(PRESETS),
     record="image",
     columns={
@@ -81,11 +73,6 @@ TASK = Task(
 )
 
 app = command_line(TASK)
-
-
-def register(parent: typer.Typer) -> None:
-    """Add the `classify` commands to the command line of the package."""
-    parent.add_typer(app, name=TASK.name)
 
 
 @app.command()

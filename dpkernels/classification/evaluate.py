@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -30,21 +31,11 @@ def predict_rows(
     network: nn.Module, images: Iterable[torch.Tensor], device: torch.device
 ) -> Iterator[tuple[float, ...]]:
     """Class probabilities of images [C, H, W], in evaluation mode."""
-    for block in _blocks(images):
+    remaining = iter(images)
+    while block := list(islice(remaining, _ROWS)):
         with evaluating(network):
             scores = network(torch.stack(block).to(device)).float()
         yield from map(tuple, torch.softmax(scores, dim=1).cpu().tolist())
-
-
-def _blocks(images: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    block: list[torch.Tensor] = []
-    for image in images:
-        block.append(image)
-        if len(block) == _ROWS:
-            yield block
-            block = []
-    if block:
-        yield block
 
 
 def confusion_matrix(truth: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:

@@ -7,21 +7,16 @@ from typing import Annotated
 
 import typer
 
+from dpkernels.accounting import options
 from dpkernels.reconstruction.report import risk_report
 
 
 def risk(
-    noise_multiplier: Annotated[
-        float, typer.Option(help="Std of the noise divided by the clipping norm, > 0.")
-    ],
-    sample_rate: Annotated[
-        float, typer.Option(help="Chance of a record to join a step: batch size / dataset size.")
-    ],
-    steps: Annotated[int, typer.Option(help="Number of training steps.")],
+    noise_multiplier: options.NoiseMultiplier,
+    sample_rate: options.SampleRate,
+    steps: options.Steps,
     dataset_size: Annotated[int, typer.Option(help="Number of training records (patients).")],
-    delta: Annotated[
-        float, typer.Option(help="Probability left out of epsilon; well below 1 / dataset size.")
-    ],
+    delta: options.Delta,
     dimension: Annotated[
         int | None, typer.Option(help="Values per record, e.g. voxels of a volume.")
     ] = None,
@@ -48,7 +43,7 @@ def risk(
     Example: dpkernels risk --noise-multiplier 0.78 --sample-rate 0.0094 --steps 53000
     --dataset-size 106 --delta 8e-7 --dimension 819200
     """
-    try:
+    with options.refusing():
         report = risk_report(
             noise_multiplier=noise_multiplier,
             sample_rate=sample_rate,
@@ -60,17 +55,7 @@ def risk(
             data_range=data_range,
             kappa=kappa,
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(report.to_json() if as_json else report.to_markdown())
     if plot is not None:
-        try:
+        with options.plotting(plot):
             report.plot(plot)
-        except (ValueError, OSError, ImportError) as error:
-            raise typer.BadParameter(str(error), param_hint="--plot") from error
-        typer.echo(f"figure: {plot}", err=True)
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command `risk` to an application."""
-    app.command("risk")(risk)

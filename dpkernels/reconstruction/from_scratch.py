@@ -15,14 +15,22 @@ from scipy.special import gammainc, gammaincinv, ndtri
 from dpkernels.accounting.checks import check_count, check_number
 
 
+def _checked(
+    noise_multiplier: float, dimension: int, observations: float
+) -> tuple[float, int, float]:
+    return (
+        check_number("noise_multiplier", noise_multiplier, above=0.0),
+        check_count("dimension", dimension),
+        check_number("observations", observations, above=0.0),
+    )
+
+
 def _mse_scale(
     noise_multiplier: float, dimension: int, data_norm: float, observations: float
 ) -> tuple[float, float]:
     """Shape and scale of the Gamma law of the mean squared error."""
-    sigma = check_number("noise_multiplier", noise_multiplier, above=0.0)
-    d = check_count("dimension", dimension)
+    sigma, d, count = _checked(noise_multiplier, dimension, observations)
     norm = check_number("data_norm", data_norm, above=0.0)
-    count = check_number("observations", observations, above=0.0)
     return d / 2, 2 * (sigma * norm) ** 2 / (count * d)
 
 
@@ -138,9 +146,7 @@ def ncc_bound(*, noise_multiplier: float, dimension: int, observations: float = 
     Raises:
         ValueError: naming the argument that is out of range.
     """
-    sigma = check_number("noise_multiplier", noise_multiplier, above=0.0)
-    d = check_count("dimension", dimension)
-    count = check_number("observations", observations, above=0.0)
+    sigma, d, count = _checked(noise_multiplier, dimension, observations)
     return 1 / math.hypot(1.0, sigma * math.sqrt(d / count))
 
 
@@ -164,9 +170,7 @@ def ncc_quantile(
         ValueError: naming the argument that is out of range.
     """
     probability = check_number("probability", probability, above=0.0, below=1.0)
-    sigma = check_number("noise_multiplier", noise_multiplier, above=0.0)
-    d = check_count("dimension", dimension)
-    count = check_number("observations", observations, above=0.0)
+    sigma, d, count = _checked(noise_multiplier, dimension, observations)
     if d <= 2:
         return 1.0
     along = math.sqrt(count) / sigma - float(ndtri(probability / 2))

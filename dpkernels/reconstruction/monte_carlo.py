@@ -13,9 +13,9 @@ import numpy as np
 from scipy.special import ndtri
 
 from dpkernels.accounting.checks import check_count, check_number
-from dpkernels.accounting.composition import Composition
 from dpkernels.accounting.events import Phase
 from dpkernels.accounting.losses import StepLaw, step_laws
+from dpkernels.accounting.tradeoff import TradeOff
 
 _CELLS = 1 << 14
 
@@ -36,36 +36,14 @@ class Simulation:
     effective_samples: float
 
 
-def _tilt(law: StepLaw, kappa: float) -> float:
-    """The exponent that moves the summed loss to the threshold whose false alarms are kappa."""
-    total = Composition([law], math.log(kappa) - math.log(1e8))
-    low, high = -1.0, 1.0
-
-    def gap(tilt: float) -> float:
-        log_mgf, mean, _ = (float(value[0]) for value in total.cumulants(tilt))
-        return log_mgf - (tilt + 1) * mean - math.log(kappa)
-
-    while gap(high) > 0 and high < 1e9:
-        low, high = high, 4 * high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gap(middle) > 0 else (low, middle)
-    return high
-
-
 def _draw(
     law: StepLaw, tilt: float, samples: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed losses and log of (density under the mixture / density drawn from), [samples]."""
     edges = np.linspace(*law.support(12.0), _CELLS + 1)
     width = edges[1] - edges[0]
-
-    def log_mixture(x: np.ndarray) -> np.ndarray:
-        log_null = -0.5 * x * x - 0.5 * math.log(2 * math.pi) + law.log_copies
-        return log_null + law.loss(x)
-
     middles = (edges[1:] + edges[:-1]) / 2
-    exponents = log_mixture(middles) + tilt * law.loss(middles)
+    exponents = law.log_mixture(middles) + tilt * law.loss(middles)
     chances = np.exp(exponents - exponents.max())
     chances /= chances.sum()
     cumulative = np.cumsum(chances)
@@ -74,7 +52,7 @@ def _draw(
         cells = np.minimum(np.searchsorted(cumulative, generator.random(samples)), _CELLS - 1)
         x = edges[cells] + width * generator.random(samples)
         losses += law.loss(x)
-        log_weights += log_mixture(x) - np.log(chances[cells] / width)
+        log_weights += law.log_mixture(x) - np.log(chances[cells] / width)
     return losses, log_weights
 
 
@@ -105,7 +83,7 @@ def simulate_rero(
     confidence = check_number("confidence", confidence, above=0.0, below=1.0)
     samples = check_count("samples", samples, at_least=100)
     (law,) = step_laws((phase,), adversary)
-    tilt = _tilt(law, kappa)
+    tilt = TradeOff((phase,), adversary, math.log(kappa)).tilt_at_alpha(kappa)
     losses, log_mixture = _draw(law, tilt, samples, np.random.default_rng(seed))
     order = np.argsort(-losses)
     losses, log_mixture = losses[order], log_mixture[order]

@@ -6,20 +6,25 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy.stats import binom
 
 from dpkernels.accounting import get_history_epsilon
 from dpkernels.accounting.checks import check_count, check_number
 from dpkernels.accounting.events import History, Phase, log_absence
+from dpkernels.accounting.figure import drawing
 from dpkernels.reconstruction import wording
 from dpkernels.reconstruction.bounds import chosen_history, rero_bound
 from dpkernels.reconstruction.from_scratch import mse_quantile, ncc_quantile, psnr_quantile
-from dpkernels.reconstruction.row import Row
+from dpkernels.reconstruction.wording import Row
 
 _CONFIDENCE = 0.95
+#: noise multipliers in the figure
+_POINTS = 15
 _ERROR = "mean squared error, unbiased reconstruction"
 _RATIO = "PSNR of an unbiased reconstruction, dB"
 
@@ -89,9 +94,35 @@ class RiskReport:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        from dpkernels.reconstruction import figure
+        sigma = min(phase.noise_multiplier for phase in self.history)
+        scales = np.geomspace(0.1, 20.0, _POINTS)
+        with drawing(path) as axes:
+            for adversary, name in wording.ADVERSARIES.items():
+                risks = [
+                    rero_bound(
+                        history=_scaled(self.history, scale), kappa=self.kappa, adversary=adversary
+                    )
+                    for scale in scales
+                ]
+                (line,) = axes.plot(scales * sigma, risks, label=name)
+                here = rero_bound(history=self.history, kappa=self.kappa, adversary=adversary)
+                axes.plot([sigma], [here], "o", color=line.get_color())
+            axes.axvline(sigma, color="0.5", linestyle=":", label="this run")
+            axes.axhline(self.kappa, color="0.5", linestyle="--", label="guessing")
+            axes.set(
+                xscale="log",
+                yscale="log",
+                ylim=(self.kappa / 2, 1.3),
+                xlabel="noise multiplier",
+                ylabel="probability of picking the right record (upper bound)",
+            )
+            axes.legend(loc="lower left", fontsize="small")
+        return Path(path)
 
-        return figure.draw(self.history, self.kappa, Path(path))
+
+def _scaled(history: History, scale: float) -> History:
+    """The history with every noise multiplier times `scale`."""
+    return tuple(Phase(scale * p.noise_multiplier, p.sample_rate, p.steps) for p in history)
 
 
 def _participations(history: History, delta: float, size: int) -> tuple[float, float]:
@@ -108,27 +139,19 @@ def _participations(history: History, delta: float, size: int) -> tuple[float, f
 
 
 def _budget_rows(history: History, delta: float) -> list[Row]:
+    stated = partial(Row, "budget", "whole run")
     tight = get_history_epsilon(history, delta=delta)
-    rows = [
-        Row(
-            "budget",
-            "whole run",
-            "epsilon, tight accountant",
-            tight,
-            "upper bound",
-            "what this noise guarantees, to within 1 %",
-        )
-    ]
+    loose: float | None = None
     try:
-        other = get_history_epsilon(history, delta=delta, accountant="rdp")
-        loose: float | None = other
-        reading = wording.accountants_differ(tight, other)
+        loose = get_history_epsilon(history, delta=delta, accountant="rdp")
+        reading = wording.accountants_differ(tight, loose)
     except (ValueError, ImportError) as error:
-        loose, reading = None, f"not stated: {error}"
-    rows.append(
-        Row("budget", "whole run", "epsilon, Opacus RDP accountant", loose, "upper bound", reading)
-    )
-    return rows
+        reading = f"not stated: {error}"
+    guarantee = "what this noise guarantees, to within 1 %"
+    return [
+        stated("epsilon, tight accountant", tight, "upper bound", guarantee),
+        stated("epsilon, Opacus RDP accountant", loose, "upper bound", reading),
+    ]
 
 
 def _matching_rows(history: History, kappa: float) -> list[Row]:
@@ -156,15 +179,17 @@ def _from_scratch_rows(
     precision: float, scope: str, dimension: int, data_norm: float | None, data_range: float | None
 ) -> list[Row]:
     """Bounds on a reconstruction without prior knowledge, at a summed squared precision."""
+    stated = partial(Row, "from scratch", scope)
     sigma = 1 / math.sqrt(precision)
     unlikely = 1 - _CONFIDENCE
+    holds = f"holds with probability {_CONFIDENCE:.0%}"
     rows = []
     for quantity, values in zip(
         wording.CORRELATIONS, (dimension, min(dimension, wording.COARSE)), strict=True
     ):
         bound = ncc_quantile(unlikely, noise_multiplier=sigma, dimension=values)
-        reading = f"{wording.correlation(bound)}; holds with probability {_CONFIDENCE:.0%}"
-        rows.append(Row("from scratch", scope, quantity, bound, "upper bound", reading))
+        reading = f"{wording.correlation(bound)}; {holds}"
+        rows.append(stated(quantity, bound, "upper bound", reading))
     if data_norm is None:
         return [*rows, _unproven(scope, _ERROR, "data_norm")]
     known: dict[str, Any] = {
@@ -172,44 +197,19 @@ def _from_scratch_rows(
         "dimension": dimension,
         "data_norm": data_norm,
     }
-    error = mse_quantile(unlikely, **known)
     blank = data_norm**2 / dimension
-    rows.append(
-        Row(
-            "from scratch",
-            scope,
-            _ERROR,
-            error,
-            "lower bound",
-            f"holds with probability {_CONFIDENCE:.0%}; a blank image errs by {blank:.3g}",
-        )
-    )
+    reading = f"{holds}; a blank image errs by {blank:.3g}"
+    rows.append(stated(_ERROR, mse_quantile(unlikely, **known), "lower bound", reading))
     if data_range is None:
         return [*rows, _unproven(scope, _RATIO, "data_range")]
     ratio = psnr_quantile(unlikely, **known, data_range=data_range)
-    rows.append(
-        Row(
-            "from scratch",
-            scope,
-            _RATIO,
-            ratio,
-            "upper bound",
-            f"holds with probability {_CONFIDENCE:.0%}; a blank image has "
-            f"{10 * math.log10(data_range**2 / blank):.3g}",
-        )
-    )
-    return rows
+    reading = f"{holds}; a blank image has {10 * math.log10(data_range**2 / blank):.3g}"
+    return [*rows, stated(_RATIO, ratio, "upper bound", reading)]
 
 
 def _unproven(scope: str, quantity: str, argument: str) -> Row:
-    return Row(
-        "from scratch",
-        scope,
-        quantity,
-        None,
-        "not stated",
-        f"no bound can be proven without {argument}",
-    )
+    reading = f"no bound can be proven without {argument}"
+    return Row("from scratch", scope, quantity, None, "not stated", reading)
 
 
 def risk_report(
@@ -258,9 +258,7 @@ def risk_report(
             "no data has no risk to report"
         )
     rows = _run_rows(phases, delta, size)
-    budgets = _budget_rows(phases, delta)
-    matching = _matching_rows(phases, kappa)
-    rows += budgets + matching
+    rows += _budget_rows(phases, delta) + _matching_rows(phases, kappa)
     if dimension is None:
         rows.append(_unproven("one update", wording.CORRELATIONS[0], "dimension"))
     else:
@@ -273,9 +271,7 @@ def risk_report(
             ("whole run, most exposed record", max(high, loudest)),
         ):
             rows += _from_scratch_rows(precision, scope, dimension, data_norm, data_range)
-    reading = wording.summary(
-        phases, budgets[0].value, budgets[1].value, matching, rows, kappa, delta, size
-    )
+    reading = wording.summary(phases, rows, kappa, delta, size)
     return RiskReport(phases, delta, kappa, tuple(rows), reading)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dpkernels.accounting.events import History
-from dpkernels.reconstruction.row import Row
 
 SECTIONS = {
     "run": "The run",
@@ -42,6 +42,27 @@ _READINGS = (
 )
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of the report.
+
+    Attributes:
+        section: "run", "budget", "matching" or "from scratch".
+        scope: "run", "one update" or "whole run".
+        quantity: what is stated.
+        value: the number; None where nothing can be proven, and `reading` says why.
+        kind: "given", "upper bound" or "lower bound" (of what the value stands for).
+        reading: the same in plain words.
+    """
+
+    section: str
+    scope: str
+    quantity: str
+    value: float | None
+    kind: str
+    reading: str
+
+
 def number(value: float | None) -> str:
     """Six significant digits, or a dash where nothing is stated."""
     return "-" if value is None else f"{value:.6g}"
@@ -72,20 +93,14 @@ def accountants_differ(tight: float, loose: float) -> str:
 
 
 def summary(
-    history: History,
-    tight: float | None,
-    loose: float | None,
-    matching: Sequence[Row],
-    rows: Sequence[Row],
-    kappa: float,
-    delta: float,
-    size: int,
+    history: History, rows: Sequence[Row], kappa: float, delta: float, size: int
 ) -> tuple[str, ...]:
     """The report in a few sentences: noise first, then both budgets, then the risk."""
     sigma = min(phase.noise_multiplier for phase in history)
     steps = sum(phase.steps for phase in history)
-    worst = {row.scope: row.value for row in matching if "worst-case" in row.quantity}
-    relaxed = {row.scope: row.value for row in matching if "relaxed" in row.quantity}
+    tight, loose = (row.value for row in rows if row.section == "budget")
+    worst = {row.scope: row.value for row in rows if "worst-case" in row.quantity}
+    relaxed = {row.scope: row.value for row in rows if "relaxed" in row.quantity}
     budgets = f"epsilon is {number(tight)} under a tight accountant"
     if loose is not None:
         budgets += (

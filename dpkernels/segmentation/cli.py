@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from dpkernels import segmentation
 from dpkernels.segmentation.presets import PRESETS
 from dpkernels.study.command_line import command_line
 from dpkernels.training import options
 from dpkernels.training.task import Prediction, Task
-
-if TYPE_CHECKING:
-    from dpkernels.segmentation.trainer import SegmentationTrainer
 
 _HELP = """Train 3D segmentation models with differential privacy, counted per patient.
 
@@ -22,16 +20,10 @@ epsilon 8 and leaves a run folder with metrics, pictures and a privacy report. T
 data with --data: a Medical Segmentation Decathlon folder (dataset.json, imagesTr, labelsTr)."""
 
 
-def _trainer() -> type[SegmentationTrainer]:
-    from dpkernels.segmentation.trainer import SegmentationTrainer
-
-    return SegmentationTrainer
-
-
 TASK = Task(
     name="segment",
     help=_HELP,
-    trainer=_trainer,
+    trainer=lambda: segmentation.SegmentationTrainer,  # loaded on use
     presets=tuple(PRESETS),
     record="scan",
     columns={
@@ -61,11 +53,6 @@ TASK = Task(
 )
 
 app = command_line(TASK)
-
-
-def register(parent: typer.Typer) -> None:
-    """Add the `segment` commands to the command line of the package."""
-    parent.add_typer(app, name=TASK.name)
 
 
 @app.command()

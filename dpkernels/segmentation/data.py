@@ -58,15 +58,18 @@ def prepare(volume: Volume, config: DataConfig, divisor: int) -> Case:
     if volume.label is not None:
         native = torch.from_numpy(volume.label)[None, None].float()
         label = F.interpolate(native, size=content, mode="nearest-exact")[0].to(torch.uint8)
-    padding: list[int] = []
-    for size in reversed(content):
-        padding += [0, math.ceil(size / divisor) * divisor - size]
+    padding = _at_the_ends([-size % divisor for size in content])
     return Case(
         F.pad(image, padding, value=float(image.min())),
         F.pad(label, padding),
         content,
         _foreground(label),
     )
+
+
+def _at_the_ends(missing: Sequence[int]) -> list[int]:
+    """The argument of `F.pad` that adds `missing` voxels at the end of each axis."""
+    return [width for count in reversed(missing) for width in (0, count)]
 
 
 def _foreground(label: torch.Tensor) -> torch.Tensor:
@@ -176,9 +179,7 @@ def crop_view(
         centre = case.foreground[int(rng.integers(len(case.foreground)))].tolist()
         start = [min(max(c - s // 2, 0), r) for c, s, r in zip(centre, size, room, strict=True)]
     box = tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))
-    padding: list[int] = []
-    for n, s in zip(reversed(shape), reversed(size), strict=True):
-        padding += [0, max(s - n, 0)]
+    padding = _at_the_ends([max(s - n, 0) for n, s in zip(shape, size, strict=True)])
     everything = (slice(None), *box)
     image = F.pad(case.image[everything], padding, value=float(case.image.min()))
     return image, F.pad(case.label[everything], padding)

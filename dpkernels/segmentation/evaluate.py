@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -14,7 +14,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch import nn
 
 from dpkernels.segmentation.config import SegmentationConfig
-from dpkernels.segmentation.data import Case, CaseStore, restore
+from dpkernels.segmentation.data import Case, restore
 from dpkernels.segmentation.model import head_outputs
 from dpkernels.segmentation.scans import Scan
 from dpkernels.segmentation.volume import Volume
@@ -39,26 +39,24 @@ class CaseResult:
     hd95: dict[str, float]
 
 
+@dataclass(frozen=True)
 class Predictor:
     """A network in evaluation mode, applied by sliding window."""
 
-    def __init__(
-        self, network: nn.Module, config: SegmentationConfig, device: torch.device
-    ) -> None:
-        self._network = network
-        self._config = config
-        self._device = device
+    network: nn.Module
+    config: SegmentationConfig
+    device: torch.device
 
     def logits(self, case: Case) -> torch.Tensor:
         """Class scores [C, X, Y, Z] on the prepared grid, on the CPU."""
-        window = self._config.data.crop or tuple(case.image.shape[1:])
-        with evaluating(self._network):
+        window = self.config.data.crop or tuple(case.image.shape[1:])
+        with evaluating(self.network):
             scores = sliding_window_inference(
-                case.image[None].to(self._device),
+                case.image[None].to(self.device),
                 roi_size=window,
                 sw_batch_size=4,
-                predictor=self._full_resolution,
-                overlap=self._config.evaluation.overlap,
+                predictor=lambda window: head_outputs(self.network(window))[0],
+                overlap=self.config.evaluation.overlap,
                 mode="gaussian",
             )
         return scores[0].float().cpu()
@@ -67,47 +65,33 @@ class Predictor:
         """Class indices [X, Y, Z], uint8, on the scan's own voxels in RAS order."""
         return restore(self.logits(case), case, volume).numpy()
 
-    def _full_resolution(self, window: torch.Tensor) -> torch.Tensor:
-        return head_outputs(self._network(window))[0]
 
-
-def evaluate_scans(
-    predictor: Predictor,
-    store: CaseStore,
-    scans: Sequence[Scan],
+def measure(
+    scan: Scan,
+    volume: Volume,
+    prediction: np.ndarray,
+    labels: Mapping[int, str],
     *,
     surface_distance: bool,
-    on_case: Callable[[Volume, np.ndarray, CaseResult], None] = lambda *_: None,
-) -> list[CaseResult]:
-    """Predict and measure every scan.
+) -> CaseResult:
+    """Compare a prediction with the truth, class by class.
 
     Args:
-        predictor: the network.
-        store: where the scans come from.
-        scans: which of them.
+        scan: whose prediction it is.
+        volume: the scan, with its label.
+        prediction: [X, Y, Z], class indices in RAS order.
+        labels: value to name, background included.
         surface_distance: also compute hd95.
-        on_case: called with the volume, the prediction [X, Y, Z] and the result of each scan.
     """
-    names = store.folder.labels
-    results = []
-    for scan in scans:
-        volume = store.volume(scan)
-        prediction = predictor.segment(store.item(scan), volume)
-        dice, hd95 = {}, {}
-        for value, name in names.items():
-            if value == 0:
-                continue
-            truth_mask, predicted_mask = volume.truth == value, prediction == value
-            dice[name] = dice_score(predicted_mask, truth_mask)
-            hd95[name] = (
-                hausdorff_95(predicted_mask, truth_mask, volume.spacing)
-                if surface_distance
-                else math.nan
-            )
-        result = CaseResult(scan.name, scan.patient_id, dice, hd95)
-        results.append(result)
-        on_case(volume, prediction, result)
-    return results
+    result = CaseResult(scan.name, scan.patient_id, {}, {})
+    for value, name in labels.items():
+        if value == 0:
+            continue
+        truth, predicted = volume.truth == value, prediction == value
+        result.dice[name] = dice_score(predicted, truth)
+        distance = hausdorff_95(predicted, truth, volume.spacing) if surface_distance else math.nan
+        result.hd95[name] = distance
+    return result
 
 
 def dice_score(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -127,16 +111,13 @@ def hausdorff_95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[fl
     box = tuple(
         slice(low, high + 1) for low, high in zip(inside.min(0), inside.max(0), strict=True)
     )
-    surfaces = [_surface(np.pad(mask[box], 1)) for mask in (prediction, truth)]
+    masks = [np.pad(mask[box], 1) for mask in (prediction, truth)]
+    surfaces = [mask & ~binary_erosion(mask) for mask in masks]
     directed = [
         np.percentile(distance_transform_edt(~there, sampling=spacing)[here], 95)
         for here, there in (surfaces, surfaces[::-1])
     ]
     return float(max(directed))
-
-
-def _surface(mask: np.ndarray) -> np.ndarray:
-    return mask & ~binary_erosion(mask)
 
 
 def summarise(results: Sequence[CaseResult]) -> dict[str, dict[str, float]]:

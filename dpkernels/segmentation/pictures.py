@@ -46,23 +46,21 @@ def draw_overlay(
     low, high = (
         config.window if config.intensity == "window" else np.percentile(volume.image[0], (1, 99))
     )
-    columns = (("scan", None), ("truth", volume.truth), ("prediction", prediction))
+    nothing = np.zeros_like(prediction)
+    columns = (("scan", nothing), ("truth", volume.truth), ("prediction", prediction))
     figure, axes = plt.subplots(3, 3, figsize=(8.4, 8.6), facecolor="black")
     for row, (plane, normal, left, right) in zip(axes, _PLANES, strict=True):
         index = _most_labelled_slice(volume.truth, prediction, normal)
         grey = np.clip((volume.image[0] - low) / (high - low), 0, 1).take(index, axis=normal)
         across, up = (volume.spacing[a] for a in range(3) if a != normal)
         for axis, (title, mask) in zip(row, columns, strict=True):
-            picture = np.repeat(grey[..., None], 3, axis=-1)
-            section = None if mask is None else mask.take(index, axis=normal)
-            if section is not None:
-                picture = _tinted(picture, section)
+            section = mask.take(index, axis=normal)
+            picture = _tinted(np.repeat(grey[..., None], 3, axis=-1), section)
             axis.imshow(
                 picture.swapaxes(0, 1), origin="lower", aspect=up / across, interpolation="nearest"
             )
             axis.invert_xaxis()  # in RAS the patient's right and front are at the high end
-            if section is not None:
-                _outline(axis, section)
+            _outline(axis, section)
             axis.set_axis_off()
             if normal == 2:
                 axis.set_title(title, color="white", fontsize=12)

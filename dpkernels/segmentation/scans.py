@@ -66,7 +66,6 @@ def scan_name(path: str | Path) -> str:
         ValueError: another suffix.
     """
     name = Path(path).name
-    for suffix in SUFFIXES:
-        if name.endswith(suffix):
-            return name[: -len(suffix)]
-    raise ValueError(f"{path}: expected a NIfTI file (.nii.gz or .nii)")
+    if not name.endswith(SUFFIXES):
+        raise ValueError(f"{path}: expected a NIfTI file (.nii.gz or .nii)")
+    return name.removesuffix(".gz").removesuffix(".nii")

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from dpkernels.segmentation import pictures
 from dpkernels.segmentation.config import SegmentationConfig
-from dpkernels.segmentation.data import CaseStore
-from dpkernels.segmentation.evaluate import CaseResult, Predictor, evaluate_scans, summarise
+from dpkernels.segmentation.data import CaseStore, prepare
+from dpkernels.segmentation.evaluate import CaseResult, Predictor, measure, summarise
 from dpkernels.segmentation.layouts import read_scans
 from dpkernels.segmentation.loss import build_loss
 from dpkernels.segmentation.model import build_network, total_stride
 from dpkernels.segmentation.phantom import write_phantom
-from dpkernels.segmentation.predict import predict_path
-from dpkernels.segmentation.scans import Scan, ScanFolder
-from dpkernels.segmentation.volume import Volume
+from dpkernels.segmentation.scans import Scan, ScanFolder, scan_name
+from dpkernels.segmentation.volume import check_headers, load_volume
+from dpkernels.training.run_folder import atomic
 from dpkernels.training.trainer import Trainer
 from dpkernels.training.trainer_base import Summary
 
@@ -45,17 +45,33 @@ class SegmentationTrainer(Trainer[SegmentationConfig, CaseStore, CaseResult]):
             The written files.
 
         Raises:
-            ValueError: no scan found, or a faulty one.
+            ValueError: no scan found, a faulty one, or label maps of these names in `target`.
         """
-        return predict_path(
-            Predictor(self._trained_network(), self.config, self.device),
-            self.config.data,
-            Path(source),
-            Path(target),
-            channels=len(self._known()["modalities"]),
-            divisor=total_stride(self.config.network),
-            display=self.display,
-        )
+        paths, channels = _scans_at(Path(source)), len(self._known()["modalities"])
+        scans = [Scan(scan_name(path), scan_name(path), path, None) for path in paths]
+        folder = Path(target)
+        if folder.resolve() == paths[0].parent.resolve():
+            raise ValueError(f"OUT must be another folder than the images' ({folder})")
+        files = [folder / f"{scan.name}.nii.gz" for scan in scans]
+        for path in files:
+            if path.exists() or files.count(path) > 1:
+                raise ValueError(
+                    f"OUT: {path} {'exists already' if path.exists() else 'would be written twice'}"
+                    "; nothing is overwritten, choose another folder"
+                )
+        for scan in scans:
+            check_headers(scan)
+        predictor = Predictor(self._trained_network(), self.config, self.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.display.counting("Predicting", len(scans)) as advance:
+            for scan, path in zip(scans, files, strict=True):
+                volume = load_volume(scan, channels=channels)
+                case = prepare(volume, self.config.data, total_stride(self.config.network))
+                label = volume.to_native(predictor.segment(case, volume))
+                with atomic(path) as partial:
+                    partial.write_bytes(gzip.compress(label.to_bytes()))
+                advance()
+        return files
 
     def _open(self) -> CaseStore:
         data = self.config.data
@@ -106,25 +122,26 @@ class SegmentationTrainer(Trainer[SegmentationConfig, CaseStore, CaseResult]):
         final: bool,
     ) -> list[CaseResult]:
         store, evaluation = self._store(), self.config.evaluation
-        drawn = 0 if final else evaluation.overlays
-
-        def on_case(volume: Volume, prediction: np.ndarray, result: CaseResult) -> None:
-            nonlocal drawn
-            if drawn < evaluation.overlays:
+        predictor = Predictor(network, self.config, self.device)
+        results: list[CaseResult] = []
+        for scan in records:
+            volume = store.volume(scan)
+            prediction = predictor.segment(store.item(scan), volume)
+            result = measure(
+                scan,
+                volume,
+                prediction,
+                store.folder.labels,
+                surface_distance=final and evaluation.surface_distance,
+            )
+            if final and len(results) < evaluation.overlays:
                 pictures.draw_overlay(
                     volume, prediction, result, store.folder.labels,
                     self.config.data, self.folder.overlays / f"{result.scan}.png",
                 )  # fmt: skip
-                drawn += 1
+            results.append(result)
             on_progress()
-
-        return evaluate_scans(
-            Predictor(network, self.config, self.device),
-            store,
-            records,
-            surface_distance=final and evaluation.surface_distance,
-            on_case=on_case,
-        )
+        return results
 
     def _summary(self, results: Sequence[CaseResult]) -> Summary:
         return summarise(results)
@@ -132,3 +149,15 @@ class SegmentationTrainer(Trainer[SegmentationConfig, CaseStore, CaseResult]):
     def _utility(self, summary: Summary) -> float:
         """Dice of the first class: the organ, where the others are lesions in it."""
         return next(iter(summary.values()))["dice"]
+
+
+def _scans_at(source: Path) -> list[Path]:
+    if source.is_file():
+        scan_name(source)
+        return [source]
+    if not source.is_dir():
+        raise ValueError(f"IN must be a NIfTI file or a folder of them; {source} does not exist")
+    paths = sorted(p for p in source.glob("*.nii*") if not p.name.startswith("._"))
+    if not paths:
+        raise ValueError(f"IN must hold .nii.gz or .nii files; {source} has none")
+    return paths

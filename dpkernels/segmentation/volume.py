@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.nifti1 import Nifti1Image
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from dpkernels.segmentation.scans import Scan
 
@@ -44,17 +44,9 @@ class Volume:
 
     def to_native(self, label: np.ndarray) -> Nifti1Image:
         """A label map [X, Y, Z] in RAS order as an image on the file's own grid."""
-        current = io_orientation(self._ras_affine())
-        wanted = io_orientation(self.native_affine)
-        native = apply_orientation(label.astype(np.uint8), ornt_transform(current, wanted))
+        from_ras = ornt_transform(axcodes2ornt("RAS"), io_orientation(self.native_affine))
+        native = apply_orientation(label.astype(np.uint8), from_ras)
         return Nifti1Image(native, self.native_affine)
-
-    def _ras_affine(self) -> np.ndarray:
-        orientation = io_orientation(self.native_affine)
-        native_shape = np.empty(3, dtype=int)
-        for axis, (target, _) in enumerate(orientation):
-            native_shape[axis] = self.image.shape[1:][int(target)]
-        return self.native_affine @ inv_ornt_aff(orientation, native_shape)
 
 
 def check_headers(scan: Scan) -> None:
@@ -107,8 +99,7 @@ def load_volume(scan: Scan, *, channels: int, labels: dict[int, str] | None = No
         )
     to_ras = io_orientation(image.affine)
     spacing = np.empty(3)
-    for axis, (target, _) in enumerate(to_ras):
-        spacing[int(target)] = nib.affines.voxel_sizes(image.affine)[axis]
+    spacing[to_ras[:, 0].astype(int)] = nib.affines.voxel_sizes(image.affine)
     label = None
     if scan.label is not None:
         label_image = _open(scan.label)
@@ -179,15 +170,8 @@ def _check_pair(image: Nifti1Image, image_path: Path, label: Nifti1Image, label_
 
 def _label_values(voxels: np.ndarray, path: Path, labels: dict[int, str] | None) -> np.ndarray:
     values = np.unique(voxels)
-    wrong = (
-        [
-            v
-            for v in values.tolist()
-            if v != int(v) or v < 0 or v > 255 or (labels is not None and int(v) not in labels)
-        ]
-        if np.isfinite(values).all()
-        else ["NaN"]
-    )
+    allowed = [value for value in range(256) if labels is None or value in labels]
+    wrong = values[~np.isin(values, allowed)].tolist()
     if wrong:
         expected = labels or "whole numbers from 0 to 255"
         raise ValueError(f"{path}: label values {wrong[:5]} found, expected only {expected}")

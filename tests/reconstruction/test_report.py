@@ -134,8 +134,8 @@ def test_figure_is_drawn(tmp_path):
 @pytest.fixture
 def invoke():
     app = typer.Typer()
-    accounting_cli.register(app)
-    risk_cli.register(app)
+    app.command("account")(accounting_cli.account)
+    app.command("risk")(risk_cli.risk)
     return lambda *arguments: CliRunner().invoke(app, list(arguments))
 
 

@@ -12,8 +12,8 @@ from dpkernels.segmentation.evaluate import (
     CaseResult,
     Predictor,
     dice_score,
-    evaluate_scans,
     hausdorff_95,
+    measure,
     summarise,
 )
 from dpkernels.segmentation.layouts import read_scans
@@ -92,15 +92,9 @@ def test_sliding_windows_cover_the_volume_on_its_own_grid(cohort, tiny, crop):
     torch.testing.assert_close(
         predictor.logits(case), Oracle()(case.image[None])[0], atol=1e-5, rtol=0
     )
-    seen = []
-    (result,) = evaluate_scans(
-        predictor,
-        store,
-        [scan],
-        surface_distance=True,
-        on_case=lambda volume, prediction, _: seen.append((volume, prediction)),
-    )
-    volume, prediction = seen[0]
+    volume = store.volume(scan)
+    prediction = predictor.segment(case, volume)
+    result = measure(scan, volume, prediction, store.folder.labels, surface_distance=True)
     assert prediction.shape == volume.label.shape
     assert result.dice["liver"] == dice_score(prediction == 1, volume.label == 1) > 0.3
     assert result.hd95["liver"] > 0
