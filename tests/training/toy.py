@@ -5,54 +5,62 @@ Everything that a run has stands here once, so that a test of training needs no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from dpkernels.training.config import PrivacyConfig, RunConfig, TrainingConfig
-from dpkernels.training.criteria import check_decomposable
-from dpkernels.training.reading import for_each, split_patients
-from dpkernels.training.sampling import PatientViews
+from dpkernels.training.cohort import Cohort
+from dpkernels.training.config import DatasetConfig, RunConfig
+from dpkernels.training.criteria import class_criterion
 from dpkernels.training.settings import merge
-from dpkernels.training.targets import build_model, instantiate
+from dpkernels.training.store import PatientDataset, RecordStore
+from dpkernels.training.targets import build_model, evaluating
 from dpkernels.training.trainer import Trainer
 
 FEATURES = 3
 
 
 @dataclass(frozen=True)
-class ToyData:
+class ToyData(DatasetConfig):
     """Patients that a run draws for itself; `damaged` ones cannot be read."""
 
     patients: int = 8
     test_share: float = 0.25
-    validation_share: float = 0.0
     views_per_patient: int = 2
     damaged: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ToyConfig(RunConfig):
     """Everything that a toy run depends on."""
 
-    presets: ClassVar = {
-        "toy": {
-            "data": {},
-            "network": {"_target_": "torch.nn.Linear"},
-            "loss": {"_target_": "torch.nn.CrossEntropyLoss"},
-        }
-    }
+    presets: ClassVar = {"toy": {"data": {}, "network": {"_target_": "torch.nn.Linear"}}}
 
     data: ToyData
-    network: dict
-    loss: dict
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-    preset: str = ""
+
+
+@dataclass(frozen=True)
+class Vector:
+    """The record of one patient; both have one name."""
+
+    name: str
+
+    @property
+    def patient_id(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class ToyResult:
+    """One held-out patient."""
+
+    patient_id: str
+    right: bool
 
 
 _TINY = {
@@ -71,22 +79,38 @@ def tiny(changes: dict[str, Any] | None = None) -> ToyConfig:
     return ToyConfig.from_preset("toy", merge(_TINY, changes or {}))
 
 
-class ToyViews(PatientViews):
+class ToyStore(RecordStore[Vector, torch.Tensor]):
+    """Vectors, [FEATURES]."""
+
+    record = "vector"
+    config: ToyData
+
+    def load(self, record: Vector) -> torch.Tensor:
+        if record.name in self.config.damaged:
+            raise ValueError(f"{record.name}: not a readable vector")
+        return torch.as_tensor(vector(int(record.name[1:])), dtype=torch.float32)
+
+    def view(self, record: Vector, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.as_tensor(rng.normal(size=FEATURES), dtype=torch.float32)
+        return self.item(record) + 0.3 * noise, torch.tensor(label(record))
+
+
+def store_of(names: Sequence[str], data: ToyData) -> ToyStore:
+    """The vectors of the patients of these names."""
+    vectors = tuple(map(Vector, names))
+    return ToyStore(Cohort(Path("drawn"), vectors, "patient", ("Vectors were drawn.",)), data)
+
+
+class ToyViews(PatientDataset):
     """Views of each patient: its vector, [views, FEATURES], disturbed by seed, step and patient."""
 
     def __init__(self, patients: Sequence[str], views: int, seed: int = 0) -> None:
-        self.patients = list(patients)
-        self._views, self._seed = views, seed
+        super().__init__(patients, store_of(patients, ToyData(views_per_patient=views)), None, seed)
 
-    def __len__(self) -> int:
-        return len(self.patients)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        number = int(self.patients[index][1:])
-        rng = np.random.default_rng([self._seed, self.step, number])
-        image = vector(number) + 0.3 * rng.normal(size=(self._views, FEATURES))
-        label = torch.full((self._views,), number % 2)
-        return torch.as_tensor(image, dtype=torch.float32), label
+def label(record: Vector) -> int:
+    """0 or 1."""
+    return int(record.name[1:]) % 2
 
 
 def vector(number: int) -> np.ndarray:
@@ -95,73 +119,46 @@ def vector(number: int) -> np.ndarray:
     return np.asarray([(1 if number % 2 else -1) * (1 + abs(values[0])), *values[1:]])
 
 
-class ToyTrainer(Trainer[ToyConfig]):
+class ToyTrainer(Trainer[ToyConfig, ToyStore, ToyResult]):
     """Trains a linear layer on vectors; judged by accuracy on the test patients."""
 
     config_class = ToyConfig
     metric = "accuracy"
 
-    def _open_data(self) -> None:
-        self._patients = [f"p{number}" for number in range(self.config.data.patients)]
+    def _open(self) -> ToyStore:
+        return store_of([f"p{n}" for n in range(self.config.data.patients)], self.config.data)
 
-    def _read_data(self) -> None:
-        def read(patient: str) -> None:
-            if patient in self.config.data.damaged:
-                raise ValueError(f"{patient}: not a readable vector")
-
-        for_each(self._patients, read, "vectors")
-
-    def _unit(self) -> str:
-        return "patient"
-
-    def _split_patients(self) -> dict[str, list[str]]:
-        data = self.config.data
-        return split_patients(
-            self._patients, data.test_share, data.validation_share, self.config.training.seed
-        )
-
-    def _description(self) -> dict[str, Any]:
-        return {"view": [FEATURES], "notes": ["Vectors were drawn."]}
+    def _facts(self, folder: Cohort) -> dict[str, Any]:
+        return {"classes": 2}
 
     def _by_products(self) -> Sequence[str]:
         return ["That there are two classes is treated as public."]
 
     def _build_network(self, seed: int) -> nn.Module:
-        channels = {"in_features": FEATURES, "out_features": 2}
+        channels = {"in_features": FEATURES, "out_features": self._known()["classes"]}
         return build_model(self.config.network, channels, "the toy", seed)
 
     def _build_criterion(self) -> nn.Module:
-        criterion = instantiate(self.config.loss, "loss")
-        scores = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-        check_decomposable(criterion, scores, torch.arange(4) % 2, self.config.loss)
-        return criterion
+        return class_criterion(self.config.loss, self._known()["classes"])
 
-    def _training_set(self) -> ToyViews:
-        seed = self.config.training.seed
-        return ToyViews(self._split["train"], self.config.data.views_per_patient, seed)
+    def _measure(
+        self,
+        network: nn.Module,
+        records: Sequence[Vector],
+        on_progress: Callable[[], None],
+        *,
+        final: bool,
+    ) -> list[ToyResult]:
+        results = []
+        for record in records:
+            with evaluating(network):
+                scores = network(self._store().item(record))
+            results.append(ToyResult(record.name, int(scores.argmax()) == label(record)))
+            on_progress()
+        return results
 
-    def _accuracy(self, network: nn.Module, part: str) -> float:
-        numbers = [int(patient[1:]) for patient in self._split[part]]
-        images = torch.tensor(np.stack([vector(n) for n in numbers]), dtype=torch.float32)
-        training = network.training
-        with torch.no_grad():
-            right = network.eval()(images).argmax(1) == torch.tensor(numbers) % 2
-        network.train(training)
-        return float(right.float().mean())
-
-    def _validate(self, network: nn.Module) -> float | None:
-        return self._accuracy(network, "validation") if self._split["validation"] else None
-
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Evaluate the run in the folder again."""
-        self._split = self.folder.read_json("split.json")
-        return self._evaluate()
-
-    def _evaluate(self) -> dict[str, dict[str, float]]:
-        summary = {"all": {"accuracy": self._accuracy(self._trained_network(), "test")}}
-        weights = "ema" if self._averaged() else "last"
-        self.folder.write_json("metrics.json", {"summary": summary, "weights": weights})
-        return summary
+    def _summary(self, results: Sequence[ToyResult]) -> dict[str, dict[str, float]]:
+        return {"all": {"accuracy": sum(r.right for r in results) / len(results)}}
 
     def _utility(self, summary: dict[str, dict[str, float]]) -> float:
         return summary["all"]["accuracy"]
