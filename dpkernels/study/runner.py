@@ -224,7 +224,7 @@ class Study:
         titles = {name: ADVERSARIES[name].title for name in self.settings.adversaries}
         metric, plan = stored[0]["metric"], PrivacyPlan(**stored[0]["plan"])
         verdict = conclude(rows, metric, titles, plan.unit)
-        head, body = results.columns(metric, titles), results.table(rows, list(titles))
+        head, body = results.table(rows, metric, titles)
         folder = RunFolder(self.root)
         folder.write_text("table.csv", results.to_csv(head, body))
         folder.write_text("table.md", results.to_markdown(head, body))
