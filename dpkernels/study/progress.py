@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -17,14 +17,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dpkernels.training.privacy import PrivacyPlan, StepStatistics
-from dpkernels.training.progress import TrainingBar
+from dpkernels.training.privacy import PrivacyPlan
+from dpkernels.training.progress import SilentDisplay, TrainingBar
 
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-class StudyDisplay:
+class StudyDisplay(SilentDisplay):
     """A `dpkernels.training.progress.Display` whose runs all advance the same bar.
+
+    Reading and evaluating are not shown.
 
     Args:
         console: where to; None: nowhere.
@@ -80,23 +82,7 @@ class StudyDisplay:
             )
 
     @contextlib.contextmanager
-    def counting(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """See `Display`: reading and evaluating are not counted."""
-        yield lambda: None
-
-    @contextlib.contextmanager
     def training(self, plan: PrivacyPlan, done: int) -> Iterator[TrainingBar]:
         """See `Display`."""
         self.advance(done, skipped=True)
-        yield _Part(self, plan, done)
-
-
-class _Part(TrainingBar):
-    def __init__(self, display: StudyDisplay, plan: PrivacyPlan, done: int) -> None:
-        super().__init__(plan, done)
-        self._display = display
-
-    def advance(self, statistics: StepStatistics) -> float | None:
-        """See `TrainingBar`."""
-        self._display.advance(1)
-        return super().advance(statistics)
+        yield TrainingBar(plan, done, on_step=lambda: self.advance(1))

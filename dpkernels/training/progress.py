@@ -33,10 +33,14 @@ class TrainingBar:
     Args:
         plan: privacy of the run.
         done: steps taken before.
+        on_step: called after each step.
     """
 
-    def __init__(self, plan: PrivacyPlan, done: int) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, done: int, on_step: Callable[[], None] = lambda: None
+    ) -> None:
         self._plan = plan
+        self._on_step = on_step
         self._steps = done
         self._next = 0.0
         self.latest: float | None = None
@@ -44,6 +48,7 @@ class TrainingBar:
     def advance(self, statistics: StepStatistics) -> float | None:
         """Count one more step; epsilon when it was computed for this step, else None."""
         self._steps += 1
+        self._on_step()
         began = time.monotonic()
         last = self._steps == self._plan.steps
         if not self._plan.enabled or (began < self._next and not last):
@@ -127,7 +132,7 @@ class _ConsoleTrainingBar(TrainingBar):
         """See `TrainingBar`."""
         epsilon = super().advance(statistics)
         self._loss = _smooth(self._loss, statistics.loss)
-        self._clipped = _smooth(self._clipped, statistics.clipped)
+        self._clipped = _smooth(self._clipped, statistics.clipped_fraction)
         shown = self._text()
         self._progress.update(self._task, advance=1, shown=shown)
         now = time.monotonic()

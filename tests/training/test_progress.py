@@ -72,7 +72,7 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_at_the_end(pip
     with display.training(PLAN, done=2) as bar:
         for seconds, loss in ((4.0, 1.0), (7.0, 2.0), (1.0, None), (1.0, 1.0)):
             clock.now += seconds
-            bar.advance(StepStatistics(3, loss, clipped=0.5))
+            bar.advance(StepStatistics(3, loss, clipped_fraction=0.5))
     lines = [line for line in printed().splitlines() if line]
     assert [line.split()[1] for line in lines] == ["4/6", "6/6"]
     assert "loss 1.100" in lines[0], "nine tenths of what was, one of what is"
