@@ -73,7 +73,7 @@ def _train(task: Task) -> Callable[..., None]:
         **more: str | None,
     ) -> None:
         console = options.console()
-        with options.PlainErrors(console, options.RESUME):
+        with options.plain_errors(console, options.RESUME):
             kind = task.trainer()
             own = {
                 s.path: s.read(text) for s in task.settings if (text := more[s.name]) is not None
@@ -125,7 +125,7 @@ def _with_settings(train: Callable[..., None], task: Task) -> Callable[..., None
 def _opened(task: Task, run: Path) -> Iterator[tuple["Console", "Trainer"]]:
     """The terminal and the trainer of a run."""
     console = options.console()
-    with options.PlainErrors(console):
+    with options.plain_errors(console):
         yield console, task.trainer().from_run(run, options.display(console))
 
 
@@ -168,7 +168,7 @@ def _attack(task: Task) -> Callable[..., None]:
         from dpkernels.study import commands
 
         console = options.console()
-        with options.PlainErrors(console):  # one bar only: the trainer shows nothing
+        with options.plain_errors(console):  # one bar only: the trainer shows nothing
             commands.attack(
                 console, task.trainer().from_run(run), comparing.names(attacks), patients
             )
@@ -200,7 +200,7 @@ def _study(task: Task) -> Callable[..., None]:
         from dpkernels.study.runner import Study
 
         console = options.console()
-        with options.PlainErrors(console, options.AGAIN):
+        with options.plain_errors(console, options.AGAIN):
             kind = task.trainer()
             start = options.configuration(
                 kind.config_class,
