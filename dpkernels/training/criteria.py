@@ -99,19 +99,14 @@ def _value_and_gradient(
 
 
 def _advice(block: dict[str, Any]) -> str:
-    harmless = {None, False, "mean"}
     guilty = [
         advice
         for key, advice in _SUSPECTS.items()
-        if key in block
-        and not (isinstance(block[key], (str, bool)) and block[key] in harmless)
-        and block[key] is not None
+        if block.get(key) not in (None, "mean") and block[key] is not False
     ]
+    if guilty:
+        return f"Likely cause: {'; '.join(guilty)}."
     return (
-        "Likely cause: " + "; ".join(guilty) + "."
-        if guilty
-        else (
-            "Use a loss that averages over rows, such as torch.nn.CrossEntropyLoss, "
-            "monai.losses.DiceCELoss or DiceFocalLoss."
-        )
+        "Use a loss that averages over rows, such as torch.nn.CrossEntropyLoss, "
+        "monai.losses.DiceCELoss or DiceFocalLoss."
     )

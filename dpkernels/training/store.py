@@ -8,8 +8,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from monai.transforms import Compose
 
-from dpkernels.training.augment import Augmentation, augmented
+from dpkernels.training.augment import augmented
 from dpkernels.training.cohort import Cohort, Identified, Record
 from dpkernels.training.config import DatasetConfig
 from dpkernels.training.reading import for_each
@@ -84,7 +85,7 @@ class PatientDataset(PatientViews):
         self,
         patients: Sequence[str],
         store: RecordStore,
-        augment: Augmentation | None,
+        augment: Compose | None,
         seed: int,
     ) -> None:
         self.patients = list(patients)
