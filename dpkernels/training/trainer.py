@@ -84,7 +84,9 @@ class Trainer(TrainerBase[Config, Store, Result]):
         self, config: Config, out: str | Path | None = None, display: Display | None = None
     ) -> None:
         self.config = config
-        self.folder = RunFolder(out or _default_run(config.preset))
+        self.folder = RunFolder(
+            out or f"runs/{config.preset or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+        )
         self.display = display or SilentDisplay()
         self.device = resolve_device(config.training.device)
         self._split = {}
@@ -119,27 +121,21 @@ class Trainer(TrainerBase[Config, Store, Result]):
         self.device = self._processes.own_device(self.device)
         if not self._processes.first:
             self.display = SilentDisplay()
-        self.folder = self._processes.own_folder(self.folder, resume)
-        try:
-            result = self._fit(resume)
-        finally:
-            self._processes.leave(self.folder)
+        open_folder = RunFolder.open if resume else RunFolder.create
+        with self._processes.own_folder(self.folder, resume) as own:
+            self.folder = open_folder(own.root)
+            self.folder.check_writable()
+            with self.folder.claimed():
+                result = self._fit(resume)
         return self._processes.from_first(result)
 
     def _fit(self, resume: bool) -> TrainingResult | None:
-        """What `fit` does; the result in the first process only."""
-        open_folder = RunFolder.open if resume else RunFolder.create
-        self.folder = open_folder(self.folder.root)
-        self.folder.check_writable()
-        with self.folder.claimed():
-            return self._fit_in_folder(resume)
-
-    def _fit_in_folder(self, resume: bool) -> TrainingResult | None:
+        """What `fit` does in the folder; the result in the first process only."""
         store = self._store()
         network = self._build_network(self.config.training.seed).to(self.device)
         criterion = self._build_criterion()
         if start := self.config.training.init_from:
-            load_weights(network, load_checkpoint(start), start)
+            load_weights(network, start)
         select_trainable(network, self.config.training.train_layers)
         self._split = self._split_patients()
         plan = plan_privacy(self.config, len(self._split["train"]), store.folder.unit)
@@ -248,7 +244,7 @@ class Trainer(TrainerBase[Config, Store, Result]):
                 "write its results again"
             )
         self.folder.metrics_json.unlink(missing_ok=True)  # of the weights so far
-        return self.folder.load_checkpoint() if self.folder.last.exists() else None
+        return load_checkpoint(self.folder.last) if self.folder.last.exists() else None
 
     def _train(
         self,
@@ -292,8 +288,3 @@ class Trainer(TrainerBase[Config, Store, Result]):
             data["notes"],
             math.prod(data["view"]),
         )
-
-
-def _default_run(preset: str) -> Path:
-    """runs/<preset>-<date>-<time>."""
-    return Path("runs") / f"{preset or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"

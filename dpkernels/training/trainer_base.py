@@ -15,7 +15,7 @@ from dpkernels.training.augment import build_augmentation
 from dpkernels.training.config import RunConfig
 from dpkernels.training.progress import Display
 from dpkernels.training.reading import split_patients
-from dpkernels.training.run_folder import RunFolder
+from dpkernels.training.run_folder import RunFolder, load_checkpoint
 from dpkernels.training.store import PatientDataset, RecordStore
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class TrainerBase(ABC, Generic[Config, Store, Result]):
 
     def _trained_network(self) -> nn.Module:
         """The network with the run's averaged weights, or its last ones where none are."""
-        state = self.folder.load_weights()
+        average, last = self.folder.average, self.folder.last
         network = self._build_network(seed=0)
-        network.load_state_dict(state["model"])
+        network.load_state_dict(load_checkpoint(average if average.exists() else last)["model"])
         return network.to(self.device)
