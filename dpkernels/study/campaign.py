@@ -11,6 +11,7 @@ import torch
 
 from dpkernels.attacks import gradient_matching, imprint, linear_optimal, trap_weights
 from dpkernels.reconstruction.metrics import Match, chance_ncc, match, prior_ncc
+from dpkernels.study.options import ATTACKS, names
 from dpkernels.training.privacy import PrivacyPlan
 from dpkernels.training.trainer import Exposed
 
@@ -128,7 +129,7 @@ ADVERSARIES: Mapping[str, Adversary] = {
         lambda exposed, plan: _by_batches(gradient_matching, exposed, plan, size=1),
     ),
 }
-DEFAULT_ADVERSARIES = ("imprint", "optimal", "optimal-run")
+DEFAULT_ADVERSARIES = names(ATTACKS)
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def _study(task: Task) -> Callable[..., None]:
         dry_run: comparing.DryRun = False,
     ) -> None:
         from dpkernels.study import commands
-        from dpkernels.study.runner import Study
+        from dpkernels.study.runner import Study, StudySettings
 
         console = options.console()
         with options.plain_errors(console, options.AGAIN):
@@ -211,7 +211,9 @@ def _study(task: Task) -> Callable[..., None]:
                 ),
                 overrides=override or [],
             )
-            settings = comparing.settings(epsilons, accountant, seeds, attacked, attacks)
+            settings = StudySettings(
+                comparing.budgets(epsilons), accountant, seeds, attacked, comparing.names(attacks)
+            )
             commands.study(console, Study(kind, start, settings, out, console), dry_run)
 
     return study

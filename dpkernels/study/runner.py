@@ -21,6 +21,7 @@ from dpkernels.study.campaign import (
     guess_without_model,
     participations,
 )
+from dpkernels.study.options import BUDGETS, budgets
 from dpkernels.study.progress import StudyDisplay
 from dpkernels.study.verdict import Verdict, conclude
 from dpkernels.training.config import RunConfig
@@ -32,7 +33,6 @@ from dpkernels.training.trainer import Exposed, Trainer, TrainingResult
 
 _ATTACK_WEIGHT = 0.05
 _CHECKPOINTS = 20
-PAPER_BUDGETS = (1.0, 8.0, 1e3, 1e6, 1e9, 1e12, 1e15, math.inf)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class StudySettings:
         adversaries: keys of `campaign.ADVERSARIES`.
     """
 
-    epsilons: tuple[float, ...] = PAPER_BUDGETS
+    epsilons: tuple[float, ...] = budgets(BUDGETS)
     accountant: str = "rdp"
     seeds: int = 1
     patients: int = 8
