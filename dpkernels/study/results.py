@@ -45,10 +45,9 @@ def risk_of(plan: PrivacyPlan, dimension: int, observations: int) -> Risk:
     """
     kappa = 1 / plan.patients
     if plan.noise_multiplier == 0:
-        seen = (
-            -math.expm1(plan.steps * math.log1p(-plan.sample_rate)) if plan.sample_rate < 1 else 1
-        )
-        success = 1 - (1 - seen) * (1 - kappa)
+        q = plan.sample_rate
+        unseen = math.exp(plan.steps * math.log1p(-q)) if q < 1 else 0.0
+        success = 1 - unseen * (1 - kappa)
         return Risk(success, success, 1.0, 1.0)
     worst_case, relaxed = (
         rero_bound(
