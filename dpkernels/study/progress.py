@@ -8,23 +8,16 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskProgressColumn
 
 from dpkernels.training.privacy import PrivacyPlan
-from dpkernels.training.progress import SilentDisplay, TrainingBar
+from dpkernels.training.progress import Display, TrainingBar, bars
 
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-class StudyDisplay(SilentDisplay):
-    """A `dpkernels.training.progress.Display` whose runs all advance the same bar.
+class StudyDisplay(Display):
+    """A display whose runs all advance the same bar.
 
     Reading and evaluating are not shown.
 
@@ -40,16 +33,7 @@ class StudyDisplay(SilentDisplay):
         self._began = self._line = time.monotonic()
         self._skipped = 0.0
         self._title = ""
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=console is None or not console.is_terminal,
-        )
+        self._progress = bars(console, TaskProgressColumn())
         self._task = self._progress.add_task("Study", total=total)
 
     def __enter__(self) -> StudyDisplay:

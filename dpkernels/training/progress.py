@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -58,31 +57,21 @@ class TrainingBar:
         return self.latest
 
 
-class Display(Protocol):
-    """Where progress goes."""
-
-    def counting(self, title: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """A bar over `total` items; yields the function that advances it."""
-
-    def training(self, plan: PrivacyPlan, done: int) -> AbstractContextManager[TrainingBar]:
-        """A bar over the planned steps, of which `done` are taken."""
-
-
-class SilentDisplay:
-    """Shows nothing."""
+class Display:
+    """Where progress goes: the base class of all displays, which shows nothing."""
 
     @contextlib.contextmanager
     def counting(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """See `Display`."""
+        """A bar over `total` items; yields the function that advances it."""
         yield lambda: None
 
     @contextlib.contextmanager
     def training(self, plan: PrivacyPlan, done: int) -> Iterator[TrainingBar]:
-        """See `Display`."""
+        """A bar over the planned steps, of which `done` are taken."""
         yield TrainingBar(plan, done)
 
 
-class ConsoleDisplay:
+class ConsoleDisplay(Display):
     """Bars on a terminal; a line every ten seconds where there is none."""
 
     def __init__(self, console: Console) -> None:
@@ -104,18 +93,27 @@ class ConsoleDisplay:
             yield _ConsoleTrainingBar(self._console, progress, plan, done)
 
     def _progress(self) -> Progress:
-        return Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        return bars(self._console, MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
+
+
+def bars(console: Console | None, *counts: ProgressColumn) -> Progress:
+    """Bars with the time taken and left; shown on terminals only.
+
+    Args:
+        console: where to; None: nowhere.
+        *counts: columns that say how far a bar has come.
+    """
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        *counts,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None or not console.is_terminal,
+    )
 
 
 class _ConsoleTrainingBar(TrainingBar):

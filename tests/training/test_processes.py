@@ -34,7 +34,7 @@ def _interrupted_and_resumed(config: ToyConfig, out: str | Path) -> TrainingResu
     """A run that is stopped after two steps and resumed to its end."""
     with (
         pytest.raises(KeyboardInterrupt),
-        mock.patch("dpkernels.training.trainer.SilentDisplay", side_effect=lambda: StopAfter(2)),
+        mock.patch("dpkernels.training.trainer.Display", side_effect=lambda: StopAfter(2)),
         mock.patch.object(RunFolder, "save_checkpoint", _slowly_saved),
     ):
         ToyTrainer(config, out, StopAfter(2)).fit()

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from dpkernels.training import progress
 from dpkernels.training.privacy import PrivacyPlan, StepStatistics
-from dpkernels.training.progress import ConsoleDisplay, SilentDisplay
+from dpkernels.training.progress import ConsoleDisplay, Display
 
 PLAN = PrivacyPlan(True, 10, 0.5, 6, 1.0, 1.0, 1, 1e-5, "tight")
 
@@ -41,7 +41,7 @@ def slow(clock, monkeypatch):
 
 
 def test_epsilon_takes_a_twentieth_of_the_time_at_most(clock, slow):
-    with SilentDisplay().training(PLAN, done=0) as bar:
+    with Display().training(PLAN, done=0) as bar:
         assert bar.advance(StepStatistics(2)) == slow(PLAN, 1)
         clock.now += 39.0
         assert bar.advance(StepStatistics(2)) is None
@@ -50,14 +50,14 @@ def test_epsilon_takes_a_twentieth_of_the_time_at_most(clock, slow):
 
 
 def test_the_epsilon_of_the_last_step_is_always_computed(slow):
-    with SilentDisplay().training(PLAN, done=3) as bar:
+    with Display().training(PLAN, done=3) as bar:
         found = [bar.advance(StepStatistics(2)) for _ in range(3)]
     assert found == [slow(PLAN, 4), None, slow(PLAN, 6)]
 
 
 def test_without_privacy_there_is_no_epsilon():
     plain = PrivacyPlan(False, 10, 0.5, 6, 0.0, 1.0, 1, 1e-5, "tight")
-    with SilentDisplay().training(plain, done=5) as bar:
+    with Display().training(plain, done=5) as bar:
         assert bar.advance(StepStatistics(2)) is None
 
 
@@ -91,7 +91,7 @@ def test_counting_ends_in_one_line(piped):
 
 
 def test_a_silent_display_shows_nothing_and_counts_all_the_same(capsys):
-    display = SilentDisplay()
+    display = Display()
     with display.counting("Reading", 3) as advance:
         advance()
     with display.training(PLAN, done=5) as bar:
