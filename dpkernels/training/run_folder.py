@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import platform
 import sys
@@ -118,7 +117,8 @@ class RunFolder:
 
     def write_json(self, name: str, values: Any) -> None:
         """Write plain values as JSON, atomically; NaN and infinities become null."""
-        self.write_text(name, json.dumps(finite(values), indent=1) + "\n")
+        finite = json.loads(json.dumps(values), parse_constant=lambda _: None)
+        self.write_text(name, json.dumps(finite, indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write text, atomically."""
@@ -231,15 +231,6 @@ def atomic(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def finite(value: Any) -> Any:
-    """Nested plain values with NaN and infinities replaced by None."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment(device: torch.device) -> dict[str, Any]:
