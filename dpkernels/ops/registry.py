@@ -89,6 +89,8 @@ def _module(family: str, backend: str) -> ModuleType | str:
 class Op(Generic[Result]):
     """A named op: checks by its contract, runs on the best backend that can."""
 
+    __signature__: inspect.Signature
+
     def __init__(
         self,
         contract: Callable[..., Any],
@@ -172,9 +174,12 @@ class Op(Generic[Result]):
 
     def why_not(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `backend` cannot run this op (with these arguments, if given); None if it can."""
-        return self._why_not(backend, self._arguments(args, kwargs) if args or kwargs else None)
+        if not args and not kwargs:
+            return self._why_not(backend, None, "")
+        arguments = self._arguments(args, kwargs)
+        return self._why_not(backend, arguments, _device_type(arguments))
 
-    def _why_not(self, backend: str, arguments: tuple[Any, ...] | None) -> str | None:
+    def _why_not(self, backend: str, arguments: tuple[Any, ...] | None, device: str) -> str | None:
         module = _module(self.family, backend)
         if isinstance(module, str):
             return module
@@ -183,14 +188,14 @@ class Op(Generic[Result]):
             return f"{self.name} has no {backend} implementation"
         if arguments is None:
             return None
-        if backend in _ONLY_ON and _ONLY_ON[backend] != (device := _device_type(arguments)):
+        if _ONLY_ON.get(backend, device) != device:
             return f"it takes {_ONLY_ON[backend]} tensors and these are on {device}"
         check = getattr(module, f"why_not_{name}", None) or getattr(module, "why_not", None)
         return check(*arguments) if check is not None else None
 
     def preferred(self, device_type: str) -> str | None:
         """The backend that automatic mode tries first on such tensors; None if there is none."""
-        order = _AUTO_ORDER.get(device_type, ("reference",))
+        order = _auto_order(device_type)
         return next((backend for backend in order if self.why_not(backend) is None), None)
 
     def backend(self, *args: Any, **kwargs: Any) -> str:
@@ -204,17 +209,17 @@ class Op(Generic[Result]):
     def _choice(self, arguments: tuple[Any, ...]) -> str:
         if self._runs._check is not None:
             self._runs._check(*arguments)
-        forced = forced_backend()
+        forced, device = forced_backend(), _device_type(arguments)
         if forced is not None:
-            reason = self._why_not(forced, arguments)
+            reason = self._why_not(forced, arguments, device)
             if reason:
                 raise BackendUnavailable(
                     f"{self.name}: backend {forced!r} was forced, but {reason}"
                 )
             return forced
         reasons = []
-        for backend in _auto_order(arguments):
-            reason = self._why_not(backend, arguments)
+        for backend in _auto_order(device):
+            reason = self._why_not(backend, arguments, device)
             if reason is None:
                 return backend
             reasons.append(f"{backend}: {reason}")
@@ -233,9 +238,10 @@ class Op(Generic[Result]):
         chosen = self._choice(arguments)
         if forced_backend() is not None or chosen == "reference":
             return (chosen,)
-        order = _auto_order(arguments)
+        device = _device_type(arguments)
+        order = _auto_order(device)
         others = order[order.index(chosen) + 1 : -1]
-        return (chosen, *(b for b in others if self._why_not(b, arguments) is None))
+        return (chosen, *(b for b in others if self._why_not(b, arguments, device) is None))
 
 
 _OPS: dict[str, Op[Any]] = {}
@@ -292,19 +298,23 @@ def _flattened(
     return signature.replace(parameters=flat), records
 
 
-def _auto_order(arguments: tuple[Any, ...]) -> tuple[str, ...]:
-    """The backends that automatic mode tries for these arguments; the reference is the last."""
-    return _AUTO_ORDER.get(_device_type(arguments), ("reference",))
+def _auto_order(device_type: str) -> tuple[str, ...]:
+    """The backends that automatic mode tries on such tensors; the reference is the last."""
+    return _AUTO_ORDER.get(device_type, ("reference",))
 
 
 def _device_type(arguments: Iterable[Any]) -> str:
-    """Where the first tensor is; the CPU's where there is none."""
-    return next((tensor.device.type for tensor in _tensors(arguments)), "cpu")
+    """Where the first tensor is; the CPU where there is none."""
+    tensor = _first_tensor(arguments)
+    return "cpu" if tensor is None else tensor.device.type
 
 
-def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+def _first_tensor(arguments: Iterable[Any]) -> torch.Tensor | None:
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
-            yield argument
-        elif isinstance(argument, (list, tuple)):
-            yield from _tensors(argument)
+            return argument
+        if isinstance(argument, (list, tuple)):
+            found = _first_tensor(argument)
+            if found is not None:
+                return found
+    return None

@@ -24,7 +24,7 @@ from dpkernels.training.privacy import (
 from dpkernels.training.processes import ALONE, TrainingProcesses
 from dpkernels.training.progress import Display
 from dpkernels.training.run_folder import RunFolder, StepLedger
-from dpkernels.training.sampling import PatientViews
+from dpkernels.training.store import PatientDataset
 from dpkernels.training.targets import build_optimizer
 
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
@@ -52,7 +52,7 @@ class TrainingLoop:
         plan: PrivacyPlan,
         folder: RunFolder,
         network: nn.Module,
-        dataset: PatientViews,
+        dataset: PatientDataset,
         processes: TrainingProcesses = ALONE,
     ) -> None:
         self._config = config

@@ -19,7 +19,8 @@ from dpkernels import PrivacyEngine
 from dpkernels.accounting import get_epsilon, get_noise_multiplier
 from dpkernels.training.config import RunConfig
 from dpkernels.training.processes import ALONE, TrainingProcesses
-from dpkernels.training.sampling import PatientViews, flatten_views, patient_batches
+from dpkernels.training.sampling import flatten_views, patient_batches
+from dpkernels.training.store import PatientDataset
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def plan_privacy(config: RunConfig, patients: int, unit: str = "patient") -> Pri
 
 
 def check_patients_do_not_mix(
-    network: nn.Module, criterion: nn.Module, dataset: PatientViews, device: torch.device
+    network: nn.Module, criterion: nn.Module, dataset: PatientDataset, device: torch.device
 ) -> None:
     """Prove on two made-up rows that neither network nor loss lets one row see the other.
 
@@ -189,7 +190,7 @@ class Update(ABC):
         self,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
-        dataset: PatientViews,
+        dataset: PatientDataset,
         plan: PrivacyPlan,
         physical_batch_size: int,
         processes: TrainingProcesses = ALONE,
@@ -201,7 +202,7 @@ class Update(ABC):
         self._batches = iter(self._prepare(dataset, processes))
 
     @abstractmethod
-    def _prepare(self, dataset: PatientViews, processes: TrainingProcesses) -> DataLoader:
+    def _prepare(self, dataset: PatientDataset, processes: TrainingProcesses) -> DataLoader:
         """Make model and optimizer ready; returns the loader of the batches."""
 
     @abstractmethod
@@ -223,7 +224,7 @@ class PrivateUpdate(Update):
         seed of the run (except with `insecure_fixed_noise`, which voids the guarantee).
     """
 
-    def _prepare(self, dataset: PatientViews, processes: TrainingProcesses) -> DataLoader:
+    def _prepare(self, dataset: PatientDataset, processes: TrainingProcesses) -> DataLoader:
         plan, network = self.plan, self.model
         self._engine = PrivacyEngine(accountant=plan.accountant)
         several = processes.world_size > 1
@@ -296,7 +297,7 @@ class PrivateUpdate(Update):
 class PlainUpdate(Update):
     """Ordinary steps over the same Poisson batches, without clipping, noise or any guarantee."""
 
-    def _prepare(self, dataset: PatientViews, processes: TrainingProcesses) -> DataLoader:
+    def _prepare(self, dataset: PatientDataset, processes: TrainingProcesses) -> DataLoader:
         if processes.world_size > 1:
             raise ValueError(
                 f"--non-private: {processes.world_size} processes train together, which only a "

@@ -1,36 +1,17 @@
-"""Poisson sampling of patients from the operating system's entropy, and what is sampled from."""
+"""Poisson sampling of patients from the operating system's entropy."""
 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dpkernels.training.processes import ALONE, TrainingProcesses
-
-
-class PatientViews(Dataset, ABC):
-    """One item per patient (the privacy unit): K views of it as adjacent rows.
-
-    Attributes:
-        step: what an item shows may depend on it, and must depend on nothing else that changes, so
-            that a resumed run draws what the uninterrupted one would have.
-    """
-
-    step: int = 0
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of patients."""
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [K, ...] and labels [K, ...] of one patient."""
+from dpkernels.training.store import PatientDataset
 
 
 def flatten_views(batch: torch.Tensor) -> torch.Tensor:
@@ -76,7 +57,7 @@ class PoissonSampler(UniformWithReplacementSampler):
 
 
 def patient_batches(
-    dataset: PatientViews,
+    dataset: PatientDataset,
     sample_rate: float,
     insecure_seed: int | None = None,
     processes: TrainingProcesses = ALONE,

@@ -9,12 +9,12 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from monai.transforms import Compose
+from torch.utils.data import Dataset
 
 from dpkernels.training.augment import augmented
 from dpkernels.training.cohort import Cohort, Identified, Record
 from dpkernels.training.config import DatasetConfig
 from dpkernels.training.reading import for_each
-from dpkernels.training.sampling import PatientViews
 
 Item = TypeVar("Item")
 
@@ -68,8 +68,8 @@ class RecordStore(ABC, Generic[Record, Item]):
         """One view of a record, not augmented yet: image and label; `rng` decides what it shows."""
 
 
-class PatientDataset(PatientViews):
-    """One item per patient: K views, augmented, as adjacent rows.
+class PatientDataset(Dataset):
+    """One item per patient (the privacy unit): K views, augmented, as adjacent rows.
 
     A view is drawn from any of the patient's records. What is drawn depends only on the seed, the
     step and the patient, so a resumed run draws what the uninterrupted one would have.
@@ -79,7 +79,12 @@ class PatientDataset(PatientViews):
         store: where their records are.
         augment: changes a view; None leaves it as it is.
         seed: of the draws.
+
+    Attributes:
+        step: of the run; the training loop sets it.
     """
+
+    step: int = 0
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ def test_a_page_names_few_files_and_touches_no_other(title: str) -> None:
     assert ours <= set(named)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("title", PAGES)
 def test_a_page_works_as_written(title: str, tmp_path: Path) -> None:
     root = copy_of_the_repository(tmp_path / "repository")

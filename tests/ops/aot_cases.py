@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from dpkernels import ops
 from dpkernels.ops import triton_support
 from dpkernels.ops.affine import triton as affine
 from dpkernels.ops.clip import triton as clip
@@ -18,15 +21,10 @@ from dpkernels.ops.embedding.table import Table
 from dpkernels.ops.linear import triton as linear
 from dpkernels.ops.noise import triton as noise
 
-MODULES = (
-    "dpkernels.ops.triton_support",
-    "dpkernels.ops.linear.triton",
-    "dpkernels.ops.noise.triton",
-    "dpkernels.ops.clip.triton",
-    "dpkernels.ops.affine.triton",
-    "dpkernels.ops.embedding.triton",
-    "dpkernels.ops.conv.triton",
-    "dpkernels.ops.conv.triton_gram",
+_OPS, _TESTS = Path(ops.__file__).parent, Path(__file__).parent
+MODULES = sorted(
+    ".".join(("dpkernels", "ops", *path.relative_to(_OPS).with_suffix("").parts))
+    for path in _OPS.rglob("triton*.py")
 )
 
 
@@ -170,3 +168,7 @@ SIZES_OF_ONE: dict[str, Callable[[], object]] = {
     ),
 }
 """Triton compiles an argument that is 1 into the kernel, where it is no tensor any more."""
+
+for _test in sorted(_TESTS.glob("test_triton_*.py")):
+    # A test of Triton kernels may hold the cases of its own kernels.
+    CASES |= getattr(importlib.import_module(f"tests.ops.{_test.stem}"), "AHEAD_OF_TIME", {})

@@ -119,7 +119,14 @@ OPS: Mapping[str, tuple[Mapping[str, Any], Callable[[Any], Arguments]]] = {
 
 
 def names(op: str) -> list[str]:
-    """What :func:`arguments` takes for `op`."""
+    """What :func:`arguments` takes for `op`.
+
+    Raises:
+        ValueError: an op with a test of its own.
+    """
+    if op not in OPS:
+        own = "test_noise, test_discrete_gaussian, test_recurrence, test_affine"
+        raise ValueError(f"op={op!r}: expected one of {sorted(OPS)}; {own} draw the others'")
     return list(OPS[op][0])
 
 

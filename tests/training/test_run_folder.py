@@ -59,6 +59,15 @@ def test_an_error_while_a_file_is_written_leaves_the_former_one_whole(tmp_path):
     assert not list(folder.root.rglob("*.partial"))
 
 
+def test_who_reads_meanwhile_has_the_former_file_whole(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_text("privacy_report.md", "former")
+    with (folder.root / "privacy_report.md").open() as reader:
+        folder.write_text("privacy_report.md", "new and longer")
+        assert reader.read() == "former"
+    assert (folder.root / "privacy_report.md").read_text() == "new and longer"
+
+
 def test_a_file_appears_only_once_it_is_whole(tmp_path):
     with atomic(tmp_path / "report.md") as path:
         path.write_text("half")

@@ -8,6 +8,7 @@ is one pass over memory; the noise is that of ``dpkernels.ops.noise``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 
 import torch
 
@@ -48,13 +49,18 @@ def _check_sum(out: torch.Tensor, grad_sample: torch.Tensor, clip_factor: torch.
 
 def _check_finish(sums: Sums, finish: Finish, places: Places) -> None:
     outs = sums.outs
-    for name, values in {**sums._asdict(), **places._asdict()}.items():
-        if len(values) != len(outs):
-            raise ValueError(f"{name}: {len(values)} entries, expected one for each of {len(outs)}")
-    if len({out.device for out in outs}) > 1:
-        raise ValueError(f"outs are on {[str(out.device) for out in outs]}: expected one device")
-    for one in zip(*sums, strict=True):
-        _check_sum(*one)
+    lists: tuple[Sized, ...] = (*sums, *places)
+    lengths = [len(each) for each in lists]
+    if lengths.count(len(outs)) != len(lengths):
+        names = zip((*Sums._fields, *Places._fields), lengths, strict=True)
+        name, length = next((name, n) for name, n in names if n != len(outs))
+        raise ValueError(f"{name}: {length} entries, expected one for each of {len(outs)}")
+    for out, grad_sample, clip_factor in zip(*sums, strict=True):
+        if out.device != outs[0].device:
+            raise ValueError(
+                f"outs are on {[str(out.device) for out in outs]}: expected one device"
+            )
+        _check_sum(out, grad_sample, clip_factor)
     check_noise(finish.noise_std, finish.key, min(places.blocks, default=0))
     if not math.isfinite(finish.scale):
         raise ValueError(f"scale={finish.scale}: expected a finite number")
