@@ -20,6 +20,7 @@ _COMMANDS = (
 
 app = typer.Typer(
     name="dpkernels",
+    help="Differentially private training at the price of an ordinary step.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
@@ -51,9 +52,15 @@ def info() -> None:
     show()
 
 
-def _register_missing(command: str, reason: str) -> None:
-    """Add a command that says why it is not available."""
+def _register(command: str, module: str, requirement: str) -> None:
+    """Let `module` add its command; if it cannot be imported, a command that says so."""
+    try:
+        importlib.import_module(module).register(app)
+    except ImportError as error:
+        _register_missing(command, f"{error}; pip install '{requirement}'")
 
+
+def _register_missing(command: str, reason: str) -> None:
     @app.command(
         command,
         help=f"Not available: {reason}",
@@ -64,8 +71,5 @@ def _register_missing(command: str, reason: str) -> None:
         raise typer.Exit(1)
 
 
-for _command, _module, _requirement in _COMMANDS:
-    try:
-        importlib.import_module(_module).register(app)
-    except ImportError as error:
-        _register_missing(_command, f"{error}; pip install '{_requirement}'")
+for _command in _COMMANDS:
+    _register(*_command)

@@ -55,7 +55,7 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")
 ]
 
-#: what plain_errors says after Ctrl-C
+#: what `terminal` says after Ctrl-C
 RESUME = "If steps were taken: the same command, with --resume and --out RUN, continues the run."
 AGAIN = "Started again in the same way, it goes on where it stopped."
 
@@ -142,13 +142,6 @@ def common_changes(
     }
 
 
-def console() -> Console:
-    """The terminal, or whatever stands in its place; of torchrun's processes the first has it."""
-    from rich.console import Console
-
-    return Console(quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0")
-
-
 def display(console: Console) -> ConsoleDisplay:
     """Bars on the terminal, lines elsewhere."""
     from dpkernels.training.progress import ConsoleDisplay
@@ -157,21 +150,21 @@ def display(console: Console) -> ConsoleDisplay:
 
 
 @contextlib.contextmanager
-def writing(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """What surrounds a command that writes a data set: yields what counts one item as written."""
-    terminal = console()
-    with plain_errors(terminal), display(terminal).counting(title, total) as advance:
-        yield advance
+def terminal(go_on: str = "", console: Console | None = None) -> Iterator[Console]:
+    """The terminal during a command: faults of the user's input end in one line and exit code 2.
 
-
-@contextlib.contextmanager
-def plain_errors(console: Console, go_on: str = "") -> Iterator[None]:
-    """Faults of the user's input end in one line and exit code 2; warnings are one line each.
+    A warning is one line. Of torchrun's processes only the first prints.
 
     Args:
-        console: where to say so.
         go_on: what to do after Ctrl-C, where something can be continued.
+        console: what stands in the terminal's place.
     """
+    if console is None:
+        from rich.console import Console
+
+        console = Console(
+            quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+        )
 
     def say(text: str, style: str) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -182,7 +175,7 @@ def plain_errors(console: Console, go_on: str = "") -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = warn
         try:
-            yield
+            yield console
         except (ValueError, OSError, FloatingPointError) as error:
             console.quiet = False
             say(f"Error: {error}", "red")
@@ -190,6 +183,13 @@ def plain_errors(console: Console, go_on: str = "") -> Iterator[None]:
         except KeyboardInterrupt as error:
             console.print(f"Stopped. {go_on}".rstrip(), soft_wrap=True)
             raise typer.Exit(130) from error
+
+
+@contextlib.contextmanager
+def writing(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """What surrounds a command that writes a data set: yields what counts one item as written."""
+    with terminal() as console, display(console).counting(title, total) as advance:
+        yield advance
 
 
 def print_report(console: Console, trainer: Trainer) -> None:
