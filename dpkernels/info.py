@@ -14,9 +14,9 @@ import dpkernels
 _PACKAGES = ("torch", "opacus", "numpy", "scipy", "triton", "monai")
 
 
-def show(console: Console | None = None) -> None:
+def show() -> None:
     """Print versions, device, native extensions and the backend of every op."""
-    console = console or Console(width=max(100, shutil.get_terminal_size().columns))
+    console = Console(width=max(100, shutil.get_terminal_size().columns))
     _print_facts(console, "Versions", version_rows())
     try:
         import torch  # noqa: F401

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpkernels.attacks import (
-    gradient_matching,
-    imprint,
-    linear_optimal,
-    trap_weights,
-)
+from dpkernels.attacks import gradient_matching, imprint, linear_optimal, trap_weights
 from dpkernels.reconstruction.metrics import Match, chance_ncc, match, prior_ncc
+from dpkernels.study.options import ATTACKS, names
 from dpkernels.training.privacy import PrivacyPlan
 from dpkernels.training.trainer import Exposed
 
@@ -48,56 +44,56 @@ def participations(plan: PrivacyPlan) -> int:
     return max(1, round(plan.sample_rate * plan.steps))
 
 
-def _release(plan: PrivacyPlan) -> dict[str, Any]:
-    return {
-        "noise_multiplier": plan.noise_multiplier,
-        "max_grad_norm": plan.max_grad_norm,
-    }
-
-
 def _optimal(exposed: Exposed, plan: PrivacyPlan, updates: int) -> Groups:
-    once = plan.noise_multiplier == 0  # without noise every update shows the same
-    found = linear_optimal(exposed.images, updates=1 if once else updates, **_release(plan))
+    found = linear_optimal(
+        exposed.images,
+        updates=updates if plan.noise_multiplier else 1,  # without noise all updates show the same
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.max_grad_norm,
+    )
     yield list(range(len(found))), found
 
 
-def _batches(exposed: Exposed, size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Patients in groups of `size`, and what an attack on the user's model needs of them."""
-    for start in range(0, len(exposed.images), size):
-        group = list(range(start, min(start + size, len(exposed.images))))
+def _by_batches(
+    attack: Callable[..., torch.Tensor],
+    exposed: Exposed,
+    plan: PrivacyPlan,
+    size: int | None = None,
+    **known: Any,
+) -> Groups:
+    """Attack the user's model.
+
+    Args:
+        attack: returns the candidates for one batch.
+        exposed: the run.
+        plan: its privacy.
+        size: patients in a batch; by default as many as a step expects.
+        **known: what else the attacker knows.
+    """
+    size = size or max(1, round(plan.expected_batch_size))
+    for batch in torch.arange(len(exposed.images)).split(size):
+        group = batch.tolist()
 
         def loss(output: torch.Tensor, labels: torch.Tensor = exposed.labels[group]) -> Any:
             return exposed.criterion(output, labels)
 
         yield (
             group,
-            {
-                "images": exposed.images[group],
-                "model": exposed.network,
-                "loss": loss,
-            },
+            attack(
+                images=exposed.images[group],
+                model=exposed.network,
+                loss=loss,
+                noise_multiplier=plan.noise_multiplier,
+                max_grad_norm=plan.max_grad_norm,
+                **known,
+            ),
         )
-
-
-def _batch_size(plan: PrivacyPlan) -> int:
-    return max(1, round(plan.expected_batch_size))
 
 
 def _imprint(exposed: Exposed, plan: PrivacyPlan) -> Groups:
     means = exposed.images.flatten(1).float().mean(dim=1)
     law = float(means.mean()), float(means.std(correction=0))
-    for group, known in _batches(exposed, _batch_size(plan)):
-        yield group, imprint(**known, **_release(plan), known_means=law)
-
-
-def _trap_weights(exposed: Exposed, plan: PrivacyPlan) -> Groups:
-    for group, known in _batches(exposed, _batch_size(plan)):
-        yield group, trap_weights(**known, **_release(plan))
-
-
-def _gradient_matching(exposed: Exposed, plan: PrivacyPlan) -> Groups:
-    for group, known in _batches(exposed, 1):
-        yield group, gradient_matching(**known, **_release(plan))
+    return _by_batches(imprint, exposed, plan, known_means=law)
 
 
 ADVERSARIES: Mapping[str, Adversary] = {
@@ -124,16 +120,16 @@ ADVERSARIES: Mapping[str, Adversary] = {
         "trap weights",
         "A malicious layer with random weights that fire for few records, two rows for each record "
         "of the batch.",
-        _trap_weights,
+        lambda exposed, plan: _by_batches(trap_weights, exposed, plan),
     ),
     "gradient-matching": Adversary(
         "gradient matching",
         "An honest but curious server searches for the record whose gradient in the user's own "
         "model points where the released one does; it is told that the record was alone.",
-        _gradient_matching,
+        lambda exposed, plan: _by_batches(gradient_matching, exposed, plan, size=1),
     ),
 }
-DEFAULT_ADVERSARIES = ("imprint", "optimal", "optimal-run")
+DEFAULT_ADVERSARIES = names(ATTACKS)
 
 
 @dataclass(frozen=True)
@@ -198,11 +194,10 @@ def attack_run(
     unknown = [name for name in adversaries if name not in ADVERSARIES]
     if unknown:
         raise ValueError(f"--attack must be among {', '.join(ADVERSARIES)}; got {unknown[0]!r}")
-    found = {}
-    for name in adversaries:
-        groups = ADVERSARIES[name].attack(exposed, plan)
-        found[name] = _assess(name, exposed, groups, on_progress)
-    return found
+    return {
+        name: _assess(name, exposed, ADVERSARIES[name].attack(exposed, plan), on_progress)
+        for name in adversaries
+    }
 
 
 def guess_without_model(exposed: Exposed) -> float | None:
@@ -223,18 +218,12 @@ def _assess(
     for group, found in groups:
         candidates = found.cpu().numpy()
         for m in match(truths[group], candidates, low=low, high=high):
-            matches.append(
-                Match(group[m.truth], m.candidate, m.mse, m.psnr, m.ssim, m.ncc),
-            )
+            matches.append(replace(m, truth=group[m.truth]))
             chosen = middle if m.candidate is None else candidates[m.candidate]
             reconstructions.append(np.clip(chosen, low, high))
         chances.append(
             chance_ncc(truths[group], candidates=len(candidates), repeats=_CHANCE_REPEATS).ravel()
         )
         on_progress(len(group) / len(truths))
-    return AttackResult(
-        name,
-        tuple(matches),
-        float(np.concatenate(chances).mean()),
-        np.stack(reconstructions),
-    )
+    chance = float(np.concatenate(chances).mean())
+    return AttackResult(name, tuple(matches), chance, np.stack(reconstructions))

@@ -72,8 +72,7 @@ def _train(task: Task) -> Callable[..., None]:
         resume: options.Resume = False,
         **more: str | None,
     ) -> None:
-        console = options.console()
-        with options.PlainErrors(console, options.RESUME):
+        with options.terminal(options.RESUME) as console:
             kind = task.trainer()
             own = {
                 s.path: s.read(text) for s in task.settings if (text := more[s.name]) is not None
@@ -124,8 +123,7 @@ def _with_settings(train: Callable[..., None], task: Task) -> Callable[..., None
 @contextlib.contextmanager
 def _opened(task: Task, run: Path) -> Iterator[tuple["Console", "Trainer"]]:
     """The terminal and the trainer of a run."""
-    console = options.console()
-    with options.PlainErrors(console):
+    with options.terminal() as console:
         yield console, task.trainer().from_run(run, options.display(console))
 
 
@@ -167,8 +165,7 @@ def _attack(task: Task) -> Callable[..., None]:
     ) -> None:
         from dpkernels.study import commands
 
-        console = options.console()
-        with options.PlainErrors(console):  # one bar only: the trainer shows nothing
+        with options.terminal() as console:  # one bar only: the trainer shows nothing
             commands.attack(
                 console, task.trainer().from_run(run), comparing.names(attacks), patients
             )
@@ -197,10 +194,9 @@ def _study(task: Task) -> Callable[..., None]:
         dry_run: comparing.DryRun = False,
     ) -> None:
         from dpkernels.study import commands
-        from dpkernels.study.runner import Study
+        from dpkernels.study.runner import Study, StudySettings
 
-        console = options.console()
-        with options.PlainErrors(console, options.AGAIN):
+        with options.terminal(options.AGAIN) as console:
             kind = task.trainer()
             start = options.configuration(
                 kind.config_class,
@@ -211,7 +207,9 @@ def _study(task: Task) -> Callable[..., None]:
                 ),
                 overrides=override or [],
             )
-            settings = comparing.settings(epsilons, accountant, seeds, attacked, attacks)
+            settings = StudySettings(
+                comparing.budgets(epsilons), accountant, seeds, attacked, comparing.names(attacks)
+            )
             commands.study(console, Study(kind, start, settings, out, console), dry_run)
 
     return study

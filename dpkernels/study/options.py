@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dpkernels.accounting.accountants import guaranteeing
-
-if TYPE_CHECKING:
-    from dpkernels.study.runner import StudySettings
 
 BUDGETS = "1,8,1e3,1e6,1e9,1e12,1e15,inf"
 ATTACKS = "imprint,optimal,optimal-run"
@@ -47,20 +43,13 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def settings(
-    epsilons: str, accountant: str, seeds: int, attacked: int, attacks: str
-) -> StudySettings:
-    """What the options mean.
+def budgets(text: str) -> tuple[float, ...]:
+    """The numbers of --epsilons.
 
     Raises:
-        ValueError: naming the option that is faulty.
+        ValueError: one is none.
     """
-    from dpkernels.study.runner import StudySettings
-
-    return StudySettings(tuple(_budgets(epsilons)), accountant, seeds, attacked, names(attacks))
-
-
-def _budgets(text: str) -> Iterator[float]:
+    found = []
     for part in names(text):
         try:
             value = float(part)
@@ -68,4 +57,5 @@ def _budgets(text: str) -> Iterator[float]:
             value = math.nan
         if math.isnan(value):
             raise ValueError(f"--epsilons must be numbers or inf, got {part!r}")
-        yield value
+        found.append(value)
+    return tuple(found)

@@ -32,15 +32,23 @@ def section(image: np.ndarray) -> np.ndarray:
     return np.asarray(np.moveaxis(image, 0, -1) if len(image) == 3 else image[0])
 
 
+def sections(
+    found: Mapping[str, AttackResult], exposed: Exposed, patient: int
+) -> dict[str, np.ndarray]:
+    """One attacked record as "record", and by adversary what it made of it, and its NCC."""
+    kept = {"record": section(exposed.images[patient].cpu().numpy())}
+    for name, attack in found.items():
+        kept[name] = section(attack.reconstructions[patient])
+        kept[f"{name}.ncc"] = np.asarray(attack.matches[patient].ncc)
+    return kept
+
+
 def save_sections(found: Mapping[str, AttackResult], exposed: Exposed, path: Path) -> None:
     """Keep the record that the first attack rebuilt best, and what each attack made of it."""
-    best = next(iter(found.values())).best
+    best = sections(found, exposed, next(iter(found.values())).best)
     kept: dict[str, Any] = {
-        "record": section(exposed.images[best].cpu().numpy()).astype(np.float16)
+        name: value.astype(np.float16) if value.ndim else value for name, value in best.items()
     }
-    for name, attack in found.items():
-        kept[name] = section(attack.reconstructions[best]).astype(np.float16)
-        kept[f"{name}.ncc"] = np.asarray(attack.matches[best].ncc)
     with atomic(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **kept)
 
@@ -52,60 +60,41 @@ def load_sections(path: Path) -> dict[str, np.ndarray]:
 
 
 def draw_grid(
-    rows: Sequence[Row],
-    shown: Mapping[float, Mapping[str, np.ndarray]],
+    columns: Sequence[tuple[str, Mapping[str, np.ndarray]]],
     titles: Mapping[str, str],
     path: Path,
+    heading: str = "",
 ) -> None:
-    """One column for each budget: a record, and what each attack made of it.
+    """Records side by side, and below each what every attack made of it.
 
     Args:
-        rows: of the study.
-        shown: by budget, what `load_sections` returned.
-        titles: by adversary, the one whose best is shown first.
+        columns: title and `sections` of each record.
+        titles: by adversary.
         path: of the picture.
+        heading: of the picture.
     """
-    budgets = [row.epsilon for row in rows if row.epsilon in shown]
     lines = {"record": "record", **titles}
     figure, axes = plt.subplots(
-        len(lines), len(budgets), figsize=(1.4 * len(budgets) + 0.3, 1.62 * len(lines) + 0.5),
+        len(lines), len(columns), figsize=(1.4 * len(columns) + 0.3, 1.62 * len(lines) + 0.5),
         squeeze=False,
     )  # fmt: skip
-    for column, epsilon in enumerate(budgets):
-        kept = shown[epsilon]
+    for column, (above, kept) in enumerate(columns):
         for axis, (name, title) in zip(axes[:, column], lines.items(), strict=True):
             _show(axis, kept[name], kept["record"])
             if name in titles:
                 axis.set_xlabel(f"NCC {float(kept[f'{name}.ncc']):.3f}", fontsize=8)
             if column == 0:
                 axis.set_ylabel(title, fontsize=8)
-        axes[0, column].set_title(budget(epsilon), fontsize=9)
-    first = next(iter(titles.values()))
-    figure.suptitle(
-        f"By epsilon: the record that the attack '{first}' rebuilt best, and what each attack "
-        "made of it",
-        fontsize=10,
-    )
+        axes[0, column].set_title(above, fontsize=9)
+    figure.suptitle(heading, fontsize=10)
     save_figure(figure, path)
 
 
 def draw_patients(found: Mapping[str, AttackResult], exposed: Exposed, path: Path) -> None:
     """The first patients of one run: the record, then each adversary's reconstruction."""
-    count = min(_MOST_PATIENTS, len(exposed.images))
-    figure, axes = plt.subplots(
-        1 + len(found), count, figsize=(1.9 * count, 2.1 * (1 + len(found))), squeeze=False
-    )
-    truths = exposed.images.cpu().numpy()
-    for column in range(count):
-        truth = section(truths[column])
-        _show(axes[0, column], truth, truth)
-        for axis, (name, attack) in zip(axes[1:, column], found.items(), strict=True):
-            _show(axis, section(attack.reconstructions[column]), truth)
-            axis.set_xlabel(f"NCC {attack.matches[column].ncc:.3f}", fontsize=8)
-            if column == 0:
-                axis.set_ylabel(ADVERSARIES[name].title, fontsize=9)
-    axes[0, 0].set_ylabel("record", fontsize=9)
-    save_figure(figure, path)
+    patients = range(min(_MOST_PATIENTS, len(exposed.images)))
+    columns = [("", sections(found, exposed, patient)) for patient in patients]
+    draw_grid(columns, {name: ADVERSARIES[name].title for name in found}, path)
 
 
 def draw_curves(rows: Sequence[Row], metric: str, titles: Mapping[str, str], path: Path) -> None:
@@ -158,10 +147,7 @@ def _short(noise_multiplier: float) -> str:
 def _show(axis: Axes, picture: np.ndarray, truth: np.ndarray) -> None:
     low, high = float(truth.min()), float(truth.max())
     if picture.ndim == 3:
-        picture = (picture - low) / max(high - low, 1e-9)
-    axis.imshow(picture.clip(0, 1) if picture.ndim == 3 else picture, cmap="gray", vmin=low,
-                vmax=high, interpolation="nearest")  # fmt: skip
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+        picture = ((picture - low) / max(high - low, 1e-9)).clip(0, 1)
+    axis.imshow(picture, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)

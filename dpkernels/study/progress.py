@@ -5,26 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskProgressColumn
 
-from dpkernels.training.privacy import PrivacyPlan, StepStatistics
-from dpkernels.training.progress import TrainingBar
+from dpkernels.training.privacy import PrivacyPlan
+from dpkernels.training.progress import Display, TrainingBar, bars
 
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-class StudyDisplay:
-    """A `dpkernels.training.progress.Display` whose runs all advance the same bar.
+class StudyDisplay(Display):
+    """A display whose runs all advance the same bar.
+
+    Reading and evaluating are not shown.
 
     Args:
         console: where to; None: nowhere.
@@ -38,16 +33,7 @@ class StudyDisplay:
         self._began = self._line = time.monotonic()
         self._skipped = 0.0
         self._title = ""
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=console is None or not console.is_terminal,
-        )
+        self._progress = bars(console, TaskProgressColumn())
         self._task = self._progress.add_task("Study", total=total)
 
     def __enter__(self) -> StudyDisplay:
@@ -80,23 +66,7 @@ class StudyDisplay:
             )
 
     @contextlib.contextmanager
-    def counting(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """See `Display`: reading and evaluating are not counted."""
-        yield lambda: None
-
-    @contextlib.contextmanager
     def training(self, plan: PrivacyPlan, done: int) -> Iterator[TrainingBar]:
         """See `Display`."""
         self.advance(done, skipped=True)
-        yield _Part(self, plan, done)
-
-
-class _Part(TrainingBar):
-    def __init__(self, display: StudyDisplay, plan: PrivacyPlan, done: int) -> None:
-        super().__init__(plan, done)
-        self._display = display
-
-    def advance(self, statistics: StepStatistics) -> float | None:
-        """See `TrainingBar`."""
-        self._display.advance(1)
-        return super().advance(statistics)
+        yield TrainingBar(plan, done, on_step=lambda: self.advance(1))

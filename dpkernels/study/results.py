@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
@@ -45,10 +45,9 @@ def risk_of(plan: PrivacyPlan, dimension: int, observations: int) -> Risk:
     """
     kappa = 1 / plan.patients
     if plan.noise_multiplier == 0:
-        seen = (
-            -math.expm1(plan.steps * math.log1p(-plan.sample_rate)) if plan.sample_rate < 1 else 1
-        )
-        success = 1 - (1 - seen) * (1 - kappa)
+        q = plan.sample_rate
+        unseen = math.exp(plan.steps * math.log1p(-q)) if q < 1 else 0.0
+        success = 1 - unseen * (1 - kappa)
         return Risk(success, success, 1.0, 1.0)
     worst_case, relaxed = (
         rero_bound(
@@ -169,50 +168,36 @@ def budget(epsilon: float) -> str:
     return text if epsilon >= 1000 and float(text) == epsilon else f"{epsilon:g}"
 
 
-def columns(metric: str, adversaries: dict[str, str]) -> list[str]:
-    """Titles of the table.
+def table(
+    rows: Sequence[Row], metric: str, adversaries: Mapping[str, str]
+) -> tuple[list[str], list[list[str]]]:
+    """Titles and values of the table, as text; the same for every format.
 
     Args:
+        rows: at least one, by rising budget.
         metric: name of the utility.
         adversaries: key to title.
     """
-    return [
-        "epsilon",
-        "noise multiplier",
-        "epsilon, tight",
-        metric,
-        "spread",
-        "worst case, at most",
-        "relaxed, at most",
-        "NCC bound, one update",
-        "NCC bound, whole run",
-        *[f"NCC {title}" for title in adversaries.values()],
-        *[f"SSIM {title}" for title in adversaries.values()],
-        "NCC chance",
-    ]
-
-
-def table(rows: Sequence[Row], adversaries: Sequence[str]) -> list[list[str]]:
-    """The values under `columns`, as text; the same for every format."""
-    return [
-        [
-            budget(row.epsilon),
-            f"{row.noise_multiplier:.3g}",
-            budget(row.epsilon_tight)
+    lines = [
+        {
+            "epsilon": budget(row.epsilon),
+            "noise multiplier": f"{row.noise_multiplier:.3g}",
+            "epsilon, tight": budget(row.epsilon_tight)
             if math.isinf(row.epsilon_tight)
             else f"{row.epsilon_tight:.3g}",
-            f"{row.utility:.3f}",
-            "-" if row.spread is None else f"{row.spread:.3f}",
-            f"{row.risk.worst_case:.3g}",
-            f"{row.risk.relaxed:.3g}",
-            f"{row.risk.ncc_update:.3f}",
-            f"{row.risk.ncc_run:.3f}",
-            *[f"{row.attacks[name].ncc:.3f}" for name in adversaries],
-            *[f"{row.attacks[name].ssim:.3f}" for name in adversaries],
-            f"{max(row.attacks[name].chance_ncc for name in adversaries):.3f}",
-        ]
+            metric: f"{row.utility:.3f}",
+            "spread": "-" if row.spread is None else f"{row.spread:.3f}",
+            "worst case, at most": f"{row.risk.worst_case:.3g}",
+            "relaxed, at most": f"{row.risk.relaxed:.3g}",
+            "NCC bound, one update": f"{row.risk.ncc_update:.3f}",
+            "NCC bound, whole run": f"{row.risk.ncc_run:.3f}",
+            **{f"NCC {title}": f"{row.attacks[k].ncc:.3f}" for k, title in adversaries.items()},
+            **{f"SSIM {title}": f"{row.attacks[k].ssim:.3f}" for k, title in adversaries.items()},
+            "NCC chance": f"{max(row.attacks[key].chance_ncc for key in adversaries):.3f}",
+        }
         for row in rows
     ]
+    return list(lines[0]), [list(line.values()) for line in lines]
 
 
 def to_csv(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

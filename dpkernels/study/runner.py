@@ -21,18 +21,18 @@ from dpkernels.study.campaign import (
     guess_without_model,
     participations,
 )
+from dpkernels.study.options import BUDGETS, budgets
 from dpkernels.study.progress import StudyDisplay
 from dpkernels.study.verdict import Verdict, conclude
 from dpkernels.training.config import RunConfig
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.privacy import PrivacyPlan
 from dpkernels.training.run_folder import RunFolder, steps_begun
-from dpkernels.training.settings import merge
-from dpkernels.training.trainer import Exposed, Trainer
+from dpkernels.training.settings import merge, require
+from dpkernels.training.trainer import Exposed, Trainer, TrainingResult
 
 _ATTACK_WEIGHT = 0.05
 _CHECKPOINTS = 20
-PAPER_BUDGETS = (1.0, 8.0, 1e3, 1e6, 1e9, 1e12, 1e15, math.inf)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class StudySettings:
         adversaries: keys of `campaign.ADVERSARIES`.
     """
 
-    epsilons: tuple[float, ...] = PAPER_BUDGETS
+    epsilons: tuple[float, ...] = budgets(BUDGETS)
     accountant: str = "rdp"
     seeds: int = 1
     patients: int = 8
@@ -56,7 +56,7 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         accountants = guaranteeing()
-        faults = {
+        rules = {
             "epsilons": (
                 bool(self.epsilons) and all(e > 0 for e in self.epsilons),
                 "positive numbers or inf, separated by commas",
@@ -69,9 +69,8 @@ class StudySettings:
                 f"some of {', '.join(ADVERSARIES)}",
             ),
         }
-        for name, (right, expected) in faults.items():
-            if not right:
-                raise ValueError(f"{name} must be {expected}; got {getattr(self, name)!r}")
+        for name, (right, expected) in rules.items():
+            require(right, name, getattr(self, name), expected)
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -134,15 +133,13 @@ class Study:
         """
         for epsilon in self.settings.budgets:
             if epsilon not in self._plans:
-                private: dict[str, Any] = {"enabled": False}
-                if math.isfinite(epsilon):
-                    private = {
-                        "enabled": True,
-                        "epsilon": epsilon,
-                        "noise_multiplier": None,
-                        "accountant": self.settings.accountant,
-                    }
-                trainer = self._make(self._cells / "plan", {"privacy": private}, None)
+                privacy = {
+                    "enabled": math.isfinite(epsilon),
+                    "epsilon": epsilon,
+                    "noise_multiplier": None,
+                    "accountant": self.settings.accountant,
+                }
+                trainer = self._make(self._cells / "plan", {"privacy": privacy}, None)
                 self._plans[epsilon] = trainer.planned()
         return self._plans
 
@@ -166,57 +163,45 @@ class Study:
         each = steps + attack * len(self.settings.adversaries)
         with StudyDisplay(self._console, each * len(cells)) as display:
             for number, (epsilon, seed) in enumerate(cells, 1):
-                if self._result(epsilon, seed).exists():
+                cell = self._cell(epsilon, seed)
+                if (cell / "study.json").exists():
                     display.advance(each, skipped=True)
                     continue
                 place = f"run {number} of {len(cells)}: epsilon {results.budget(epsilon)}"
                 display.title(f"{place}, training")
-                self._do_cell(
-                    epsilon,
-                    seed,
-                    display,
-                    lambda text, place=place: display.title(f"{place}, {text}"),  # type: ignore[misc]
-                    lambda share: display.advance(share * attack),
-                )
+                trainer = self._make(cell, self._changes(epsilon, seed), display)
+                result = trainer.finished()
+                if result is None:
+                    result = trainer.fit(resume=steps_begun(trainer.folder.ledger) > 0)
+                else:
+                    display.advance(steps, skipped=True)
+                display.title(f"{place}, attack")
+                found = self._attack(trainer, result, lambda done: display.advance(done * attack))
+                found |= {"epsilon": epsilon, "seed": seed}
+                RunFolder(cell).write_json("study.json", found)
 
-    def _do_cell(
-        self,
-        epsilon: float,
-        seed: int,
-        display: StudyDisplay,
-        title: Callable[[str], None],
-        attacked: Callable[[float], None],
-    ) -> None:
-        folder = self._cell(epsilon, seed)
-        trainer = self._make(folder, self._changes(epsilon, seed), display)
-        result = trainer.finished()
-        if result is None:
-            result = trainer.fit(resume=steps_begun(trainer.folder.ledger) > 0)
-        else:
-            display.advance(self._config.training.steps, skipped=True)
-        title("attack")
+    def _attack(
+        self, trainer: Trainer, result: TrainingResult, on_progress: Callable[[float], None]
+    ) -> dict[str, Any]:
+        """Attack a finished run; returns what is stored of it."""
         began = time.monotonic()
-        plan, exposed = trainer.plan(), trainer.exposed(self.settings.patients)
-        found = attack_run(exposed, plan, self.settings.adversaries, attacked)
-        pictures.save_sections(found, exposed, folder / "sections.npz")
-        RunFolder(folder).write_json(
-            "study.json",
-            {
-                **_attacked(plan, exposed, found),
-                "epsilon": epsilon,
-                "seed": seed,
-                "epsilon_tight": plan.epsilon(accountant="tight"),
-                "utility": result.utility,
-                "metric": result.metric,
-                "summary": result.summary,
-                "plan": plan.to_dict(),
-                "environment": trainer.folder.read_json("env.json"),
-                "seconds": {
-                    "training": round(sum(read_metrics(trainer.folder.metrics_csv)["seconds"]), 1),
-                    "attacks": round(time.monotonic() - began, 1),
-                },
+        folder, plan = trainer.folder, trainer.plan()
+        exposed = trainer.exposed(self.settings.patients)
+        found = attack_run(exposed, plan, self.settings.adversaries, on_progress)
+        pictures.save_sections(found, exposed, folder.root / "sections.npz")
+        return {
+            **_attacked(plan, exposed, found),
+            "epsilon_tight": plan.epsilon(accountant="tight"),
+            "utility": result.utility,
+            "metric": result.metric,
+            "summary": result.summary,
+            "plan": plan.to_dict(),
+            "environment": folder.read_json("env.json"),
+            "seconds": {
+                "training": round(sum(read_metrics(folder.metrics_csv)["seconds"]), 1),
+                "attacks": round(time.monotonic() - began, 1),
             },
-        )
+        }
 
     def _report(self, cells: list[tuple[float, int]]) -> StudyReport:
         stored = [RunFolder(self._cell(*cell)).read_json("study.json") for cell in cells]
@@ -224,7 +209,7 @@ class Study:
         titles = {name: ADVERSARIES[name].title for name in self.settings.adversaries}
         metric, plan = stored[0]["metric"], PrivacyPlan(**stored[0]["plan"])
         verdict = conclude(rows, metric, titles, plan.unit)
-        head, body = results.columns(metric, titles), results.table(rows, list(titles))
+        head, body = results.table(rows, metric, titles)
         folder = RunFolder(self.root)
         folder.write_text("table.csv", results.to_csv(head, body))
         folder.write_text("table.md", results.to_markdown(head, body))
@@ -236,12 +221,15 @@ class Study:
                 "verdict": asdict(verdict),
             },
         )
-        shown = {
-            epsilon: pictures.load_sections(self._cell(epsilon, 0) / "sections.npz")
-            for epsilon, seed in cells
-            if seed == 0
-        }
-        pictures.draw_grid(rows, shown, titles, self.root / "grid.png")
+        shown = [
+            (results.budget(e), pictures.load_sections(self._cell(e, 0) / "sections.npz"))
+            for e in self.settings.budgets
+        ]
+        heading = (
+            f"By epsilon: the record that the attack '{next(iter(titles.values()))}' rebuilt best, "
+            "and what each attack made of it"
+        )
+        pictures.draw_grid(shown, titles, self.root / "grid.png", heading)
         pictures.draw_curves(rows, metric, titles, self.root / "curves.png")
         folder.write_text(
             "report.html",
@@ -301,9 +289,6 @@ class Study:
 
     def _cell(self, epsilon: float, seed: int) -> Path:
         return self._cells / f"epsilon-{results.budget(epsilon)}-seed{seed}"
-
-    def _result(self, epsilon: float, seed: int) -> Path:
-        return self._cell(epsilon, seed) / "study.json"
 
 
 def _differences(stored: Any, wanted: Any, path: str = "") -> list[str]:

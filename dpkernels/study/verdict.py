@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from dpkernels.study.results import Row, budget
 
@@ -63,17 +64,13 @@ def conclude(rows: Sequence[Row], metric: str, titles: Mapping[str, str], unit: 
         *_worst_case(found, private, titles, unit),
         *_prior(rows, unit),
     ]
-    return Verdict(kept_from, hidden_to, tuple(sentences))
+    return replace(found, sentences=tuple(sentences))
 
 
 def _last_of_run(rows: Sequence[Row], holds: Callable[[Row], bool]) -> float | None:
     """The budget of the last row before `holds` fails for the first time."""
-    last = None
-    for row in rows:
-        if not holds(row):
-            break
-        last = row.epsilon
-    return last
+    held = list(takewhile(holds, rows))
+    return held[-1].epsilon if held else None
 
 
 def _at_chance(row: Row, adversary: str) -> bool:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from monai.transforms import Compose, Randomizable
+from monai.utils import convert_to_tensor
 
 from dpkernels.training.targets import instantiate
-
-
-class Augmentation(Protocol):
-    """A MONAI dictionary transform with random state."""
-
-    def set_random_state(self, seed: int | None = None) -> Any:
-        """Fix what the next call draws."""
-
-    def __call__(self, data: Any, /) -> Any:
-        """Transform the values of a dictionary."""
 
 
 class RandTurnd(Randomizable):
@@ -39,7 +30,7 @@ class RandTurnd(Randomizable):
         return {**data, **{key: t.flip(2) if mirrored else t for key, t in turned.items()}}
 
 
-def build_augmentation(blocks: Sequence[dict[str, Any]]) -> Augmentation | None:
+def build_augmentation(blocks: Sequence[dict[str, Any]]) -> Compose | None:
     """The transforms of `data.augmentations`, one after the other; None without any.
 
     Raises:
@@ -51,13 +42,9 @@ def build_augmentation(blocks: Sequence[dict[str, Any]]) -> Augmentation | None:
 
 
 def augmented(
-    augment: Augmentation, sample: dict[str, torch.Tensor], rng: np.random.Generator
+    augment: Compose, sample: dict[str, torch.Tensor], rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
     """A sample after the transforms, as plain tensors; `rng` decides what they draw."""
     augment.set_random_state(seed=int(rng.integers(2**31)))
     result = augment(sample)
-    return {key: _plain(result[key]) for key in sample}
-
-
-def _plain(value: Any) -> torch.Tensor:
-    return value.as_tensor() if hasattr(value, "as_tensor") else torch.as_tensor(value)
+    return {key: convert_to_tensor(result[key]) for key in sample}

@@ -9,6 +9,8 @@ from torch import nn
 
 from dpkernels.training.targets import instantiate
 
+#: greatest relative difference between the loss of several rows and the mean over single rows
+_TOLERANCE = 1e-4
 _SUSPECTS = {
     "batch": "batch=True computes one overlap for the whole batch; use batch=False",
     "weight": "class weights normalise by the weight sum of the batch; leave weight out",
@@ -25,7 +27,6 @@ def check_decomposable(
     block: dict[str, Any],
     *,
     hint: str = "",
-    tolerance: float = 1e-4,
 ) -> None:
     """Compare the loss of several rows, and its gradient, with the mean of single-row losses.
 
@@ -39,7 +40,6 @@ def check_decomposable(
         label: [rows, ...], made up; the rows must differ in what a mixing loss could see.
         block: what the criterion was built from.
         hint: what a criterion that fails may need.
-        tolerance: greatest relative difference.
 
     Raises:
         ValueError: the criterion mixes rows, sums over them or does not return a scalar; the
@@ -57,7 +57,7 @@ def check_decomposable(
         float((together - mean).abs() / mean.abs().clamp_min(1e-12)),
         float((joint - gradient).norm() / gradient.norm().clamp_min(1e-12)),
     )
-    if not error <= tolerance:
+    if not error <= _TOLERANCE:
         raise ValueError(
             f"loss: {block['_target_']} is not a mean over rows: on {rows} rows at once it "
             f"differs from the mean over single rows by {error:.2g} (relative), so a patient's own "
@@ -99,19 +99,14 @@ def _value_and_gradient(
 
 
 def _advice(block: dict[str, Any]) -> str:
-    harmless = {None, False, "mean"}
     guilty = [
         advice
         for key, advice in _SUSPECTS.items()
-        if key in block
-        and not (isinstance(block[key], (str, bool)) and block[key] in harmless)
-        and block[key] is not None
+        if block.get(key) not in (None, "mean") and block[key] is not False
     ]
+    if guilty:
+        return f"Likely cause: {'; '.join(guilty)}."
     return (
-        "Likely cause: " + "; ".join(guilty) + "."
-        if guilty
-        else (
-            "Use a loss that averages over rows, such as torch.nn.CrossEntropyLoss, "
-            "monai.losses.DiceCELoss or DiceFocalLoss."
-        )
+        "Use a loss that averages over rows, such as torch.nn.CrossEntropyLoss, "
+        "monai.losses.DiceCELoss or DiceFocalLoss."
     )

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.ndimage import uniform_filter1d
 
 from dpkernels.training.privacy import PrivacyPlan
 
@@ -48,23 +49,17 @@ def draw_progress(
             alpha=1.0 if sparse else 0.45, marker="o" if known.sum() < 20 else None, ms=3,
         )  # fmt: skip
         if not sparse and known.sum() > 4:
-            axis.plot(steps[known], _running_mean(values[known]), color=colour, lw=2)
+            width = max(3, known.sum() // 15) | 1
+            mean = uniform_filter1d(values[known], width, mode="nearest")
+            axis.plot(steps[known], mean, color=colour, lw=2)
         axis.set_title(title, fontsize=10, color=_INK, loc="left")
         axis.set_xlabel("step", fontsize=9, color=_INK)
         axis.set_xlim(0, plan.steps)
-        top = 1.05 if column in ("clipped_fraction", "validation") else None
-        axis.set_ylim(0, top)
+        axis.set_ylim(0, 1.05 if column in ("clipped_fraction", "validation") else None)
         axis.grid(color=_FAINT, lw=0.5, alpha=0.6)
         axis.tick_params(labelsize=8, colors=_INK)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        axis.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    width = max(3, len(values) // 15) | 1
-    padded = np.pad(values, width // 2, mode="edge")
-    return np.convolve(padded, np.ones(width) / width, mode="valid")
 
 
 def save_figure(figure: Figure, path: Path, *, tight: bool = True) -> None:

@@ -31,11 +31,10 @@ class MetricsLog:
     """
 
     def __init__(self, table: Path, tensorboard: Path) -> None:
-        new = not table.exists()
         self._file = table.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._events = SummaryWriter(str(tensorboard))
-        if new:
+        if not self._file.tell():
             self._writer.writeheader()
 
     def write(self, row: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -105,9 +106,14 @@ class TrainingLoop:
                 while ledger.count < self._plan.steps:
                     began = time.monotonic()
                     self._steps = ledger.begin()
-                    row = self._step(loss_of_rows)
-                    row["seconds"] = round(time.monotonic() - began, 4)
-                    row["epsilon"] = bar.advance(row.pop("statistics"))
+                    statistics = self._step(loss_of_rows)
+                    row = {
+                        "step": self._steps,
+                        **asdict(statistics),
+                        "learning_rate": self._update.optimizer.param_groups[0]["lr"],
+                        "seconds": round(time.monotonic() - began, 4),
+                        "epsilon": bar.advance(statistics),
+                    }
                     every = self._config.validate_every
                     if every and self._steps % every == 0:
                         row["validation"] = validate()
@@ -126,27 +132,19 @@ class TrainingLoop:
             self._folder.save_checkpoint("ema.pt", {"model": self.average.weights(self._network)})
         return self._update.steps_counted
 
-    def _step(self, loss_of_rows: LossOfRows) -> dict[str, Any]:
+    def _step(self, loss_of_rows: LossOfRows) -> StepStatistics:
         self._dataset.step = self._steps
         rate = self._rate * _schedule(self._config.schedule, self._steps - 1, self._plan.steps)
         for group in self._update.optimizer.param_groups:
             group["lr"] = rate
-        statistics: StepStatistics = self._update.step(loss_of_rows)
+        statistics = self._update.step(loss_of_rows)
         if statistics.loss is not None and not math.isfinite(statistics.loss):
             raise FloatingPointError(
                 f"the loss is {statistics.loss} at step {self._steps}; lower the learning rate, or "
                 "look for extreme intensities in the images"
             )
         self.average.update(self._network)
-        return {
-            "step": self._steps,
-            "loss": statistics.loss,
-            "clipped_fraction": statistics.clipped,
-            "median_norm": statistics.median_norm,
-            "patients": statistics.patients,
-            "learning_rate": rate,
-            "statistics": statistics,
-        }
+        return statistics
 
     def _checkpoint_due(self, elapsed: float) -> bool:
         every = self._config.checkpoint_every

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
 
     from dpkernels.training.config import RunConfig
@@ -57,7 +55,7 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")
 ]
 
-#: what PlainErrors says after Ctrl-C
+#: what `terminal` says after Ctrl-C
 RESUME = "If steps were taken: the same command, with --resume and --out RUN, continues the run."
 AGAIN = "Started again in the same way, it goes on where it stopped."
 
@@ -72,15 +70,12 @@ def privacy_changes(
     Raises:
         ValueError: two that exclude each other.
     """
-    given = [
-        name
-        for name, value in (
-            ("--epsilon", epsilon),
-            ("--noise-multiplier", noise_multiplier),
-            ("--non-private", non_private or None),
-        )
-        if value is not None
-    ]
+    options = {
+        "--epsilon": epsilon,
+        "--noise-multiplier": noise_multiplier,
+        "--non-private": non_private or None,
+    }
+    given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
     changes: dict[str, Any] = {"privacy.delta": delta, "privacy.epsilon": epsilon}
@@ -147,13 +142,6 @@ def common_changes(
     }
 
 
-def console() -> Console:
-    """The terminal, or whatever stands in its place; of torchrun's processes the first has it."""
-    from rich.console import Console
-
-    return Console(quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0")
-
-
 def display(console: Console) -> ConsoleDisplay:
     """Bars on the terminal, lines elsewhere."""
     from dpkernels.training.progress import ConsoleDisplay
@@ -162,51 +150,46 @@ def display(console: Console) -> ConsoleDisplay:
 
 
 @contextlib.contextmanager
-def writing(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """What surrounds a command that writes a data set: yields what counts one item as written."""
-    terminal = console()
-    with PlainErrors(terminal), display(terminal).counting(title, total) as advance:
-        yield advance
+def terminal(go_on: str = "", console: Console | None = None) -> Iterator[Console]:
+    """The terminal during a command: faults of the user's input end in one line and exit code 2.
 
-
-class PlainErrors:
-    """Faults of the user's input end in one line and exit code 2; warnings are one line each.
+    A warning is one line. Of torchrun's processes only the first prints.
 
     Args:
-        console: where to say so.
         go_on: what to do after Ctrl-C, where something can be continued.
+        console: what stands in the terminal's place.
     """
+    if console is None:
+        from rich.console import Console
 
-    def __init__(self, console: Console, go_on: str = "") -> None:
-        self._console = console
-        self._go_on = go_on
-
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.showwarning = self._warn
-
-    def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
-        self._console.print(
-            f"Warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        console = Console(
+            quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
         )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._warnings.__exit__(kind, error, trace)
-        if isinstance(error, (ValueError, OSError, FloatingPointError)):
-            self._console.quiet = False
-            self._console.print(
-                f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-            )
+    def say(text: str, style: str) -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        say(f"Warning: {message}", "yellow")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = warn
+        try:
+            yield console
+        except (ValueError, OSError, FloatingPointError) as error:
+            console.quiet = False
+            say(f"Error: {error}", "red")
             raise typer.Exit(2) from error
-        if isinstance(error, KeyboardInterrupt):
-            self._console.print(f"Stopped. {self._go_on}".rstrip(), soft_wrap=True)
+        except KeyboardInterrupt as error:
+            console.print(f"Stopped. {go_on}".rstrip(), soft_wrap=True)
             raise typer.Exit(130) from error
+
+
+@contextlib.contextmanager
+def writing(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """What surrounds a command that writes a data set: yields what counts one item as written."""
+    with terminal() as console, display(console).counting(title, total) as advance:
+        yield advance
 
 
 def print_report(console: Console, trainer: Trainer) -> None:

@@ -154,18 +154,20 @@ def check_patients_do_not_mix(
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What one step shows. Loss, norms and clipped share are NOT covered by the guarantee.
+    """What one step shows, under the names that metrics.csv has for it.
+
+    Loss, norms and clipped share are NOT covered by the guarantee.
 
     Attributes:
         patients: drawn patients; 0 for an empty Poisson batch.
         loss: mean over the drawn patients; None for an empty batch.
-        clipped: share of the drawn patients whose gradient was clipped; None when unknown.
+        clipped_fraction: share of the drawn patients whose gradient was clipped; None when unknown.
         median_norm: median gradient norm over the drawn patients; None when unknown.
     """
 
     patients: int
     loss: float | None = None
-    clipped: float | None = None
+    clipped_fraction: float | None = None
     median_norm: float | None = None
 
 
@@ -226,16 +228,16 @@ class PrivateUpdate(Update):
         plan, network = self.plan, self.model
         self._engine = PrivacyEngine(accountant=plan.accountant)
         several = processes.world_size > 1
+        seed = plan.insecure_fixed_noise  # None: the engine's own noise, keyed by the system
+        noise = None if seed is None else torch.Generator().manual_seed(seed)
         self.model, self.optimizer, loader = self._engine.make_private(
             module=DifferentiallyPrivateDistributedDataParallel(network) if several else network,
             optimizer=self.optimizer,
-            data_loader=patient_batches(
-                dataset, plan.sample_rate, plan.insecure_fixed_noise, processes
-            ),
+            data_loader=patient_batches(dataset, plan.sample_rate, seed, processes),
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             poisson_sampling=False,  # the batches are Poisson already, from better entropy
-            noise_generator=_noise_generator(plan),
+            noise_generator=noise,
             views_per_sample=plan.views_per_patient,
         )
         return loader
@@ -332,10 +334,3 @@ class PlainUpdate(Update):
         """Restore what `state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_counted = state["steps"]
-
-
-def _noise_generator(plan: PrivacyPlan) -> torch.Generator | None:
-    """None: the engine's own, keyed by the operating system."""
-    if plan.insecure_fixed_noise is None:
-        return None
-    return torch.Generator().manual_seed(plan.insecure_fixed_noise)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,28 +55,26 @@ class TrainingProcesses:
         torch.cuda.set_device(device)
         return device
 
-    def own_folder(self, folder: RunFolder, resume: bool) -> RunFolder:
-        """The run folder for the first process, a passing copy of it for each other one.
+    @contextlib.contextmanager
+    def own_folder(self, folder: RunFolder, resume: bool) -> Iterator[RunFolder]:
+        """The run folder for the first process; for each other one a copy, removed after the block.
 
         Args:
             folder: the run's.
             resume: whether there is something to copy.
         """
-        if self.world_size == 1:
-            return folder
-        dist.barrier()  # what the first process wrote before is whole
-        own = folder
-        if not self.first:
-            own = RunFolder(Path(tempfile.mkdtemp(prefix="dpkernels-")) / "run")
-            if resume and folder.config.is_file():
-                shutil.copytree(folder.root, own.root)
-        dist.barrier()
-        return own
-
-    def leave(self, folder: RunFolder) -> None:
-        """Remove the copy that :meth:`own_folder` made."""
-        if not self.first:
-            shutil.rmtree(folder.root.parent)
+        if self.world_size > 1:
+            dist.barrier()  # what the first process wrote before is whole
+        with contextlib.ExitStack() as passing:
+            if not self.first:
+                place = passing.enter_context(tempfile.TemporaryDirectory(prefix="dpkernels-"))
+                own = RunFolder(Path(place) / "run")
+                if resume and folder.config.is_file():
+                    shutil.copytree(folder.root, own.root)
+                folder = own
+            if self.world_size > 1:
+                dist.barrier()
+            yield folder
 
     def from_first(self, value: Any) -> Any:
         """What the first process gives, in every process."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -33,10 +32,14 @@ class TrainingBar:
     Args:
         plan: privacy of the run.
         done: steps taken before.
+        on_step: called after each step.
     """
 
-    def __init__(self, plan: PrivacyPlan, done: int) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, done: int, on_step: Callable[[], None] = lambda: None
+    ) -> None:
         self._plan = plan
+        self._on_step = on_step
         self._steps = done
         self._next = 0.0
         self.latest: float | None = None
@@ -44,6 +47,7 @@ class TrainingBar:
     def advance(self, statistics: StepStatistics) -> float | None:
         """Count one more step; epsilon when it was computed for this step, else None."""
         self._steps += 1
+        self._on_step()
         began = time.monotonic()
         last = self._steps == self._plan.steps
         if not self._plan.enabled or (began < self._next and not last):
@@ -53,31 +57,21 @@ class TrainingBar:
         return self.latest
 
 
-class Display(Protocol):
-    """Where progress goes."""
-
-    def counting(self, title: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """A bar over `total` items; yields the function that advances it."""
-
-    def training(self, plan: PrivacyPlan, done: int) -> AbstractContextManager[TrainingBar]:
-        """A bar over the planned steps, of which `done` are taken."""
-
-
-class SilentDisplay:
-    """Shows nothing."""
+class Display:
+    """Where progress goes: the base class of all displays, which shows nothing."""
 
     @contextlib.contextmanager
     def counting(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """See `Display`."""
+        """A bar over `total` items; yields the function that advances it."""
         yield lambda: None
 
     @contextlib.contextmanager
     def training(self, plan: PrivacyPlan, done: int) -> Iterator[TrainingBar]:
-        """See `Display`."""
+        """A bar over the planned steps, of which `done` are taken."""
         yield TrainingBar(plan, done)
 
 
-class ConsoleDisplay:
+class ConsoleDisplay(Display):
     """Bars on a terminal; a line every ten seconds where there is none."""
 
     def __init__(self, console: Console) -> None:
@@ -99,18 +93,27 @@ class ConsoleDisplay:
             yield _ConsoleTrainingBar(self._console, progress, plan, done)
 
     def _progress(self) -> Progress:
-        return Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        return bars(self._console, MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
+
+
+def bars(console: Console | None, *counts: ProgressColumn) -> Progress:
+    """Bars with the time taken and left; shown on terminals only.
+
+    Args:
+        console: where to; None: nowhere.
+        *counts: columns that say how far a bar has come.
+    """
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        *counts,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None or not console.is_terminal,
+    )
 
 
 class _ConsoleTrainingBar(TrainingBar):
@@ -127,7 +130,7 @@ class _ConsoleTrainingBar(TrainingBar):
         """See `TrainingBar`."""
         epsilon = super().advance(statistics)
         self._loss = _smooth(self._loss, statistics.loss)
-        self._clipped = _smooth(self._clipped, statistics.clipped)
+        self._clipped = _smooth(self._clipped, statistics.clipped_fraction)
         shown = self._text()
         self._progress.update(self._task, advance=1, shown=shown)
         now = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -68,7 +69,7 @@ class PrivacyReport:
         """The same for a reader, for privacy_report.md."""
         parts = ["# Privacy report", "", *self._reading(), "", "## Numbers", "", *self._table()]
         if self.risk is not None:
-            parts += ["", _one_level_down(self.risk.to_markdown())]
+            parts += ["", re.sub("^#", "##", self.risk.to_markdown(), flags=re.MULTILINE)]
         parts += ["", "## Not covered by the guarantee", ""]
         parts += [f"- {text}" for text in self.by_products]
         if self.notes:
@@ -150,14 +151,15 @@ def build_report(
         dimension: values in one view of a patient (voxels times modalities).
     """
     clipped = [value for value in columns["clipped_fraction"] if math.isfinite(value)]
+    guaranteed = plan.enabled and plan.insecure_fixed_noise is None
     return PrivacyReport(
         plan=plan,
         steps=steps,
         epsilon=plan.epsilon(steps),
         epsilon_rdp=_epsilon_rdp(plan, steps),
-        membership=_membership_success(plan, steps),
+        membership=_membership_success(plan, steps) if guaranteed else None,
         clipped_fraction=fmean(clipped) if clipped else None,
-        risk=_risk(plan, steps, dimension),
+        risk=_risk(plan, steps, dimension) if guaranteed and plan.patients > 1 else None,
         by_products=(*_by_products(config, plan.unit), *by_products),
         notes=tuple(notes),
     )
@@ -170,10 +172,8 @@ def _epsilon_rdp(plan: PrivacyPlan, steps: int) -> float | None:
         return None
 
 
-def _risk(plan: PrivacyPlan, steps: int, dimension: int) -> RiskReport | None:
+def _risk(plan: PrivacyPlan, steps: int, dimension: int) -> RiskReport:
     """Bounds on matching and reconstruction; the prior is one among the training patients."""
-    if not plan.enabled or plan.insecure_fixed_noise is not None or plan.patients < 2:
-        return None
     return risk_report(
         noise_multiplier=plan.noise_multiplier,
         sample_rate=plan.sample_rate,
@@ -182,10 +182,6 @@ def _risk(plan: PrivacyPlan, steps: int, dimension: int) -> RiskReport | None:
         dataset_size=plan.patients,
         dimension=dimension,
     )
-
-
-def _one_level_down(markdown: str) -> str:
-    return "\n".join(f"#{line}" if line.startswith("#") else line for line in markdown.split("\n"))
 
 
 def _by_products(config: RunConfig, unit: str) -> tuple[str, ...]:
@@ -208,15 +204,13 @@ def _by_products(config: RunConfig, unit: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _membership_success(plan: PrivacyPlan, steps: int) -> float | None:
+def _membership_success(plan: PrivacyPlan, steps: int) -> float:
     """An upper bound on the share of right guesses about one patient's participation.
 
     The trade-off function f is convex and symmetric, so a guess by a fair coin errs least where
     alpha = f(alpha); every alpha with f(alpha) >= alpha lies below that point, and 1 - alpha above
     the share of right guesses (docs/math.md, section 5).
     """
-    if not plan.enabled or plan.insecure_fixed_noise is not None:
-        return None
     low, high = _LEAST_ERROR, 0.5
     if not _misses(plan, steps, low) >= low:
         return 1.0

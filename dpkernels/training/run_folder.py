@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import platform
 import sys
@@ -114,13 +113,12 @@ class RunFolder:
 
     def write_yaml(self, name: str, values: dict[str, Any]) -> None:
         """Write a mapping as YAML, atomically."""
-        with atomic(self.root / name) as path:
-            path.write_text(yaml.safe_dump(values, sort_keys=False))
+        self.write_text(name, yaml.safe_dump(values, sort_keys=False))
 
     def write_json(self, name: str, values: Any) -> None:
         """Write plain values as JSON, atomically; NaN and infinities become null."""
-        with atomic(self.root / name) as path:
-            path.write_text(json.dumps(finite(values), indent=1) + "\n")
+        finite = json.loads(json.dumps(values), parse_constant=lambda _: None)
+        self.write_text(name, json.dumps(finite, indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write text, atomically."""
@@ -145,18 +143,6 @@ class RunFolder:
                 f"cannot write {self.checkpoints / name}: {error}. The previous checkpoint is "
                 "whole; make room and continue with --resume"
             ) from error
-
-    def load_checkpoint(self) -> dict[str, Any]:
-        """The state in `checkpoints/last.pt`.
-
-        Raises:
-            ValueError: there is none, or it cannot be read.
-        """
-        return load_checkpoint(self.last)
-
-    def load_weights(self) -> dict[str, Any]:
-        """The averaged weights where there are some, else those of `load_checkpoint`."""
-        return load_checkpoint(self.average) if self.average.exists() else self.load_checkpoint()
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -245,15 +231,6 @@ def atomic(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def finite(value: Any) -> Any:
-    """Nested plain values with NaN and infinities replaced by None."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment(device: torch.device) -> dict[str, Any]:

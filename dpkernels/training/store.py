@@ -8,9 +8,10 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from monai.transforms import Compose
 from torch.utils.data import Dataset
 
-from dpkernels.training.augment import Augmentation, augmented
+from dpkernels.training.augment import augmented
 from dpkernels.training.cohort import Cohort, Identified, Record
 from dpkernels.training.config import DatasetConfig
 from dpkernels.training.reading import for_each
@@ -89,7 +90,7 @@ class PatientDataset(Dataset):
         self,
         patients: Sequence[str],
         store: RecordStore,
-        augment: Augmentation | None,
+        augment: Compose | None,
         seed: int,
     ) -> None:
         self.patients = list(patients)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.networks.utils import eval_mode
 from torch import nn
+
+from dpkernels.training.run_folder import load_checkpoint
+
+#: evaluation mode and no gradients in the block, the previous mode after it
+evaluating = eval_mode
 
 
 def instantiate(block: dict[str, Any], name: str) -> Any:
@@ -55,33 +60,17 @@ def build_model(
     return network
 
 
-def load_weights(network: nn.Module, state: Mapping[str, Any], path: str) -> None:
+def load_weights(network: nn.Module, path: str) -> None:
     """Start from the weights of a checkpoint.
 
-    Args:
-        network: in place.
-        state: the checkpoint.
-        path: of the checkpoint, for the error.
-
     Raises:
-        ValueError: the checkpoint is of another network.
+        ValueError: no checkpoint, or one of another network.
     """
+    state = load_checkpoint(path)
     try:
         network.load_state_dict(state["model"])
     except RuntimeError as error:
         raise ValueError(f"training.init_from: {path} is of another network: {error}") from None
-
-
-@contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients in the block, the previous mode after it."""
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        network.train(training)
 
 
 def build_optimizer(

@@ -17,7 +17,7 @@ from dpkernels.training.logs import read_metrics
 from dpkernels.training.loop import TrainingLoop, rows_loss
 from dpkernels.training.privacy import PrivacyPlan, check_patients_do_not_mix, plan_privacy
 from dpkernels.training.processes import ALONE, TrainingProcesses
-from dpkernels.training.progress import Display, SilentDisplay
+from dpkernels.training.progress import Display
 from dpkernels.training.report import PrivacyReport, build_report
 from dpkernels.training.run_folder import RunFolder, environment, load_checkpoint, steps_begun
 from dpkernels.training.settings import load_yaml
@@ -55,14 +55,12 @@ class Exposed:
         labels: [n, ...], theirs.
         network: with the run's weights.
         criterion: called as criterion(network(images), labels); a mean over rows.
-        unit: what one record is: "patient", "image".
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     network: nn.Module
     criterion: nn.Module
-    unit: str
 
 
 class Trainer(TrainerBase[Config, Store, Result]):
@@ -84,8 +82,10 @@ class Trainer(TrainerBase[Config, Store, Result]):
         self, config: Config, out: str | Path | None = None, display: Display | None = None
     ) -> None:
         self.config = config
-        self.folder = RunFolder(out or _default_run(config.preset))
-        self.display = display or SilentDisplay()
+        self.folder = RunFolder(
+            out or f"runs/{config.preset or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+        )
+        self.display = display or Display()
         self.device = resolve_device(config.training.device)
         self._split = {}
         self._processes = ALONE
@@ -118,31 +118,24 @@ class Trainer(TrainerBase[Config, Store, Result]):
         self._processes = TrainingProcesses.join()
         self.device = self._processes.own_device(self.device)
         if not self._processes.first:
-            self.display = SilentDisplay()
-        self.folder = self._processes.own_folder(self.folder, resume)
-        try:
-            result = self._fit(resume)
-        finally:
-            self._processes.leave(self.folder)
+            self.display = Display()
+        open_folder = RunFolder.open if resume else RunFolder.create
+        with self._processes.own_folder(self.folder, resume) as own:
+            self.folder = open_folder(own.root)
+            self.folder.check_writable()
+            with self.folder.claimed():
+                result = self._fit(resume)
         return self._processes.from_first(result)
 
     def _fit(self, resume: bool) -> TrainingResult | None:
-        """What `fit` does; the result in the first process only."""
-        open_folder = RunFolder.open if resume else RunFolder.create
-        self.folder = open_folder(self.folder.root)
-        self.folder.check_writable()
-        with self.folder.claimed():
-            return self._fit_in_folder(resume)
-
-    def _fit_in_folder(self, resume: bool) -> TrainingResult | None:
+        """What `fit` does in the folder; the result in the first process only."""
         store = self._store()
         network = self._build_network(self.config.training.seed).to(self.device)
         criterion = self._build_criterion()
         if start := self.config.training.init_from:
-            load_weights(network, load_checkpoint(start), start)
+            load_weights(network, start)
         select_trainable(network, self.config.training.train_layers)
-        self._split = self._split_patients()
-        plan = plan_privacy(self.config, len(self._split["train"]), store.folder.unit)
+        plan = self.planned()
         checkpoint = self._resumed(plan) if resume else None
         records = store.folder.records
         with self.display.counting(f"Reading and checking {store.record}s", len(records)) as read:
@@ -156,7 +149,7 @@ class Trainer(TrainerBase[Config, Store, Result]):
         steps = self._train(network, criterion, plan, checkpoint)
         if not self._processes.first:
             return None
-        summary = self._summary(self._evaluate())
+        summary = self._summary(self.evaluate())
         report = self._report(plan, steps)
         self.save_report(report)
         return self._result(summary, report)
@@ -223,7 +216,6 @@ class Trainer(TrainerBase[Config, Store, Result]):
             torch.stack([label[0] for _, label in rows]).to(self.device),
             self._trained_network(),
             self._build_criterion(),
-            self._store().folder.unit,
         )
 
     def _is_finished(self) -> bool:
@@ -248,7 +240,7 @@ class Trainer(TrainerBase[Config, Store, Result]):
                 "write its results again"
             )
         self.folder.metrics_json.unlink(missing_ok=True)  # of the weights so far
-        return self.folder.load_checkpoint() if self.folder.last.exists() else None
+        return load_checkpoint(self.folder.last) if self.folder.last.exists() else None
 
     def _train(
         self,
@@ -292,8 +284,3 @@ class Trainer(TrainerBase[Config, Store, Result]):
             data["notes"],
             math.prod(data["view"]),
         )
-
-
-def _default_run(preset: str) -> Path:
-    """runs/<preset>-<date>-<time>."""
-    return Path("runs") / f"{preset or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -15,7 +15,7 @@ from dpkernels.training.augment import build_augmentation
 from dpkernels.training.config import RunConfig
 from dpkernels.training.progress import Display
 from dpkernels.training.reading import split_patients
-from dpkernels.training.run_folder import RunFolder
+from dpkernels.training.run_folder import RunFolder, load_checkpoint
 from dpkernels.training.store import PatientDataset, RecordStore
 
 if TYPE_CHECKING:
@@ -50,7 +50,20 @@ class TrainerBase(ABC, Generic[Config, Store, Result]):
         """Evaluate the run's weights on its held-out patients; writes metrics.json, overlays."""
         self.folder.check_writable()
         self._split = self.folder.read_json("split.json")
-        return self._evaluate()
+        network, records = self._trained_network(), self._records_of("test")
+        self.folder.clear_overlays()
+        title = f"Evaluating held-out {self._store().record}s"
+        with self.display.counting(title, len(records)) as advance:
+            results = self._measure(network, records, advance, final=True)
+        self.folder.write_json(
+            "metrics.json",
+            {
+                "summary": self._summary(results),
+                "weights": "ema" if self.folder.average.exists() else "last",
+                "cases": [asdict(result) for result in results],
+            },
+        )
+        return results
 
     def predict(self, source: str | Path, target: str | Path) -> Sequence[Any]:
         """Apply the run's weights to new records; a task without this has no such command.
@@ -187,26 +200,9 @@ class TrainerBase(ABC, Generic[Config, Store, Result]):
         results = self._measure(network, records, lambda: None, final=False) if records else []
         return self._utility(self._summary(results)) if results else None
 
-    def _evaluate(self) -> list[Result]:
-        """Evaluate the run's weights on held-out patients; writes metrics.json and pictures."""
-        network, records = self._trained_network(), self._records_of("test")
-        self.folder.clear_overlays()
-        title = f"Evaluating held-out {self._store().record}s"
-        with self.display.counting(title, len(records)) as advance:
-            results = self._measure(network, records, advance, final=True)
-        self.folder.write_json(
-            "metrics.json",
-            {
-                "summary": self._summary(results),
-                "weights": "ema" if self.folder.average.exists() else "last",
-                "cases": [asdict(result) for result in results],
-            },
-        )
-        return results
-
     def _trained_network(self) -> nn.Module:
         """The network with the run's averaged weights, or its last ones where none are."""
-        state = self.folder.load_weights()
+        average, last = self.folder.average, self.folder.last
         network = self._build_network(seed=0)
-        network.load_state_dict(state["model"])
+        network.load_state_dict(load_checkpoint(average if average.exists() else last)["model"])
         return network.to(self.device)

@@ -96,7 +96,7 @@ def test_step_statistics_are_the_patients(cohort, tiny):
     plan = everyone(dataset, bound, views=4)
     statistics = PrivateUpdate(network, optimizer, dataset, plan, 2).step(loss_of_rows)
     assert statistics.patients == 3
-    assert statistics.clipped == pytest.approx(np.mean([norm > bound for norm in norms]))
+    assert statistics.clipped_fraction == pytest.approx(np.mean([norm > bound for norm in norms]))
     assert statistics.median_norm == pytest.approx(np.median(norms), rel=1e-4)
 
 

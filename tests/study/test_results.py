@@ -107,7 +107,7 @@ def test_rows_gather_seeds_and_patients() -> None:
 
 
 def test_every_format_says_the_same() -> None:
-    head, body = results.columns("Dice", TITLES), results.table(PAPER, list(TITLES))
+    head, body = results.table(PAPER, "Dice", TITLES)
     assert all(len(line) == len(head) for line in body)
     assert list(csv.reader(io.StringIO(results.to_csv(head, body)))) == [head, *body]
     markdown = results.to_markdown(head, body).splitlines()

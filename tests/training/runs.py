@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from dpkernels.training.progress import SilentDisplay
+from dpkernels.training.progress import Display
 from dpkernels.training.run_folder import load_checkpoint
 
 
-class StopAfter(SilentDisplay):
+class StopAfter(Display):
     """Interrupts training after a number of steps, as Ctrl-C would."""
 
     def __init__(self, steps: int) -> None:

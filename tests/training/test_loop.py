@@ -9,7 +9,7 @@ from torch import nn
 from dpkernels.training.logs import read_metrics
 from dpkernels.training.loop import TrainingLoop, rows_loss
 from dpkernels.training.privacy import plan_privacy
-from dpkernels.training.progress import SilentDisplay
+from dpkernels.training.progress import Display
 from dpkernels.training.run_folder import RunFolder, StepLedger, load_checkpoint, steps_begun
 from tests.training.toy import FEATURES, ToyViews, tiny
 
@@ -25,7 +25,7 @@ def loop_of(folder: RunFolder, network: nn.Module | None = None, **training) -> 
 
 def run(loop: TrainingLoop, validate=lambda: None, criterion=None) -> int:
     loss = rows_loss(criterion or nn.CrossEntropyLoss(), CPU, "float32")
-    return loop.run(loss, validate, SilentDisplay())
+    return loop.run(loss, validate, Display())
 
 
 @pytest.fixture

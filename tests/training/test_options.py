@@ -13,14 +13,17 @@ from tests.training.toy import ToyConfig, ToyTrainer
 
 
 def test_warnings_of_a_command_are_one_line_without_a_path(capsys):
-    with options.PlainErrors(Console(width=40)):
+    with options.terminal(console=Console(width=40)):
         warnings.warn("one [line], however long it may be", stacklevel=1)
     assert capsys.readouterr().out == "Warning: one [line], however long it may be\n"
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, FloatingPointError])
 def test_a_fault_is_one_line_and_exit_code_2(capsys, error):
-    with pytest.raises(typer.Exit) as ended, options.PlainErrors(Console(width=40, quiet=True)):
+    with (
+        pytest.raises(typer.Exit) as ended,
+        options.terminal(console=Console(width=40, quiet=True)),
+    ):
         raise error("data.root: [no] such folder, however long the line may be")
     assert ended.value.exit_code == 2
     assert capsys.readouterr().out == (
@@ -29,20 +32,20 @@ def test_a_fault_is_one_line_and_exit_code_2(capsys, error):
 
 
 def test_ctrl_c_says_how_to_go_on(capsys):
-    with pytest.raises(typer.Exit) as ended, options.PlainErrors(Console(), options.AGAIN):
+    with pytest.raises(typer.Exit) as ended, options.terminal(options.AGAIN, Console()):
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
     assert capsys.readouterr().out == f"Stopped. {options.AGAIN}\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), options.PlainErrors(Console()):
+    with pytest.raises(ZeroDivisionError), options.terminal(console=Console()):
         raise ZeroDivisionError
 
 
 def test_warnings_are_shown_as_before_after_the_block():
     before = warnings.showwarning
-    with options.PlainErrors(Console()):
+    with options.terminal(console=Console()):
         assert warnings.showwarning is not before
     assert warnings.showwarning is before
 
@@ -112,7 +115,7 @@ def test_the_report_of_a_read_only_run_is_printed_all_the_same(finished, monkeyp
 
     monkeypatch.setattr(RunFolder, "write_json", refuse)
     console = Console(width=200)
-    with options.PlainErrors(console):
+    with options.terminal(console=console):
         options.print_report(console, ToyTrainer.from_run(finished))
     shown = capsys.readouterr().out
     assert "The unit is the patient" in shown

@@ -59,7 +59,7 @@ def test_views_are_averaged_then_clipped_once_whatever_the_physical_batch(physic
     statistics = PrivateUpdate(network, optimizer, dataset, plan, physical).step(loss_of_rows)
     found = (before - flat(network.parameters())) * plan.expected_batch_size
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert (statistics.patients, statistics.clipped) == (5, pytest.approx(2 / 5))
+    assert (statistics.patients, statistics.clipped_fraction) == (5, pytest.approx(2 / 5))
     assert statistics.median_norm == pytest.approx(np.median(norms), rel=1e-4)
 
 
@@ -187,7 +187,7 @@ def test_without_privacy_a_step_is_that_of_the_whole_batch(physical):
     statistics = update.step(loss_of_rows)
     torch.testing.assert_close(flat(network.parameters()), expected, rtol=1e-4, atol=1e-5)
     assert statistics.loss == pytest.approx(loss, rel=1e-5)
-    assert (statistics.patients, statistics.clipped, update.steps_counted) == (4, None, 1)
+    assert (statistics.patients, statistics.clipped_fraction, update.steps_counted) == (4, None, 1)
 
 
 def test_without_privacy_an_empty_batch_moves_nothing_and_is_counted():

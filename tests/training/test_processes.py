@@ -34,7 +34,7 @@ def _interrupted_and_resumed(config: ToyConfig, out: str | Path) -> TrainingResu
     """A run that is stopped after two steps and resumed to its end."""
     with (
         pytest.raises(KeyboardInterrupt),
-        mock.patch("dpkernels.training.trainer.SilentDisplay", side_effect=lambda: StopAfter(2)),
+        mock.patch("dpkernels.training.trainer.Display", side_effect=lambda: StopAfter(2)),
         mock.patch.object(RunFolder, "save_checkpoint", _slowly_saved),
     ):
         ToyTrainer(config, out, StopAfter(2)).fit()
@@ -84,10 +84,10 @@ def test_a_process_that_nobody_else_started_is_alone(tmp_path):
     assert TrainingProcesses.join() == ALONE == TrainingProcesses(0, 1)
     assert ALONE.first
     folder, value = RunFolder(tmp_path / "run"), object()
-    assert ALONE.own_folder(folder, resume=True) is folder
-    assert ALONE.from_first(value) is value
     folder.root.mkdir()
-    ALONE.leave(folder)
+    with ALONE.own_folder(folder, resume=True) as own:
+        assert own is folder
+    assert ALONE.from_first(value) is value
     assert folder.root.is_dir(), "the first process keeps the run folder"
 
 
@@ -107,9 +107,20 @@ def test_each_process_takes_a_device_of_its_own(monkeypatch):
     assert len(chosen) == 2
 
 
-def test_a_passing_copy_is_removed_and_the_run_folder_is_not(tmp_path):
-    copied = RunFolder(tmp_path / "passing" / "run")
-    copied.root.mkdir(parents=True)
-    TrainingProcesses(1, 2).leave(copied)
-    assert not copied.root.parent.exists()
-    assert tmp_path.is_dir()
+def test_a_passing_copy_is_removed_and_the_run_folder_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_yaml("config.yaml", {})
+
+    def interrupted() -> None:
+        with TrainingProcesses(1, 2).own_folder(folder, resume=True) as own:
+            seen.append(own)
+            assert own.root != folder.root
+            assert own.config.read_text() == folder.config.read_text()
+            raise KeyboardInterrupt
+
+    seen: list[RunFolder] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not seen[0].root.parent.exists()
+    assert folder.config.is_file()

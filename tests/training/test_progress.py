@@ -5,7 +5,7 @@ from rich.console import Console
 
 from dpkernels.training import progress
 from dpkernels.training.privacy import PrivacyPlan, StepStatistics
-from dpkernels.training.progress import ConsoleDisplay, SilentDisplay
+from dpkernels.training.progress import ConsoleDisplay, Display
 
 PLAN = PrivacyPlan(True, 10, 0.5, 6, 1.0, 1.0, 1, 1e-5, "tight")
 
@@ -41,7 +41,7 @@ def slow(clock, monkeypatch):
 
 
 def test_epsilon_takes_a_twentieth_of_the_time_at_most(clock, slow):
-    with SilentDisplay().training(PLAN, done=0) as bar:
+    with Display().training(PLAN, done=0) as bar:
         assert bar.advance(StepStatistics(2)) == slow(PLAN, 1)
         clock.now += 39.0
         assert bar.advance(StepStatistics(2)) is None
@@ -50,14 +50,14 @@ def test_epsilon_takes_a_twentieth_of_the_time_at_most(clock, slow):
 
 
 def test_the_epsilon_of_the_last_step_is_always_computed(slow):
-    with SilentDisplay().training(PLAN, done=3) as bar:
+    with Display().training(PLAN, done=3) as bar:
         found = [bar.advance(StepStatistics(2)) for _ in range(3)]
     assert found == [slow(PLAN, 4), None, slow(PLAN, 6)]
 
 
 def test_without_privacy_there_is_no_epsilon():
     plain = PrivacyPlan(False, 10, 0.5, 6, 0.0, 1.0, 1, 1e-5, "tight")
-    with SilentDisplay().training(plain, done=5) as bar:
+    with Display().training(plain, done=5) as bar:
         assert bar.advance(StepStatistics(2)) is None
 
 
@@ -72,7 +72,7 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_at_the_end(pip
     with display.training(PLAN, done=2) as bar:
         for seconds, loss in ((4.0, 1.0), (7.0, 2.0), (1.0, None), (1.0, 1.0)):
             clock.now += seconds
-            bar.advance(StepStatistics(3, loss, clipped=0.5))
+            bar.advance(StepStatistics(3, loss, clipped_fraction=0.5))
     lines = [line for line in printed().splitlines() if line]
     assert [line.split()[1] for line in lines] == ["4/6", "6/6"]
     assert "loss 1.100" in lines[0], "nine tenths of what was, one of what is"
@@ -91,7 +91,7 @@ def test_counting_ends_in_one_line(piped):
 
 
 def test_a_silent_display_shows_nothing_and_counts_all_the_same(capsys):
-    display = SilentDisplay()
+    display = Display()
     with display.counting("Reading", 3) as advance:
         advance()
     with display.training(PLAN, done=5) as bar:

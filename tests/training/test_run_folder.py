@@ -135,7 +135,7 @@ def test_faulty_checkpoints_are_named(tmp_path, content, message):
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     folder = RunFolder.create(tmp_path / "run")
     folder.save_checkpoint("last.pt", {"model": {"weight": torch.arange(3.0)}, "step": 2})
-    state = folder.load_checkpoint()
+    state = load_checkpoint(folder.last)
     assert state["step"] == 2
     assert torch.equal(state["model"]["weight"], torch.arange(3.0))
 

@@ -66,7 +66,7 @@ def test_the_average_is_what_is_evaluated_and_attacked(finished):
     assert torch.equal(exposed.network.weight, ema)
     assert exposed.images.shape == (3, FEATURES)
     assert exposed.labels.shape == (3,)
-    assert exposed.unit == "patient"
+    assert ToyTrainer.from_run(finished).plan().unit == "patient"
     assert len(ToyTrainer.from_run(finished).exposed(99).images) == 4
 
 
