@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -213,12 +214,7 @@ class Recommender(nn.Module):
     def __init__(self, rows: int, fields: int, width: int, hidden: Sequence[int]):
         super().__init__()
         self.table = nn.Embedding(rows, width)
-        layers: list[nn.Module] = []
-        inputs = fields * width
-        for outputs in hidden:
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-            inputs = outputs
-        self.mlp = nn.Sequential(*layers, nn.Linear(inputs, 2))
+        self.mlp = perceptron(fields * width, *hidden, 2)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[B, fields] int64 -> [B, 2]."""
@@ -240,52 +236,15 @@ class SequenceClassifier(nn.Module):
         return self.head(states[:, -1])
 
 
-class Perceptron(nn.Module):
-    """Linear layers and ReLU: as many parameters as wanted for the least of everything else."""
-
-    def __init__(self, inputs: int, width: int, depth: int, classes: int = 10):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for index in range(depth):
-            layers += [nn.Linear(width if index else inputs, width), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, classes))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, inputs] -> [B, classes]."""
-        return self.layers(x)
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them: [B, first of `widths`] -> [B, last of them]."""
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
-def monai_unet(channels: Sequence[int] = (16, 32, 64, 128)) -> nn.Module:
-    """MONAI's UNet as its users have it: strided, residual units, InstanceNorm, PReLU."""
-    from monai.networks.nets import UNet
+def of_monai(network: str, classes: int = 2, **options: Any) -> nn.Module:
+    """MONAI's network of this name: [B, 1, X, Y, Z] -> [B, classes, X, Y, Z]."""
+    from monai.networks import nets
 
-    return UNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=2,
-        channels=channels,
-        strides=(2,) * (len(channels) - 1),
-        num_res_units=2,
-    )
-
-
-def monai_segresnet() -> nn.Module:
-    """MONAI's SegResNet at its defaults: residual blocks, GroupNorm, trilinear upsampling."""
-    from monai.networks.nets import SegResNet
-
-    return SegResNet(spatial_dims=3, in_channels=1, out_channels=2, init_filters=8)
-
-
-def monai_dynunet() -> nn.Module:
-    """MONAI's DynUNet, the network of nnU-Net: InstanceNorm with affine terms, transposed k2."""
-    from monai.networks.nets import DynUNet
-
-    return DynUNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=2,
-        kernel_size=(3, 3, 3, 3),
-        strides=(1, 2, 2, 2),
-        upsample_kernel_size=(2, 2, 2),
-        filters=(16, 32, 64, 128),
-    )
+    make = getattr(nets, network)
+    return make(spatial_dims=3, in_channels=1, out_channels=classes, **options)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
-from bench import table, work
+from bench import models, table, work
 from bench.part import How, Part, Row, Todo
 from dpkernels.accounting import get_noise_multiplier
 from dpkernels.training.ema import WeightAverage
@@ -176,17 +176,8 @@ def liver_dice(runner: Runner, images: torch.Tensor, labels: torch.Tensor) -> fl
 
 
 def _network() -> nn.Module:
-    from monai.networks.nets import UNet
-
-    return UNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=_CLASSES,
-        channels=(8, 16, 32),
-        strides=(2, 2),
-        num_res_units=1,
-        bias=False,
-    )
+    shape = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 1, "bias": False}
+    return models.of_monai("UNet", _CLASSES, **shape)
 
 
 def _runner(engine: Any, initial: nn.Module, task: Task, sigma: float, **options: Any) -> Runner:
