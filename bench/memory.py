@@ -33,11 +33,11 @@ def on_cpu(case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int
     """Growth of the resident set at its peak during the first steps, MB; None without /proc.
 
     The process is forked from a server that has imported everything and computed nothing; `case`
-    goes to it by pickling.
+    and `rival` go to it by pickling.
     """
     if not _STATUS.exists():
         return None
-    return in_fresh_process(_measure, (case, rival.name, privacy, threads), _TIMEOUT_S)
+    return in_fresh_process(_measure, (case, rival, privacy, threads), _TIMEOUT_S)
 
 
 def in_fresh_process(
@@ -104,16 +104,15 @@ def _set_allocator(settings: dict[int, int]) -> bool:
     return all(accepted)
 
 
-def _measure(sender, case: cases.Case, rival: str, privacy: Privacy, threads: int) -> None:
+def _measure(sender, case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int) -> None:
     return_freed()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     device = torch.device("cpu")
-    chosen = next(r for r in rivals.RIVALS if r.name == rival)
     workload = case.build(device)
-    _touch_libraries(case, chosen, privacy)
+    _touch_libraries(case, rival, privacy)
     growth = Growth()
-    train = chosen.prepare(workload, privacy)
+    train = rival.prepare(workload, privacy)
     began = time.monotonic()
     for _ in range(_STEPS):
         train()

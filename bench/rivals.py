@@ -10,6 +10,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import opacus
@@ -90,10 +91,7 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _clearing(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def clear() -> None:
-        optimizer.zero_grad(set_to_none=True)
-
-    return clear
+    return partial(optimizer.zero_grad, set_to_none=True)
 
 
 def _ordinary(workload: Workload, privacy: Privacy) -> Trainer:
@@ -101,9 +99,7 @@ def _ordinary(workload: Workload, privacy: Privacy) -> Trainer:
     optimizer, criterion = _sgd(model), SampleCrossEntropy()
 
     def step() -> None:
-        with workload.autocast():
-            loss = criterion(model(workload.inputs), workload.target)
-        loss.backward()
+        workload.loss(model, criterion).backward()
         optimizer.step()
 
     return Trainer(step, _clearing(optimizer), dict(model.named_parameters()))
@@ -137,9 +133,7 @@ def _with_engine(
 
     def step() -> None:
         optimizer.noise_multiplier = privacy.noise_multiplier
-        with workload.autocast():
-            loss = criterion(module(workload.inputs), workload.target)
-        loss.backward()
+        workload.loss(module, criterion).backward()
         optimizer.step()
 
     def margin() -> float:
@@ -162,36 +156,29 @@ def with_ours(engine: dpkernels.PrivacyEngine, workload: Workload, privacy: Priv
     return _with_engine(engine, model, dict(model.named_parameters()), workload, privacy)
 
 
-def _opacus(mode: str) -> Callable[[Workload, Privacy], Trainer]:
-    def prepare(workload: Workload, privacy: Privacy) -> Trainer:
-        engine = opacus.PrivacyEngine(accountant="rdp")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = ModuleValidator.fix(workload.fresh_model())
-        if mode == "ew":
-            model = adapt.without_bare_parameters(model)
-        parameters = dict(model.named_parameters())
-        model = adapt.hookable(model)
-        return _with_engine(engine, model, parameters, workload, privacy, grad_sample_mode=mode)
-
-    return prepare
+def _opacus(mode: str, workload: Workload, privacy: Privacy) -> Trainer:
+    engine = opacus.PrivacyEngine(accountant="rdp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = ModuleValidator.fix(workload.fresh_model())
+    if mode == "ew":
+        model = adapt.without_bare_parameters(model)
+    parameters = dict(model.named_parameters())
+    model = adapt.hookable(model)
+    return _with_engine(engine, model, parameters, workload, privacy, grad_sample_mode=mode)
 
 
 def _loop(workload: Workload, privacy: Privacy) -> Trainer:
     model = workload.fresh_model()
     optimizer, criterion = _sgd(model), SampleCrossEntropy()
     parameters = list(model.parameters())
-    samples = [
-        (workload.inputs[b : b + 1], workload.target[b : b + 1]) for b in range(workload.batch_size)
-    ]
+    samples = workload.samples()
 
     def step() -> None:
         total: list[torch.Tensor] = []
-        for inputs, target in samples:
+        for sample in samples:
             optimizer.zero_grad()
-            with workload.autocast():
-                loss = criterion(model(inputs), target)
-            loss.backward()
+            sample.loss(model, criterion).backward()
             grads = [p.grad for p in parameters]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
             factor = (privacy.max_grad_norm / norm).clamp(max=1.0)
@@ -226,8 +213,7 @@ def _backpack(workload: Workload, privacy: Privacy) -> Trainer:
         extend(model)
 
     def step() -> None:
-        with workload.autocast():
-            loss = criterion(model(workload.inputs), workload.target)
+        loss = workload.loss(model, criterion)
         with backpack(BatchGrad()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss.backward()
@@ -288,7 +274,7 @@ RIVALS = (
         _loop,
     ),
     *(
-        Rival(mode, f"Opacus {mode}", _OPACUS + config, "opacus", _opacus(mode))
+        Rival(mode, f"Opacus {mode}", _OPACUS + config, "opacus", partial(_opacus, mode))
         for mode, config in {
             "hooks": "expand hooks where Opacus has a rule, functorch elsewhere",
             "ghost": "criterion returns one value per sample; two backward passes",
@@ -307,12 +293,16 @@ RIVALS = (
 )
 
 
+TITLES = {rival.name: rival.title for rival in RIVALS}
+PRIVATE = [rival for rival in RIVALS if rival.private]
+
+
 def find(names: list[str]) -> list[Rival]:
     """The rivals of these names, ordinary first since ratios need it; all where none is named.
 
     Raises:
         ValueError: a name that no rival has.
     """
-    table.require_known("rival", names, [rival.name for rival in RIVALS])
-    wanted = {*names, "ordinary"} if names else {rival.name for rival in RIVALS}
+    table.require_known("rival", names, TITLES)
+    wanted = {*names, "ordinary"} if names else TITLES
     return [rival for rival in RIVALS if rival.name in wanted]

@@ -65,7 +65,6 @@ def reasons(path: Path = REASONS) -> dict[str, str]:
 
 def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, Miss]:
     """By case: what of ours is above its target, or slower than a rival; one group of rows."""
-    titles = {rival.name: rival.title for rival in rivals.RIVALS}
     found = {}
     for row in rows:
         if row.rival != "ours" or row.status != "ok" or row.best_ratio is None:
@@ -78,7 +77,7 @@ def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, Miss]:
             parts.append(f"memory {row.memory_ratio:.3f}, target {target.memory:.2f}")
         rival = fastest_rival(row.case, rows)
         if rival and rival.best_ratio and rival.best_ratio < row.best_ratio * (1.0 - NOISE):
-            parts.append(f"{titles[rival.rival]} is faster, {rival.best_ratio:.2f}")
+            parts.append(f"{rivals.TITLES[rival.rival]} is faster, {rival.best_ratio:.2f}")
         if parts:
             found[row.case] = Miss("; ".join(parts), target.reasons if target else ())
     return found
