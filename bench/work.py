@@ -276,13 +276,6 @@ def off(
     return outcome
 
 
-def piece_seconds(asked: float | None, device: torch.device) -> float | None:
-    """How long a piece may take: as asked, else what is usual on this device."""
-    if asked is not None or device.type != "cuda":
-        return asked
-    return PIECE_SECONDS_ON_GPU
-
-
 def _named(item: str, piece: str) -> str:
     return f"{item}: {piece}" if piece else item
 

@@ -142,7 +142,7 @@ def _row(
 
 def _written(how: How) -> list[dict[str, str]]:
     """The rows of this device."""
-    device = how.here().device
+    device = how.here()["device"]
     return [row for row in table.read(how.output) if row["device"] == device]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,7 +297,7 @@ def test_a_case_that_ended_a_process_has_a_row_for_every_rival(tmp_path: Path) -
     path, status = tmp_path / "rows.csv", "ended the process (exit status unknown): not tried again"
     chosen, plan = rivals.find(["ours", "loop"]), harness.Plan(0.0, None, 1, 1, memory=False)
     todo = steps.of_cases([TINY], chosen, plan, How(path))
-    here = asdict(todo.how.here())
+    here = todo.how.here()
     table.replace(path, [{**row, **here} for row in todo.lost("tiny", status)], results.KEY)
     rows = results.read(path)
     assert [(row.rival, row.status) for row in rows] == [(r.name, status) for r in chosen]
