@@ -10,32 +10,31 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+#: of group normalisation
+_GROUPS = 8
+
 
 class UNet3d(nn.Module):
     """3D U-Net with full-resolution 3^3 convolutions, GroupNorm and transposed convolutions k2 s2.
 
     Args:
-        base: channels at full resolution, doubled per level; 24 with three levels has 0.76 M
-            parameters.
-        levels: resolutions, each half of the one before.
+        base: channels at full resolution, doubled at a half of it and again at a quarter; 24
+            makes 0.76 M parameters.
     """
 
-    def __init__(self, base: int = 24, levels: int = 3, classes: int = 2, groups: int = 8):
+    def __init__(self, base: int = 24):
         super().__init__()
-        widths = [base * 2**level for level in range(levels)]
-        inputs = [1, *widths[:-1]]
-        self.down = nn.ModuleList(
-            _double_conv(a, b, groups) for a, b in zip(inputs, widths, strict=True)
-        )
+        widths = (base, 2 * base, 4 * base)
+        self.down = nn.ModuleList(_double_conv(a, b) for a, b in pairwise((1, *widths)))
         upward = widths[::-1]
         self.lift = nn.ModuleList(
             nn.ConvTranspose3d(a, b, kernel_size=2, stride=2) for a, b in pairwise(upward)
         )
-        self.up = nn.ModuleList(_double_conv(2 * width, width, groups) for width in upward[1:])
-        self.head = nn.Conv3d(base, classes, kernel_size=1)
+        self.up = nn.ModuleList(_double_conv(2 * width, width) for width in upward[1:])
+        self.head = nn.Conv3d(base, 2, kernel_size=1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Class scores [B, classes, X, Y, Z] for [B, 1, X, Y, Z]."""
+        """Class scores [B, 2, X, Y, Z] for [B, 1, X, Y, Z]."""
         skips = []
         x = image
         for level, block in enumerate(self.down):
@@ -46,13 +45,13 @@ class UNet3d(nn.Module):
         return self.head(x)
 
 
-def _double_conv(inputs: int, outputs: int, groups: int) -> nn.Sequential:
+def _double_conv(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv3d(inputs, outputs, kernel_size=3, padding=1),
-        nn.GroupNorm(groups, outputs),
+        nn.GroupNorm(_GROUPS, outputs),
         nn.ReLU(),
         nn.Conv3d(outputs, outputs, kernel_size=3, padding=1),
-        nn.GroupNorm(groups, outputs),
+        nn.GroupNorm(_GROUPS, outputs),
         nn.ReLU(),
     )
 
@@ -141,7 +140,7 @@ class VisionTransformer(nn.Module):
 class ResidualBlock(nn.Module):
     """Basic block (two 3^2 convolutions) or bottleneck (1, 3, 1) with GroupNorm."""
 
-    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool, groups: int):
+    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool):
         super().__init__()
         outputs = 4 * width if bottleneck else width
         if bottleneck:
@@ -152,14 +151,14 @@ class ResidualBlock(nn.Module):
         for a, b, kernel, step in shapes:
             layers += [
                 nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False),
-                nn.GroupNorm(groups, b),
+                nn.GroupNorm(_GROUPS, b),
                 nn.ReLU(),
             ]
         self.path = nn.Sequential(*layers[:-1])
         self.skip: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.skip = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(groups, outputs)
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(_GROUPS, outputs)
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,23 +181,22 @@ class ResNet(nn.Module):
         bottleneck: bool = False,
         large_images: bool = False,
         classes: int = 10,
-        groups: int = 8,
     ):
         super().__init__()
-        stem: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False)]
-        if large_images:
-            stem = [nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)]
-        stem += [nn.GroupNorm(groups, width), nn.ReLU()]
-        if large_images:
-            stem.append(nn.MaxPool2d(3, stride=2, padding=1))
-        self.stem = nn.Sequential(*stem)
+        kernel, stride = (7, 2) if large_images else (3, 1)
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False),
+            nn.GroupNorm(_GROUPS, width),
+            nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1) if large_images else nn.Identity(),
+        )
         body: list[nn.Module] = []
         inputs = width
         for stage, count in enumerate(blocks):
             inner = width * 2**stage
             for index in range(count):
                 stride = 2 if stage and not index else 1
-                body.append(ResidualBlock(inputs, inner, stride, bottleneck, groups))
+                body.append(ResidualBlock(inputs, inner, stride, bottleneck))
                 inputs = 4 * inner if bottleneck else inner
         self.body = nn.Sequential(*body)
         self.head = nn.Linear(inputs, classes)
@@ -224,14 +222,14 @@ class Recommender(nn.Module):
 class SequenceClassifier(nn.Module):
     """Token embedding, LSTM, and a classifier on the state after the last token."""
 
-    def __init__(self, vocabulary: int, embedded: int, width: int, classes: int = 2):
+    def __init__(self, vocabulary: int, embedded: int, width: int):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, embedded)
         self.lstm = nn.LSTM(embedded, width, batch_first=True)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(width, 2)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, T] int64 -> [B, classes]."""
+        """[B, T] int64 -> [B, 2]."""
         states, _ = self.lstm(self.tokens(ids))
         return self.head(states[:, -1])
 
