@@ -43,8 +43,9 @@ def write_all(root: Path, parts: Sequence[Part]) -> list[Path]:
     headlines = [found[0] for part, found in lines.items() if part.headline and found]
     listed = _listed([line for found in lines.values() for line in found])
     noted = [text for part in parts for text in part.said(part.tables)]
+    on_gpu = "" if any(row.device != "cpu" for row in rows) else _NO_GPU
     texts = {
-        root / "README.md": [*tables(rows), *shown, _listed(headlines), _MORE, *_no_gpu(rows)],
+        root / "README.md": [*tables(rows), *shown, _listed(headlines), _MORE, on_gpu],
         root / "bench" / "NOTES.md": [outcome_table(rows), listed, *noted],
     }
     for path, paragraphs in texts.items():
@@ -207,10 +208,6 @@ def _explained(missed: list[targets.Miss]) -> list[str]:
 
 def _listed(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _no_gpu(rows: list[Row]) -> list[str]:
-    return [] if any(row.device != "cpu" for row in rows) else [_NO_GPU]
 
 
 def _cell(row: Row | None) -> str:

@@ -26,7 +26,6 @@ class Target:
             text, separated by semicolons.
     """
 
-    case: str
     time: float | None
     memory: float | None
     predicted: str
@@ -44,23 +43,22 @@ class Miss:
         return f"{self.found}: {'; '.join(self.reasons) or NO_REASON}"
 
 
-def read(path: Path = PATH) -> dict[str, Target]:
+def read() -> dict[str, Target]:
     """By case."""
     return {
         row["case"]: Target(
-            row["case"],
             number(row["time"]),
             number(row["memory"]),
             row["predicted"],
             tuple(part for text in row["reason"].split(";") if (part := text.strip())),
         )
-        for row in table.read(path)
+        for row in table.read(PATH)
     }
 
 
-def reasons(path: Path = REASONS) -> dict[str, str]:
+def reasons() -> dict[str, str]:
     """What a reason that several cases share says, by its name."""
-    return {row["name"]: row["text"] for row in table.read(path)}
+    return {row["name"]: row["text"] for row in table.read(REASONS)}
 
 
 def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, Miss]:

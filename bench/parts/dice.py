@@ -74,15 +74,13 @@ class Task:
 
 @dataclass
 class Runner:
-    """One rival in training; times are sums over its steps, seconds."""
+    """One rival in training; times are those of its steps, seconds."""
 
     network: nn.Module
     step: Callable[[Batch], None]
     average: WeightAverage
-    wall: float = 0.0
-    processor: float = 0.0
-    steps: int = 0
-    each: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     dice: float = 0.0
     reached: bool = False
 
@@ -91,10 +89,8 @@ class Runner:
         wall, processor = time.perf_counter(), time.process_time()
         self.step(batch)
         self.average.update(self.network)
-        self.each.append(time.process_time() - processor)
-        self.processor += self.each[-1]
-        self.wall += time.perf_counter() - wall
-        self.steps += 1
+        self.processor.append(time.process_time() - processor)
+        self.wall.append(time.perf_counter() - wall)
 
 
 def todo(
@@ -206,14 +202,15 @@ def _runner(engine: Any, initial: nn.Module, task: Task, sigma: float, **options
 
 def _fastest_mode(network: nn.Module, task: Task, sigma: float, batch: Batch) -> str:
     """By the second step of each: the first one imports."""
-    seconds = {}
-    for mode in OPACUS_MODES:
+
+    def seconds(mode: str) -> float:
         engine = opacus.PrivacyEngine(accountant="rdp")
         runner = _runner(engine, network, task, sigma, grad_sample_mode=mode)
         runner.take(batch)
         runner.take(batch)
-        seconds[mode] = runner.each[-1]
-    return min(seconds, key=seconds.__getitem__)
+        return runner.processor[-1]
+
+    return min(OPACUS_MODES, key=seconds)
 
 
 def _measure(index: int, task: Task, report: work.Report) -> Iterator[list[Row]]:
@@ -226,10 +223,10 @@ def _measure(index: int, task: Task, report: work.Report) -> Iterator[list[Row]]
                 "mode": name.partition(" ")[2] or "fused",
                 "reached": runner.reached,
                 "dice": runner.dice,
-                "steps": runner.steps,
-                "seconds": runner.wall if runner.reached else None,
-                "processor_seconds": runner.processor if runner.reached else None,
-                "processor_ms_per_step": 1e3 * statistics.median(runner.each),
+                "steps": len(runner.wall),
+                "seconds": sum(runner.wall) if runner.reached else None,
+                "processor_seconds": sum(runner.processor) if runner.reached else None,
+                "processor_ms_per_step": 1e3 * statistics.median(runner.processor),
                 "target_dice": task.dice,
                 "epsilon": task.epsilon,
                 "delta": task.delta,
