@@ -57,10 +57,10 @@ class Truth:
         return worst
 
 
-def ground_truth(workload: Workload, dtype: torch.dtype = torch.float64) -> Truth:
-    """Clipped gradients by one sample at a time through plain autograd in `dtype`."""
+def ground_truth(workload: Workload) -> Truth:
+    """Clipped gradients by one sample at a time through plain autograd in float64."""
     bound = _bound(workload)
-    exact = _sums(workload.in_precision(dtype), bound)
+    exact = _sums(workload.in_precision(torch.float64), bound)
     return _truth(workload, bound, exact, _sums(workload, bound))
 
 
