@@ -43,7 +43,7 @@ class Case:
     Attributes:
         name: key of its rows, e.g. ``unet3d-48-b2``.
         title: for tables.
-        suites: the runs it belongs to: ``cpu``, ``quick``, ``gpu``.
+        suite: the run it belongs to: ``cpu``, ``quick``, ``gpu``, or none (empty).
         make_model: builds the network.
         make_batch: (generator) -> (input, target), the batch first.
         precision: ``float32``, or ``bfloat16`` by autocast with float32 weights.
@@ -53,7 +53,7 @@ class Case:
 
     name: str
     title: str
-    suites: tuple[str, ...]
+    suite: str
     make_model: Callable[[], nn.Module]
     make_batch: Callable[[torch.Generator], Batch]
     precision: str = "float32"
@@ -140,12 +140,14 @@ def few_fields(rows: int, fields: int, batch: int, generator: torch.Generator) -
     return ids + torch.arange(fields) * (rows // fields), target
 
 
-def unet(side: int, batch: int, *suites: str, precision: str = "float32", base: int = 24) -> Case:
+def unet(
+    side: int, batch: int, suite: str = "", precision: str = "float32", base: int = 24
+) -> Case:
     """A 3D U-Net on volumes of `side` voxels a side."""
     return Case(
         f"unet3d-{side}-b{batch}" + ("" if base == 24 else f"-c{base}"),
         f"3D U-Net {'0.76 M' if base == 24 else f'base {base}'}, {side}³, B={batch}",
-        suites,
+        suite,
         partial(models.UNet3d, base),
         partial(volumes, side, batch),
         precision,
@@ -153,13 +155,13 @@ def unet(side: int, batch: int, *suites: str, precision: str = "float32", base: 
 
 
 def encoder(
-    length: int, width: int, depth: int, batch: int, *suites: str, precision: str = "float32"
+    length: int, width: int, depth: int, batch: int, suite: str = "", precision: str = "float32"
 ) -> Case:
     """A transformer encoder of `depth` blocks on `length` positions."""
     return Case(
         f"encoder-t{length}-d{width}-b{batch}",
         f"transformer encoder, T={length}, d={width}, B={batch}",
-        suites,
+        suite,
         partial(models.Encoder, width, depth, max(width // 64, 1)),
         partial(labelled, (length, width), 10, batch),
         precision,
@@ -171,7 +173,7 @@ def monai(network: str, side: int, batch: int, about: str = "", **options: Any) 
     return Case(
         f"monai-{network.lower()}-{side}-b{batch}",
         f"MONAI {network}{about}, {side}³, B={batch}",
-        ("cpu",),
+        "cpu",
         partial(models.of_monai, network, **options),
         partial(volumes, side, batch),
         leave_out=_FAR_SLOWER_ON_VOLUMES,
@@ -188,7 +190,7 @@ def resnet(
     return Case(
         f"resnet{kind}-{side}-b{batch}",
         f"ResNet{_SMALL if small else f'-{kind} (GroupNorm)'}, {side}², B={batch}",
-        (suite,),
+        suite,
         partial(models.ResNet, blocks, classes=classes, large_images=on_gpu, **options),
         partial(labelled, (3, side, side), classes, batch),
         "bfloat16" if on_gpu else "float32",
@@ -201,7 +203,7 @@ def recommender(rows: int, width: int, hidden: tuple[int, int], batch: int, suit
     return Case(
         f"recommender-b{batch}",
         f"embedding {rows:,} x {width} + MLP, B={batch}",
-        (suite,),
+        suite,
         partial(models.Recommender, rows, 16, width, hidden),
         partial(few_fields, rows, 16, batch),
         leave_out=() if suite == "gpu" else ("hooks", "functorch", "ew", "backpack"),
@@ -239,14 +241,14 @@ CASES = (
     Case(
         "decoder-t128-d256-b8",
         "language model, T=128, d=256, vocabulary 2000, B=8",
-        ("cpu",),
+        "cpu",
         partial(models.Decoder, 2000, 128, 256, 2, 4),
         partial(_tokens, 2000, 128, 8),
     ),
     Case(
         "vit-32-b32",
         "ViT, 32², patch 4, d=192, B=32",
-        ("cpu",),
+        "cpu",
         partial(models.VisionTransformer, 32, 4, 192, 4, 3, 10),
         partial(labelled, (3, 32, 32), 10, 32),
     ),
@@ -256,7 +258,7 @@ CASES = (
     Case(
         "lstm-t64-d128-b32",
         "embedding + LSTM + classifier, T=64, d=128, B=32",
-        ("cpu",),
+        "cpu",
         partial(models.SequenceClassifier, 2000, 64, 128),
         partial(_labelled_tokens, 2000, 64, 32),
     ),
@@ -289,4 +291,4 @@ def find(names: list[str], suite: str) -> list[Case]:
     """
     known = {case.name: case for case in CASES}
     table.require_known("case", names, known)
-    return [known[n] for n in names] or [case for case in CASES if suite in case.suites]
+    return [known[n] for n in names] or [case for case in CASES if suite == case.suite]

@@ -40,7 +40,7 @@ def _perceptron(width: int) -> cases.Case:
     return cases.Case(
         "perceptron",
         "perceptron",
-        (),
+        "",
         partial(models.perceptron, 256, width, width, width, 10),
         partial(cases.labelled, (256,), 10, 32),
     )

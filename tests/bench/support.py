@@ -11,7 +11,7 @@ from bench import cases, models, results, table
 TINY = cases.Case(
     "tiny",
     "tiny",
-    ("quick",),
+    "quick",
     partial(models.Recommender, 32, 2, 4, (8,)),
     partial(cases.few_fields, 32, 2, 6),
 )

@@ -26,7 +26,7 @@ _NETWORKS = {
 
 def _workload(name: str) -> cases.Workload:
     make_model, make_batch = _NETWORKS[name]
-    return cases.Case(name, name, (), make_model, make_batch).build(_CPU)
+    return cases.Case(name, name, "", make_model, make_batch).build(_CPU)
 
 
 def _hooked(model: nn.Module) -> nn.Module:
