@@ -242,7 +242,7 @@ def private_step(case: cases.Case) -> Step:
     """The second step of a case with the engine, as the first one plans."""
     engine, step = dpkernels.PrivacyEngine(), Step()
     with _workload(case) as workload:
-        train = rivals.with_ours(engine, workload, rivals.Privacy(1.0, 1.0))
+        train = rivals.ours(workload, rivals.Privacy(1.0, 1.0), engine)
         with as_gpu(step), _engine_as_on_gpu(case.precision == "bfloat16"):
             train()
             for counted in (step.launches, step.calls, step.operations):

@@ -7,7 +7,6 @@ that of the per-sample loop, or the rival is not timed.
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -117,18 +116,16 @@ def _with_engine(
     data = DataLoader(
         TensorDataset(workload.inputs, workload.target), batch_size=workload.batch_size
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module, optimizer, *rest = engine.make_private(
-            module=model,
-            optimizer=_sgd(model),
-            criterion=SampleCrossEntropy(),
-            data_loader=data,
-            noise_multiplier=privacy.noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
-            poisson_sampling=False,
-            **options,
-        )
+    module, optimizer, *rest = engine.make_private(
+        module=model,
+        optimizer=_sgd(model),
+        criterion=SampleCrossEntropy(),
+        data_loader=data,
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        poisson_sampling=False,
+        **options,
+    )
     criterion = rest[0] if len(rest) == 2 else SampleCrossEntropy()
 
     def step() -> None:
@@ -146,21 +143,17 @@ def _with_engine(
     return Trainer(step, _clearing(optimizer), parameters, margin)
 
 
-def _ours(workload: Workload, privacy: Privacy) -> Trainer:
-    return with_ours(dpkernels.PrivacyEngine(), workload, privacy)
-
-
-def with_ours(engine: dpkernels.PrivacyEngine, workload: Workload, privacy: Privacy) -> Trainer:
-    """Ours, by this engine."""
-    model = workload.fresh_model()
+def ours(
+    workload: Workload, privacy: Privacy, engine: dpkernels.PrivacyEngine | None = None
+) -> Trainer:
+    """Ours, by a new engine or by the one given."""
+    engine, model = engine or dpkernels.PrivacyEngine(), workload.fresh_model()
     return _with_engine(engine, model, dict(model.named_parameters()), workload, privacy)
 
 
 def _opacus(mode: str, workload: Workload, privacy: Privacy) -> Trainer:
     engine = opacus.PrivacyEngine(accountant="rdp")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = ModuleValidator.fix(workload.fresh_model())
+    model = ModuleValidator.fix(workload.fresh_model())
     if mode == "ew":
         model = adapt.without_bare_parameters(model)
     parameters = dict(model.named_parameters())
@@ -208,14 +201,11 @@ def _backpack(workload: Workload, privacy: Privacy) -> Trainer:
     parameters = dict(model.named_parameters())
     model = adapt.hookable(model)
     optimizer, criterion = _sgd(model), SampleCrossEntropy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        extend(model)
+    extend(model)
 
     def step() -> None:
         loss = workload.loss(model, criterion)
-        with backpack(BatchGrad()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with backpack(BatchGrad()):
             loss.backward()
         each = [_grad_batch(model, p).mul_(workload.batch_size) for p in parameters.values()]
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in each]).norm(dim=0)
@@ -264,7 +254,7 @@ RIVALS = (
         "dpkernels",
         "PrivacyEngine.make_private defaults (mode fused, noise from ChaCha20), fixed batch",
         "dpkernels",
-        _ours,
+        ours,
     ),
     Rival(
         "loop",
