@@ -45,14 +45,8 @@ def steps(group: Sequence[Row], folder: Path, caption: str) -> Path:
                 for index, name in enumerate(names)
                 if (name, rival.name) in by_key and getattr(by_key[name, rival.name], value)
             ]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    linestyle="",
-                    markersize=7 if rival.name == "ours" else 5,
-                    label=rival.title,
-                    **_LOOKS[rival.name],
-                )
+            size = 7 if rival.name == "ours" else 5
+            _plot(axis, points, rival, linestyle="", markersize=size)
         axis.set_xscale("log")
         _ticks(axis.xaxis, axis.get_xlim())
         axis.axvline(1.0, color="black", linewidth=1)
@@ -85,7 +79,6 @@ def scaling(rows: Sequence[Row], folder: Path) -> Path | None:
     figure, axes = pyplot.subplots(
         2 * down, across, figsize=(3.3 * across, 4.9 * down + 0.7), squeeze=False
     )
-    handles: dict[str, Any] = {}
     for axis in axes.flat:
         axis.set_visible(False)
     for index, name in enumerate(names):
@@ -100,10 +93,7 @@ def scaling(rows: Sequence[Row], folder: Path) -> Path | None:
                     for row in mine
                     if row.rival == rival.name and getattr(row, value)
                 )
-                if points:
-                    (handles[rival.title],) = axis.plot(
-                        *zip(*points, strict=True), linewidth=1.3, **_LOOKS[rival.name]
-                    )
+                _plot(axis, points, rival, linewidth=1.3)
             axis.set_xscale("log", base=2)
             axis.set_xticks([x for x in CURVES[name].points if x in {point_of(r)[1] for r in mine}])
             axis.xaxis.set_major_formatter("{x:.0f}")
@@ -116,11 +106,19 @@ def scaling(rows: Sequence[Row], folder: Path) -> Path | None:
             if index % across == 0:
                 axis.set_ylabel(label.replace(", ", ",\n"), fontsize=9)
         pair[0].set_title(CURVES[name].title.replace(" (", "\n("), fontsize=9)
-    order = [rival.title for rival in rivals.PRIVATE if rival.title in handles]
-    figure.legend([handles[t] for t in order], order, loc="lower center", ncols=len(order))
+    pairs = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat)
+    drawn = {title: handle for pair in pairs for handle, title in pair}
+    order = [rival.title for rival in rivals.PRIVATE if rival.title in drawn]
+    figure.legend([drawn[t] for t in order], order, loc="lower center", ncols=len(order))
     figure.suptitle("How a DP step scales, one thread of the CPU; lower is better", fontsize=11)
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
     return _save(figure, folder / "scaling.png")
+
+
+def _plot(axis: Any, points: list[tuple[float, float]], rival: rivals.Rival, **style: Any) -> None:
+    if points:
+        looks = _LOOKS[rival.name]
+        axis.plot(*zip(*points, strict=True), label=rival.title, **looks, **style)
 
 
 def _ticks(axis: Any, limits: tuple[float, float]) -> None:
