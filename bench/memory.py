@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import cases, models, rivals
+from bench import cases, models, rivals, timing
 from bench.rivals import Privacy
 
 #: steps end after this many or after these seconds
@@ -108,16 +107,11 @@ def _measure(sender, case: cases.Case, rival: rivals.Rival, privacy: Privacy, th
     return_freed()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
-    device = torch.device("cpu")
-    workload = case.build(device)
+    workload = case.build(timing.CPU)
     _touch_libraries(case, rival, privacy)
     growth = Growth()
     train = rival.prepare(workload, privacy)
-    began = time.monotonic()
-    for _ in range(_STEPS):
-        train()
-        if time.monotonic() - began > _SECONDS:
-            break
+    timing.repeat(train, _STEPS, _SECONDS)
     sender.send(growth.peak_mb())
 
 
@@ -128,7 +122,7 @@ def _touch_libraries(case: cases.Case, rival: rivals.Rival, privacy: Privacy) ->
         make_model=partial(models.Recommender, 16, 2, 4, (4,)),
         make_batch=partial(cases.few_fields, 16, 2, 2),
     )
-    rival.prepare(tiny.build(torch.device("cpu")), privacy)()
+    rival.prepare(tiny.build(timing.CPU), privacy)()
 
 
 def _resident(field: str) -> float:

@@ -127,11 +127,9 @@ class RowClock:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._flush.zero_()
         torch.cuda.synchronize(self._device)
-        began, steps = time.perf_counter(), 0
+        began = time.perf_counter()
         start.record()
-        while steps < _ROW and time.perf_counter() - began < _ROW_SECONDS:
-            step()
-            steps += 1
+        steps = repeat(step, _ROW, _ROW_SECONDS)
         host = time.perf_counter() - began
         end.record()
         torch.cuda.synchronize(self._device)
@@ -225,7 +223,7 @@ def interleave(
         samples[name].add(index, clock(steps[name]))
 
     for name in steps:
-        turn(name, partial(_warm_up, steps[name]))
+        turn(name, partial(repeat, steps[name], _WARM_UP_STEPS, _WARM_UP_SECONDS))
     yield samples
     names, began = list(steps), time.monotonic()
     for index in range(most):
@@ -245,9 +243,10 @@ def interleave(
         yield samples
 
 
-def _warm_up(step: Step) -> None:
-    began = time.monotonic()
-    for _ in range(_WARM_UP_STEPS):
+def repeat(step: Step, most: int, seconds: float) -> int:
+    """Take steps, `most` or as many as begin within these seconds; returns how many."""
+    began, taken = time.perf_counter(), 0
+    while taken < most and time.perf_counter() - began < seconds:
         step()
-        if time.monotonic() - began > _WARM_UP_SECONDS:
-            return
+        taken += 1
+    return taken
