@@ -43,7 +43,7 @@ class Case:
     Attributes:
         name: key of its rows, e.g. ``unet3d-48-b2``.
         title: for tables.
-        suites: the runs it belongs to: ``cpu``, ``quick``, ``gpu``.
+        suite: the run it belongs to: ``cpu``, ``quick``, ``gpu``, or none (empty).
         make_model: builds the network.
         make_batch: (generator) -> (input, target), the batch first.
         precision: ``float32``, or ``bfloat16`` by autocast with float32 weights.
@@ -53,7 +53,7 @@ class Case:
 
     name: str
     title: str
-    suites: tuple[str, ...]
+    suite: str
     make_model: Callable[[], nn.Module]
     make_batch: Callable[[torch.Generator], Batch]
     precision: str = "float32"
@@ -90,6 +90,16 @@ class Workload:
         enabled = self.case.precision == "bfloat16"
         return torch.autocast(self.inputs.device.type, torch.bfloat16, enabled=enabled)
 
+    def loss(self, model: nn.Module, criterion: nn.Module) -> torch.Tensor:
+        """Of `model` on the batch, in the precision of the case."""
+        with self.autocast():
+            return criterion(model(self.inputs), self.target)
+
+    def samples(self) -> list[Workload]:
+        """The same work, one sample at a time."""
+        pairs = zip(self.inputs.split(1), self.target.split(1), strict=True)
+        return [replace(self, inputs=inputs, target=target) for inputs, target in pairs]
+
     def fresh_model(self) -> nn.Module:
         """A copy with the initial weights."""
         return copy.deepcopy(self.model)
@@ -108,15 +118,10 @@ def volumes(side: int, batch: int, generator: torch.Generator) -> Batch:
     return image, torch.randint(2, shape, generator=generator)
 
 
-def images(side: int, batch: int, classes: int, generator: torch.Generator) -> Batch:
-    """Three channels, [B, 3, H, W], and one of `classes`."""
-    image = torch.randn(batch, 3, side, side, generator=generator)
-    return image, torch.randint(classes, (batch,), generator=generator)
-
-
-def _sequences(length: int, width: int, batch: int, generator: torch.Generator) -> Batch:
-    features = torch.randn(batch, length, width, generator=generator)
-    return features, torch.randint(10, (batch,), generator=generator)
+def labelled(shape: tuple[int, ...], classes: int, batch: int, generator: torch.Generator) -> Batch:
+    """Standard normals, [B, *shape], and one of `classes` for each sample."""
+    inputs = torch.randn(batch, *shape, generator=generator)
+    return inputs, torch.randint(classes, (batch,), generator=generator)
 
 
 def _tokens(vocabulary: int, length: int, batch: int, generator: torch.Generator) -> Batch:
@@ -129,25 +134,20 @@ def _labelled_tokens(vocabulary: int, length: int, batch: int, generator: torch.
     return ids, torch.randint(2, (batch,), generator=generator)
 
 
-def features(width: int, batch: int, generator: torch.Generator) -> Batch:
-    """One vector per sample, [B, width], and ten classes."""
-    inputs = torch.randn(batch, width, generator=generator)
-    return inputs, torch.randint(10, (batch,), generator=generator)
-
-
 def few_fields(rows: int, fields: int, batch: int, generator: torch.Generator) -> Batch:
     """One row of the table per field and sample: ids [B, fields], two classes."""
-    ids = torch.randint(rows // fields, (batch, fields), generator=generator)
-    offsets = torch.arange(fields) * (rows // fields)
-    return ids + offsets, torch.randint(2, (batch,), generator=generator)
+    ids, target = _labelled_tokens(rows // fields, fields, batch, generator)
+    return ids + torch.arange(fields) * (rows // fields), target
 
 
-def unet(side: int, batch: int, *suites: str, precision: str = "float32", base: int = 24) -> Case:
+def unet(
+    side: int, batch: int, suite: str = "", precision: str = "float32", base: int = 24
+) -> Case:
     """A 3D U-Net on volumes of `side` voxels a side."""
     return Case(
         f"unet3d-{side}-b{batch}" + ("" if base == 24 else f"-c{base}"),
         f"3D U-Net {'0.76 M' if base == 24 else f'base {base}'}, {side}³, B={batch}",
-        suites,
+        suite,
         partial(models.UNet3d, base),
         partial(volumes, side, batch),
         precision,
@@ -155,26 +155,26 @@ def unet(side: int, batch: int, *suites: str, precision: str = "float32", base: 
 
 
 def encoder(
-    length: int, width: int, depth: int, batch: int, *suites: str, precision: str = "float32"
+    length: int, width: int, depth: int, batch: int, suite: str = "", precision: str = "float32"
 ) -> Case:
     """A transformer encoder of `depth` blocks on `length` positions."""
     return Case(
         f"encoder-t{length}-d{width}-b{batch}",
         f"transformer encoder, T={length}, d={width}, B={batch}",
-        suites,
+        suite,
         partial(models.Encoder, width, depth, max(width // 64, 1)),
-        partial(_sequences, length, width, batch),
+        partial(labelled, (length, width), 10, batch),
         precision,
     )
 
 
-def monai(kind: str, title: str, side: int, batch: int, make: Callable[[], nn.Module]) -> Case:
-    """A network of MONAI on volumes of `side` voxels a side."""
+def monai(network: str, side: int, batch: int, about: str = "", **options: Any) -> Case:
+    """A network of MONAI on volumes of `side` voxels a side; `options` are the network's."""
     return Case(
-        f"monai-{kind}-{side}-b{batch}",
-        f"MONAI {title}, {side}³, B={batch}",
-        ("cpu",),
-        make,
+        f"monai-{network.lower()}-{side}-b{batch}",
+        f"MONAI {network}{about}, {side}³, B={batch}",
+        "cpu",
+        partial(models.of_monai, network, **options),
         partial(volumes, side, batch),
         leave_out=_FAR_SLOWER_ON_VOLUMES,
     )
@@ -190,9 +190,9 @@ def resnet(
     return Case(
         f"resnet{kind}-{side}-b{batch}",
         f"ResNet{_SMALL if small else f'-{kind} (GroupNorm)'}, {side}², B={batch}",
-        (suite,),
+        suite,
         partial(models.ResNet, blocks, classes=classes, large_images=on_gpu, **options),
-        partial(images, side, batch, classes),
+        partial(labelled, (3, side, side), classes, batch),
         "bfloat16" if on_gpu else "float32",
         () if small or on_gpu else ("hooks", "ghost", "functorch", "ew"),
     )
@@ -203,7 +203,7 @@ def recommender(rows: int, width: int, hidden: tuple[int, int], batch: int, suit
     return Case(
         f"recommender-b{batch}",
         f"embedding {rows:,} x {width} + MLP, B={batch}",
-        (suite,),
+        suite,
         partial(models.Recommender, rows, 16, width, hidden),
         partial(few_fields, rows, 16, batch),
         leave_out=() if suite == "gpu" else ("hooks", "functorch", "ew", "backpack"),
@@ -213,6 +213,7 @@ def recommender(rows: int, width: int, hidden: tuple[int, int], batch: int, suit
 _SMALL = "-like (16 to 64 channels, GroupNorm)"
 _FAR_SLOWER_ON_VOLUMES = ("hooks", "ghost")
 _FAR_SLOWER_ON_LARGE_VOLUMES = (*_FAR_SLOWER_ON_VOLUMES, "functorch")
+_WIDTHS = (16, 32, 64, 128)
 _RESNET18 = (2, 2, 2, 2)
 _RESNET50 = (3, 4, 6, 3)
 
@@ -220,25 +221,36 @@ CASES = (
     replace(unet(48, 2, "cpu"), leave_out=_FAR_SLOWER_ON_VOLUMES),
     replace(unet(48, 4, "cpu"), leave_out=_FAR_SLOWER_ON_LARGE_VOLUMES),
     replace(unet(64, 2, "cpu"), leave_out=_FAR_SLOWER_ON_LARGE_VOLUMES),
-    monai("unet", "UNet (strided)", 64, 4, models.monai_unet),
-    monai("segresnet", "SegResNet", 48, 2, models.monai_segresnet),
-    monai("dynunet", "DynUNet", 48, 2, models.monai_dynunet),
+    # as its users have it: residual units, InstanceNorm, PReLU
+    monai("UNet", 64, 4, " (strided)", channels=_WIDTHS, strides=(2, 2, 2), num_res_units=2),
+    # at its defaults: residual blocks, GroupNorm, trilinear upsampling
+    monai("SegResNet", 48, 2, init_filters=8),
+    # the network of nnU-Net: InstanceNorm with affine terms, transposed k2
+    monai(
+        "DynUNet",
+        48,
+        2,
+        filters=_WIDTHS,
+        kernel_size=(3, 3, 3, 3),
+        strides=(1, 2, 2, 2),
+        upsample_kernel_size=(2, 2, 2),
+    ),
     encoder(128, 256, 2, 8, "cpu"),
     encoder(256, 256, 2, 8, "cpu"),
     encoder(512, 256, 2, 8, "cpu"),
     Case(
         "decoder-t128-d256-b8",
         "language model, T=128, d=256, vocabulary 2000, B=8",
-        ("cpu",),
+        "cpu",
         partial(models.Decoder, 2000, 128, 256, 2, 4),
         partial(_tokens, 2000, 128, 8),
     ),
     Case(
         "vit-32-b32",
         "ViT, 32², patch 4, d=192, B=32",
-        ("cpu",),
+        "cpu",
         partial(models.VisionTransformer, 32, 4, 192, 4, 3, 10),
-        partial(images, 32, 32, 10),
+        partial(labelled, (3, 32, 32), 10, 32),
     ),
     resnet("-small", 32, 64, "cpu", (2, 2, 2), width=16),
     resnet("18", 32, 64, "cpu", _RESNET18),
@@ -246,7 +258,7 @@ CASES = (
     Case(
         "lstm-t64-d128-b32",
         "embedding + LSTM + classifier, T=64, d=128, B=32",
-        ("cpu",),
+        "cpu",
         partial(models.SequenceClassifier, 2000, 64, 128),
         partial(_labelled_tokens, 2000, 64, 32),
     ),
@@ -268,6 +280,8 @@ CASES = (
     unet(96, 4, "gpu", precision="bfloat16"),
 )
 
+TITLES = {case.name: case.title for case in CASES}
+
 
 def find(names: list[str], suite: str) -> list[Case]:
     """The cases of these names, or all of the suite.
@@ -277,4 +291,4 @@ def find(names: list[str], suite: str) -> list[Case]:
     """
     known = {case.name: case for case in CASES}
     table.require_known("case", names, known)
-    return [known[n] for n in names] or [case for case in CASES if suite in case.suites]
+    return [known[n] for n in names] or [case for case in CASES if suite == case.suite]

@@ -6,17 +6,14 @@ from typing import Any
 
 import pytest
 
-#: median seconds of this run and of the one it is compared with, by case and rival
+#: median seconds by case and rival: of this run, and of the one it is compared with
 Medians = dict[tuple[str, str], float]
-NOW, BEFORE = pytest.StashKey[Medians](), pytest.StashKey[Medians]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[NOW], config.stash[BEFORE] = {}, {}
+NOW: Medians = {}
+_BEFORE: Medians = {}
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     """Keep what says something about speed."""
     cpu = machine_info.get("cpu", {}).get("brand_raw", "")
     kept = ("machine", "system", "python_version")
@@ -26,17 +23,17 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_compare_machine_info(config: Any, compared_benchmark: dict[str, Any]) -> None:
+def pytest_benchmark_compare_machine_info(compared_benchmark: dict[str, Any]) -> None:
     """Remember the committed run; milliseconds of another machine mean little, ratios more."""
     for entry in compared_benchmark["benchmarks"]:
         key = entry["params"]["case"], entry["params"]["rival"]
-        config.stash[BEFORE][key] = entry["stats"]["median"]
+        _BEFORE[key] = entry["stats"]["median"]
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Ours over the ordinary step, case by case, beside the committed run."""
-    now, before = (_ratios(config.stash[key]) for key in (NOW, BEFORE))
+    now, before = _ratios(NOW), _ratios(_BEFORE)
     for case, ratio in now.items():
         earlier = f", committed run {before[case]:.2f}" if case in before else ""
         terminalreporter.write_line(f"{case}: {ratio:.2f} times the ordinary step{earlier}")

@@ -57,10 +57,10 @@ class Truth:
         return worst
 
 
-def ground_truth(workload: Workload, dtype: torch.dtype = torch.float64) -> Truth:
-    """Clipped gradients by one sample at a time through plain autograd in `dtype`."""
+def ground_truth(workload: Workload) -> Truth:
+    """Clipped gradients by one sample at a time through plain autograd in float64."""
     bound = _bound(workload)
-    exact = _sums(workload.in_precision(dtype), bound)
+    exact = _sums(workload.in_precision(torch.float64), bound)
     return _truth(workload, bound, exact, _sums(workload, bound))
 
 
@@ -103,12 +103,9 @@ def released(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def _each_sample(workload: Workload) -> Iterator[list[torch.Tensor]]:
     model, criterion = workload.fresh_model(), SampleCrossEntropy()
-    for b in range(workload.batch_size):
+    for sample in workload.samples():
         model.zero_grad()
-        with workload.autocast():
-            scores = model(workload.inputs[b : b + 1])
-            loss = criterion(scores, workload.target[b : b + 1])
-        loss.backward()
+        sample.loss(model, criterion).backward()
         yield [p.grad for p in model.parameters()]
 
 
@@ -128,9 +125,7 @@ def _sums(workload: Workload, bound: float) -> Sums:
 def _whole_batch(workload: Workload) -> dict[str, torch.Tensor]:
     """The ordinary gradient of the batch's mean loss."""
     model = workload.fresh_model()
-    with workload.autocast():
-        loss = SampleCrossEntropy()(model(workload.inputs), workload.target)
-    loss.backward()
+    workload.loss(model, SampleCrossEntropy()).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 

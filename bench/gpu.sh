@@ -221,7 +221,7 @@ tests() {
 }
 
 unpack() {
-    local wheel suffix
+    local wheel
     if [ ! -d "$pack" ]; then
         record unpack 0 0 "nothing is carried: no $pack"
         return
@@ -234,7 +234,6 @@ unpack() {
     if [ -e "$pack/triton-cache.tar.gz" ]; then
         tar -xzf "$pack/triton-cache.tar.gz" -C "$TRITON_CACHE_DIR" >>"$logs/unpack.log" 2>&1
     fi
-    suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
     if [ "$(bench/gpu-pack.sh --sources)" = "$(cat "$pack/sources" 2>/dev/null)" ]; then
         cp "$pack"/extensions/*"$suffix" dpkernels/ 2>>"$logs/unpack.log"
     fi
@@ -242,6 +241,7 @@ unpack() {
  wheels, $(find "$pack/extensions" -name "*$suffix" 2>/dev/null | wc -l) extensions, $(compiled) kernels"
 }
 
+suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 unpack
 if [ -z "${DPKERNELS_COMMIT:-}" ] && [ ! -e .git ] && [ -e "$pack/commit" ]; then
     DPKERNELS_COMMIT=$(cat "$pack/commit")
@@ -267,8 +267,7 @@ case " $plugins " in
     *" pytest_timeout "*) pytest+=("--timeout=$(scaled 30)" --timeout-method=thread) ;;
 esac
 
-if [ ! -e "dpkernels/_cuda$("$python" -c '
-import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')" ]; then
+if [ ! -e "dpkernels/_cuda$suffix" ]; then
     stage build 90 1 "$python" setup.py build_ext --inplace
 fi
 stage versions 25 1 "$python" -m bench.rehearsal.versions "$pack"

@@ -186,12 +186,13 @@ def _timed(
             status = timing.refusal(own.error, device, name)
             timed[name] = replace(rows[name], status=status)
             continue
-        wall = timing.Spread.of([1e3 * t for t in own.wall.values()])
-        figures = wall.named("ms", "ms_p20", "ms_p80")
-        figures |= timing.ratios(own.wall, base.wall).named("ratio", "ratio_p20", "ratio_p80")
+        ratios = timing.ratios(own.wall, base.wall)
+        figures = timing.spread([1e3 * t for t in own.wall.values()], "ms", "ms_p20", "ms_p80")
+        figures |= timing.spread(ratios, "ratio", "ratio_p20", "ratio_p80")
         if own.processor:
+            ratios = timing.ratios(own.processor, base.processor)
             names = ("processor_ratio", "processor_p20", "processor_p80")
-            figures |= timing.ratios(own.processor, base.processor).named(*names)
+            figures |= timing.spread(ratios, *names)
             figures["processor_ms"] = 1e3 * statistics.median(own.processor.values())
         if own.host:
             figures["host_ms"] = 1e3 * statistics.median(own.host.values())

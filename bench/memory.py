@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import cases, models, rivals
+from bench import cases, models, rivals, timing
 from bench.rivals import Privacy
 
 #: steps end after this many or after these seconds
@@ -33,11 +32,11 @@ def on_cpu(case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int
     """Growth of the resident set at its peak during the first steps, MB; None without /proc.
 
     The process is forked from a server that has imported everything and computed nothing; `case`
-    goes to it by pickling.
+    and `rival` go to it by pickling.
     """
     if not _STATUS.exists():
         return None
-    return in_fresh_process(_measure, (case, rival.name, privacy, threads), _TIMEOUT_S)
+    return in_fresh_process(_measure, (case, rival, privacy, threads), _TIMEOUT_S)
 
 
 def in_fresh_process(
@@ -104,21 +103,15 @@ def _set_allocator(settings: dict[int, int]) -> bool:
     return all(accepted)
 
 
-def _measure(sender, case: cases.Case, rival: str, privacy: Privacy, threads: int) -> None:
+def _measure(sender, case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int) -> None:
     return_freed()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
-    device = torch.device("cpu")
-    chosen = next(r for r in rivals.RIVALS if r.name == rival)
-    workload = case.build(device)
-    _touch_libraries(case, chosen, privacy)
+    workload = case.build(timing.CPU)
+    _touch_libraries(case, rival, privacy)
     growth = Growth()
-    train = chosen.prepare(workload, privacy)
-    began = time.monotonic()
-    for _ in range(_STEPS):
-        train()
-        if time.monotonic() - began > _SECONDS:
-            break
+    train = rival.prepare(workload, privacy)
+    timing.repeat(train, _STEPS, _SECONDS)
     sender.send(growth.peak_mb())
 
 
@@ -129,7 +122,7 @@ def _touch_libraries(case: cases.Case, rival: rivals.Rival, privacy: Privacy) ->
         make_model=partial(models.Recommender, 16, 2, 4, (4,)),
         make_batch=partial(cases.few_fields, 16, 2, 2),
     )
-    rival.prepare(tiny.build(torch.device("cpu")), privacy)()
+    rival.prepare(tiny.build(timing.CPU), privacy)()
 
 
 def _resident(field: str) -> float:

@@ -224,36 +224,25 @@ def _kernels() -> Iterator[tuple[ModuleType, str, Any]]:
                     yield module, name, value
 
 
-@contextlib.contextmanager
-def _engine_as_on_gpu(half: bool) -> Iterator[None]:
+def _engine_as_on_gpu(half: bool) -> contextlib.AbstractContextManager[None]:
     """The engine plans as on a GPU, and reads no value."""
-
-    def kind_of_products(_: torch.device, *about: Any) -> str:
-        return ridge_point.kind_of_products(_GPU, *about)
-
-    def ridge_point_of_gpu(_: torch.device, kind: str) -> float:
-        return ridge_point._TABLE["cuda"][kind]
-
-    def budget(_: torch.device) -> int:
-        return int(_FREE * planner._BUDGET_SHARE)
-
+    kind_of = ridge_point.kind_of_products
     changes: list[_Change] = [
-        (planner, "kind_of_products", kind_of_products),
-        (planner, "ridge_point", ridge_point_of_gpu),
-        (planner, "default_memory_budget", budget),
+        (planner, "kind_of_products", lambda _, *about: kind_of(_GPU, *about)),
+        (planner, "ridge_point", lambda _, kind: ridge_point._TABLE["cuda"][kind]),
+        (planner, "default_memory_budget", lambda _: int(_FREE * planner._BUDGET_SHARE)),
         (TrialBook, "due", lambda *_: False),
         (PendingGradients, "refuse_not_finite", lambda *_: None),
         (norm, "_autocast", lambda _: half),
     ]
-    with _changed(changes):
-        yield
+    return _changed(changes)
 
 
 def private_step(case: cases.Case) -> Step:
     """The second step of a case with the engine, as the first one plans."""
     engine, step = dpkernels.PrivacyEngine(), Step()
     with _workload(case) as workload:
-        train = rivals.with_ours(engine, workload, rivals.Privacy(1.0, 1.0))
+        train = rivals.ours(workload, rivals.Privacy(1.0, 1.0), engine)
         with as_gpu(step), _engine_as_on_gpu(case.precision == "bfloat16"):
             train()
             for counted in (step.launches, step.calls, step.operations):

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+#: of group normalisation
+_GROUPS = 8
 
 
 class UNet3d(nn.Module):
     """3D U-Net with full-resolution 3^3 convolutions, GroupNorm and transposed convolutions k2 s2.
 
     Args:
-        base: channels at full resolution, doubled per level; 24 with three levels has 0.76 M
-            parameters.
-        levels: resolutions, each half of the one before.
+        base: channels at full resolution, doubled at a half of it and again at a quarter; 24
+            makes 0.76 M parameters.
     """
 
-    def __init__(self, base: int = 24, levels: int = 3, classes: int = 2, groups: int = 8):
+    def __init__(self, base: int = 24):
         super().__init__()
-        widths = [base * 2**level for level in range(levels)]
-        inputs = [1, *widths[:-1]]
-        self.down = nn.ModuleList(
-            _double_conv(a, b, groups) for a, b in zip(inputs, widths, strict=True)
-        )
+        widths = (base, 2 * base, 4 * base)
+        self.down = nn.ModuleList(_double_conv(a, b) for a, b in pairwise((1, *widths)))
         upward = widths[::-1]
         self.lift = nn.ModuleList(
             nn.ConvTranspose3d(a, b, kernel_size=2, stride=2) for a, b in pairwise(upward)
         )
-        self.up = nn.ModuleList(_double_conv(2 * width, width, groups) for width in upward[1:])
-        self.head = nn.Conv3d(base, classes, kernel_size=1)
+        self.up = nn.ModuleList(_double_conv(2 * width, width) for width in upward[1:])
+        self.head = nn.Conv3d(base, 2, kernel_size=1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Class scores [B, classes, X, Y, Z] for [B, 1, X, Y, Z]."""
+        """Class scores [B, 2, X, Y, Z] for [B, 1, X, Y, Z]."""
         skips = []
         x = image
         for level, block in enumerate(self.down):
@@ -45,13 +45,13 @@ class UNet3d(nn.Module):
         return self.head(x)
 
 
-def _double_conv(inputs: int, outputs: int, groups: int) -> nn.Sequential:
+def _double_conv(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv3d(inputs, outputs, kernel_size=3, padding=1),
-        nn.GroupNorm(groups, outputs),
+        nn.GroupNorm(_GROUPS, outputs),
         nn.ReLU(),
         nn.Conv3d(outputs, outputs, kernel_size=3, padding=1),
-        nn.GroupNorm(groups, outputs),
+        nn.GroupNorm(_GROUPS, outputs),
         nn.ReLU(),
     )
 
@@ -140,7 +140,7 @@ class VisionTransformer(nn.Module):
 class ResidualBlock(nn.Module):
     """Basic block (two 3^2 convolutions) or bottleneck (1, 3, 1) with GroupNorm."""
 
-    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool, groups: int):
+    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool):
         super().__init__()
         outputs = 4 * width if bottleneck else width
         if bottleneck:
@@ -151,14 +151,14 @@ class ResidualBlock(nn.Module):
         for a, b, kernel, step in shapes:
             layers += [
                 nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False),
-                nn.GroupNorm(groups, b),
+                nn.GroupNorm(_GROUPS, b),
                 nn.ReLU(),
             ]
         self.path = nn.Sequential(*layers[:-1])
         self.skip: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.skip = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(groups, outputs)
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(_GROUPS, outputs)
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -181,23 +181,22 @@ class ResNet(nn.Module):
         bottleneck: bool = False,
         large_images: bool = False,
         classes: int = 10,
-        groups: int = 8,
     ):
         super().__init__()
-        stem: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False)]
-        if large_images:
-            stem = [nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)]
-        stem += [nn.GroupNorm(groups, width), nn.ReLU()]
-        if large_images:
-            stem.append(nn.MaxPool2d(3, stride=2, padding=1))
-        self.stem = nn.Sequential(*stem)
+        kernel, stride = (7, 2) if large_images else (3, 1)
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False),
+            nn.GroupNorm(_GROUPS, width),
+            nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1) if large_images else nn.Identity(),
+        )
         body: list[nn.Module] = []
         inputs = width
         for stage, count in enumerate(blocks):
             inner = width * 2**stage
             for index in range(count):
                 stride = 2 if stage and not index else 1
-                body.append(ResidualBlock(inputs, inner, stride, bottleneck, groups))
+                body.append(ResidualBlock(inputs, inner, stride, bottleneck))
                 inputs = 4 * inner if bottleneck else inner
         self.body = nn.Sequential(*body)
         self.head = nn.Linear(inputs, classes)
@@ -213,12 +212,7 @@ class Recommender(nn.Module):
     def __init__(self, rows: int, fields: int, width: int, hidden: Sequence[int]):
         super().__init__()
         self.table = nn.Embedding(rows, width)
-        layers: list[nn.Module] = []
-        inputs = fields * width
-        for outputs in hidden:
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-            inputs = outputs
-        self.mlp = nn.Sequential(*layers, nn.Linear(inputs, 2))
+        self.mlp = perceptron(fields * width, *hidden, 2)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[B, fields] int64 -> [B, 2]."""
@@ -228,64 +222,27 @@ class Recommender(nn.Module):
 class SequenceClassifier(nn.Module):
     """Token embedding, LSTM, and a classifier on the state after the last token."""
 
-    def __init__(self, vocabulary: int, embedded: int, width: int, classes: int = 2):
+    def __init__(self, vocabulary: int, embedded: int, width: int):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, embedded)
         self.lstm = nn.LSTM(embedded, width, batch_first=True)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(width, 2)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, T] int64 -> [B, classes]."""
+        """[B, T] int64 -> [B, 2]."""
         states, _ = self.lstm(self.tokens(ids))
         return self.head(states[:, -1])
 
 
-class Perceptron(nn.Module):
-    """Linear layers and ReLU: as many parameters as wanted for the least of everything else."""
-
-    def __init__(self, inputs: int, width: int, depth: int, classes: int = 10):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for index in range(depth):
-            layers += [nn.Linear(width if index else inputs, width), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, classes))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, inputs] -> [B, classes]."""
-        return self.layers(x)
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them: [B, first of `widths`] -> [B, last of them]."""
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
-def monai_unet(channels: Sequence[int] = (16, 32, 64, 128)) -> nn.Module:
-    """MONAI's UNet as its users have it: strided, residual units, InstanceNorm, PReLU."""
-    from monai.networks.nets import UNet
+def of_monai(network: str, classes: int = 2, **options: Any) -> nn.Module:
+    """MONAI's network of this name: [B, 1, X, Y, Z] -> [B, classes, X, Y, Z]."""
+    from monai.networks import nets
 
-    return UNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=2,
-        channels=channels,
-        strides=(2,) * (len(channels) - 1),
-        num_res_units=2,
-    )
-
-
-def monai_segresnet() -> nn.Module:
-    """MONAI's SegResNet at its defaults: residual blocks, GroupNorm, trilinear upsampling."""
-    from monai.networks.nets import SegResNet
-
-    return SegResNet(spatial_dims=3, in_channels=1, out_channels=2, init_filters=8)
-
-
-def monai_dynunet() -> nn.Module:
-    """MONAI's DynUNet, the network of nnU-Net: InstanceNorm with affine terms, transposed k2."""
-    from monai.networks.nets import DynUNet
-
-    return DynUNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=2,
-        kernel_size=(3, 3, 3, 3),
-        strides=(1, 2, 2, 2),
-        upsample_kernel_size=(2, 2, 2),
-        filters=(16, 32, 64, 128),
-    )
+    make = getattr(nets, network)
+    return make(spatial_dims=3, in_channels=1, out_channels=classes, **options)

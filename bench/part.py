@@ -51,9 +51,9 @@ class How:
     piece_seconds: float | None = None
     only_show: bool = False
 
-    def here(self) -> results.Environment:
-        """Where and with what the rows of the run are measured."""
-        return results.Environment.here(self.device, self.allocator)
+    def here(self) -> dict[str, Any]:
+        """Where and with what the rows of the run are measured, by column."""
+        return results.environment(self.device, self.allocator)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Part:
         torch.set_num_threads(how.threads)
         timing.allow_tf32(False)
         warnings.simplefilter("ignore")
-        here = asdict(how.here())
+        here = how.here()
 
         def write(rows: Sequence[Row]) -> None:
             if rows:
@@ -208,12 +208,14 @@ def _asked(
         ValueError: no such device here.
     """
     where = results.usable(device)
+    if item_seconds is None and where.type == "cuda":
+        item_seconds = work.PIECE_SECONDS_ON_GPU
     return How(
         output=output or part.path,
         device=where,
         fresh=fresh,
         budget=budget,
-        piece_seconds=work.piece_seconds(item_seconds, where),
+        piece_seconds=item_seconds,
         only_show=show,
     )
 

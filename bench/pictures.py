@@ -11,13 +11,11 @@ from bench import cases, rivals
 from bench.parts.scaling import CURVES, point_of
 from bench.results import Row
 
-_TITLES = {case.name: case.title for case in cases.CASES}
-_PRIVATE = [rival for rival in rivals.RIVALS if rival.private]
 #: the same in every picture: colour and marker of a rival
 _LOOKS = {
     rival.name: {"color": color, "marker": marker}
     for rival, color, marker in zip(
-        _PRIVATE,
+        rivals.PRIVATE,
         ("black", "C1", "C2", "C3", "C4", "C5", "C6"),
         ("D", "o", "s", "^", "v", "P", "X"),
         strict=True,
@@ -37,7 +35,7 @@ def steps(group: Sequence[Row], folder: Path, caption: str) -> Path:
     pyplot = _pyplot()
     by_key = {(row.case, row.rival): row for row in group if row.status == "ok"}
     names = [case.name for case in cases.CASES if any(row.case == case.name for row in group)]
-    shown = [r for r in _PRIVATE if any((name, r.name) in by_key for name in names)]
+    shown = [r for r in rivals.PRIVATE if any((name, r.name) in by_key for name in names)]
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.8 + 0.48 * len(names)), sharey=True)
     for axis, (value, label) in zip(axes, _FIGURES.items(), strict=True):
         for line, rival in reversed(list(enumerate(shown))):
@@ -47,14 +45,8 @@ def steps(group: Sequence[Row], folder: Path, caption: str) -> Path:
                 for index, name in enumerate(names)
                 if (name, rival.name) in by_key and getattr(by_key[name, rival.name], value)
             ]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    linestyle="",
-                    markersize=7 if rival.name == "ours" else 5,
-                    label=rival.title,
-                    **_LOOKS[rival.name],
-                )
+            size = 7 if rival.name == "ours" else 5
+            _plot(axis, points, rival, linestyle="", markersize=size)
         axis.set_xscale("log")
         _ticks(axis.xaxis, axis.get_xlim())
         axis.axvline(1.0, color="black", linewidth=1)
@@ -62,7 +54,7 @@ def steps(group: Sequence[Row], folder: Path, caption: str) -> Path:
         for index in range(1, len(names), 2):
             axis.axhspan(index - 0.5, index + 0.5, color="black", alpha=0.05, linewidth=0)
         axis.set_xlabel(label)
-    axes[0].set_yticks(range(len(names)), [_TITLES[name] for name in names], fontsize=9)
+    axes[0].set_yticks(range(len(names)), [cases.TITLES[name] for name in names], fontsize=9)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.suptitle(
@@ -87,12 +79,11 @@ def scaling(rows: Sequence[Row], folder: Path) -> Path | None:
     figure, axes = pyplot.subplots(
         2 * down, across, figsize=(3.3 * across, 4.9 * down + 0.7), squeeze=False
     )
-    handles: dict[str, Any] = {}
     for axis in axes.flat:
         axis.set_visible(False)
     for index, name in enumerate(names):
         pair = axes[2 * (index // across) : 2 * (index // across) + 2, index % across]
-        chosen = [r for r in _PRIVATE if r.name in CURVES[name].rivals]
+        chosen = [r for r in rivals.PRIVATE if r.name in CURVES[name].rivals]
         for axis, (value, label) in zip(pair, _FIGURES.items(), strict=True):
             axis.set_visible(True)
             mine = [row for row in own if point_of(row)[0] == name]
@@ -102,10 +93,7 @@ def scaling(rows: Sequence[Row], folder: Path) -> Path | None:
                     for row in mine
                     if row.rival == rival.name and getattr(row, value)
                 )
-                if points:
-                    (handles[rival.title],) = axis.plot(
-                        *zip(*points, strict=True), linewidth=1.3, **_LOOKS[rival.name]
-                    )
+                _plot(axis, points, rival, linewidth=1.3)
             axis.set_xscale("log", base=2)
             axis.set_xticks([x for x in CURVES[name].points if x in {point_of(r)[1] for r in mine}])
             axis.xaxis.set_major_formatter("{x:.0f}")
@@ -118,11 +106,19 @@ def scaling(rows: Sequence[Row], folder: Path) -> Path | None:
             if index % across == 0:
                 axis.set_ylabel(label.replace(", ", ",\n"), fontsize=9)
         pair[0].set_title(CURVES[name].title.replace(" (", "\n("), fontsize=9)
-    order = [rival.title for rival in _PRIVATE if rival.title in handles]
-    figure.legend([handles[t] for t in order], order, loc="lower center", ncols=len(order))
+    pairs = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat)
+    drawn = {title: handle for pair in pairs for handle, title in pair}
+    order = [rival.title for rival in rivals.PRIVATE if rival.title in drawn]
+    figure.legend([drawn[t] for t in order], order, loc="lower center", ncols=len(order))
     figure.suptitle("How a DP step scales, one thread of the CPU; lower is better", fontsize=11)
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
     return _save(figure, folder / "scaling.png")
+
+
+def _plot(axis: Any, points: list[tuple[float, float]], rival: rivals.Rival, **style: Any) -> None:
+    if points:
+        looks = _LOOKS[rival.name]
+        axis.plot(*zip(*points, strict=True), label=rival.title, **looks, **style)
 
 
 def _ticks(axis: Any, limits: tuple[float, float]) -> None:

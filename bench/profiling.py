@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,12 +39,12 @@ class Recorded:
     Attributes:
         steps: how many.
         events: kernels, copies and fills on a GPU; on a CPU the operators that no other calls.
-        waits: by name of the call of the CUDA runtime, how long the host waited in each.
+        waits: how long the host waited in each call of the CUDA runtime that waits, seconds.
     """
 
     steps: int
     events: list[Event]
-    waits: dict[str, list[float]]
+    waits: list[float]
 
     @property
     def busy(self) -> float:
@@ -89,17 +88,17 @@ def _recorded(events: Sequence[FunctionEvent], steps: int, on_gpu: bool) -> Reco
     """What of the profiler's events the device did, and where the host waited within the steps."""
     (span,) = (e for e in events if e.name == _STEPS and e.device_type == DeviceType.CPU)
     labels = {e.name for e in events if e.is_user_annotation}  # of ranges, on both sides
-    own, waits = [], defaultdict(list)
+    own, waits = [], []
     for event in events:
         begin, end = event.time_range.start * 1e-6, event.time_range.end * 1e-6
         if event.device_type != DeviceType.CPU:
             if event.name not in labels and not event.name.startswith(_NO_WORK):
                 own.append(Event(event.name, begin, end))
         elif event.name in _WAITS and event.time_range.end <= span.time_range.end:
-            waits[event.name].append(end - begin)
+            waits.append(end - begin)
         elif not on_gpu and _outermost(event):
             own.append(Event(event.name, begin, end))
-    return Recorded(steps, own, dict(waits))
+    return Recorded(steps, own, waits)
 
 
 def _outermost(event: FunctionEvent) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from bench import cases, pictures, results, rivals, table, targets
@@ -14,8 +15,6 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _MARK = "*"
 #: where asterisks mean something
 _ESCAPED = "\\*"
-_TITLES = {case.name: case.title for case in cases.CASES}
-_COLUMNS = [rival for rival in rivals.RIVALS if rival.private]
 _MORE = (
     "Kernels against the roofline, accountants, the noise's law, and where each strategy takes "
     "over: [bench/NOTES.md](bench/NOTES.md)."
@@ -44,8 +43,9 @@ def write_all(root: Path, parts: Sequence[Part]) -> list[Path]:
     headlines = [found[0] for part, found in lines.items() if part.headline and found]
     listed = _listed([line for found in lines.values() for line in found])
     noted = [text for part in parts for text in part.said(part.tables)]
+    on_gpu = "" if any(row.device != "cpu" for row in rows) else _NO_GPU
     texts = {
-        root / "README.md": [*tables(rows), *shown, _listed(headlines), _MORE, *_no_gpu(rows)],
+        root / "README.md": [*tables(rows), *shown, _listed(headlines), _MORE, on_gpu],
         root / "bench" / "NOTES.md": [outcome_table(rows), listed, *noted],
     }
     for path, paragraphs in texts.items():
@@ -71,7 +71,7 @@ def outcome_table(rows: list[Row]) -> str:
             goal = f"{_ratio(target.time)} / {_ratio(target.memory)}" if target else "–"
             predicted = target.predicted if target else "–"
             why = str(missed.get(name, ""))
-            lines.append((_TITLES[name], goal, predicted, _cell(row), why))
+            lines.append((cases.TITLES[name], goal, predicted, _cell(row), why))
     shown = table.markdown(("case", "target", "predicted", "outcome", "not met"), lines)
     return "\n".join([shown, *_explained(list(missed.values()))])
 
@@ -101,7 +101,7 @@ def lines(rows: list[Row], strong: str = "") -> list[tuple[str, ...]]:
     found = []
     for name in _case_names(rows):
         ordinary = by_key.get((name, "ordinary"))
-        own = [by_key.get((name, rival.name)) for rival in _COLUMNS]
+        own = [by_key.get((name, rival.name)) for rival in rivals.PRIVATE]
         cells = [_cell(row) for row in own]
         times = [row.best_ratio for row in own if row and row.best_ratio is not None]
         for index, row in enumerate(own):
@@ -109,13 +109,13 @@ def lines(rows: list[Row], strong: str = "") -> list[tuple[str, ...]]:
                 cells[index] = f"{strong}{cells[index]}{strong}"
         if name in marked:
             cells[0] += _ESCAPED if strong else _MARK
-        found.append((_TITLES.get(name, name), _milliseconds(ordinary), *cells))
+        found.append((cases.TITLES[name], _milliseconds(ordinary), *cells))
     return found
 
 
 def heads() -> tuple[str, ...]:
     """Column titles of :func:`lines`."""
-    return ("case", "ordinary step", *(rival.title for rival in _COLUMNS))
+    return ("case", "ordinary step", *(rival.title for rival in rivals.PRIVATE))
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
@@ -155,12 +155,8 @@ def _key(group: list[Row]) -> str:
         "ordinary step of the same network and batch (1.00: privacy costs nothing). Bold: the "
         "fastest DP step of the case. A dash: not measured, or the rival cannot run the case (the "
         "rows in `bench/results/steps.csv` say why, and how each rival is set up). "
-        f"{table.provenance(map(_place, group))}."
+        f"{table.provenance(map(asdict, group))}."
     )
-
-
-def _place(row: Row) -> dict[str, str]:
-    return {"date": row.date, "commit": row.commit}
 
 
 def _kept(group: list[Row]) -> bool:
@@ -169,14 +165,14 @@ def _kept(group: list[Row]) -> bool:
 
 def _summary(group: list[Row]) -> list[str]:
     """In how many cases ours is the fastest, and which rival is ahead elsewhere."""
-    titles = {rival.name: rival.title for rival in rivals.RIVALS}
     first, level, behind = 0, [], []
     for row in group:
         rival = targets.fastest_rival(row.case, group)
         if row.rival != "ours" or not row.best_ratio or not rival or not rival.best_ratio:
             continue
-        name = f"{_TITLES.get(row.case, row.case)} ({titles[rival.rival]} {rival.best_ratio:.2f}"
-        name += f" for {row.best_ratio:.2f})"
+        ratios = f"{rival.best_ratio:.2f} for {row.best_ratio:.2f}"
+        title = cases.TITLES.get(row.case, row.case)
+        name = f"{title} ({rivals.TITLES[rival.rival]} {ratios})"
         if row.best_ratio <= rival.best_ratio:
             first += 1
         elif row.best_ratio * (1.0 - targets.NOISE) <= rival.best_ratio:
@@ -197,7 +193,7 @@ def _misses(group: list[Row]) -> list[str]:
     names = [name for name in _case_names(group) if name in missed]
     if not names:
         return []
-    listed = [f"- {_TITLES[name]}: {missed[name]}." for name in names]
+    listed = [f"- {cases.TITLES[name]}: {missed[name]}." for name in names]
     head = f"{_ESCAPED} above target, or slower than a rival:"
     return ["\n".join([head, "", *listed, *_explained(list(missed.values()))])]
 
@@ -212,10 +208,6 @@ def _explained(missed: list[targets.Miss]) -> list[str]:
 
 def _listed(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _no_gpu(rows: list[Row]) -> list[str]:
-    return [] if any(row.device != "cpu" for row in rows) else [_NO_GPU]
 
 
 def _cell(row: Row | None) -> str:

@@ -7,8 +7,10 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,36 +22,20 @@ RESULTS = Path(__file__).resolve().parent / "results"
 _ROOT = RESULTS.parents[1]
 
 
-@dataclass(frozen=True)
-class Environment:
-    """Where and with what a row was measured."""
-
-    device: str
-    cpu: str
-    threads: int
-    allocator: str
-    tf32: str
-    python: str
-    torch: str
-    commit: str
-    date: str
-
-    @classmethod
-    def here(cls, device: torch.device, allocator: str) -> Environment:
-        """Facts about this process, now; `allocator` is ``system`` or ``kept``."""
-        on_gpu = device.type == "cuda"
-        return cls(
-            device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
-            cpu=f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, "
-            f"{os.cpu_count()} cores",
-            threads=torch.get_num_threads(),
-            allocator=allocator,
-            tf32=("on" if torch.backends.cuda.matmul.allow_tf32 else "off") if on_gpu else "",
-            python=platform.python_version(),
-            torch=torch.__version__,
-            commit=commit(),
-            date=datetime.date.today().isoformat(),
-        )
+def environment(device: torch.device, allocator: str) -> dict[str, Any]:
+    """Where and with what this process measures, by column; `allocator` as in :class:`Row`."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "cpu": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "allocator": allocator,
+        "tf32": ("on" if torch.backends.cuda.matmul.allow_tf32 else "off") if on_gpu else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 @dataclass(frozen=True)
@@ -129,10 +115,9 @@ class Row:
         """What a rerun replaces: same case, rival, device, threads and allocator."""
         return tuple(str(getattr(self, column)) for column in KEY)
 
-    def measured_on(self, environment: Environment) -> bool:
-        """Whether device, threads and allocator are those of `environment`."""
-        place = (environment.device, str(environment.threads), environment.allocator)
-        return self.key[:3] == place
+    def measured_on(self, place: Mapping[str, Any]) -> bool:
+        """Whether device, threads and allocator are those of an :func:`environment`."""
+        return self.key[:3] == tuple(str(place[column]) for column in KEY[:3])
 
 
 _TYPES = {f.name: str(f.type) for f in fields(Row)}
@@ -144,11 +129,6 @@ def read(path: Path) -> list[Row]:
         Row(**{name: _parse(name, text) for name, text in line.items() if name in _TYPES})
         for line in table.read(path)
     ]
-
-
-def replace(path: Path, rows: list[Row]) -> None:
-    """Write `rows` in the place of those with the same keys."""
-    table.replace(path, [asdict(row) for row in rows], KEY)
 
 
 def _parse(name: str, text: str) -> object:

@@ -7,9 +7,9 @@ that of the per-sample loop, or the rival is not timed.
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import opacus
@@ -90,10 +90,7 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _clearing(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def clear() -> None:
-        optimizer.zero_grad(set_to_none=True)
-
-    return clear
+    return partial(optimizer.zero_grad, set_to_none=True)
 
 
 def _ordinary(workload: Workload, privacy: Privacy) -> Trainer:
@@ -101,9 +98,7 @@ def _ordinary(workload: Workload, privacy: Privacy) -> Trainer:
     optimizer, criterion = _sgd(model), SampleCrossEntropy()
 
     def step() -> None:
-        with workload.autocast():
-            loss = criterion(model(workload.inputs), workload.target)
-        loss.backward()
+        workload.loss(model, criterion).backward()
         optimizer.step()
 
     return Trainer(step, _clearing(optimizer), dict(model.named_parameters()))
@@ -121,25 +116,21 @@ def _with_engine(
     data = DataLoader(
         TensorDataset(workload.inputs, workload.target), batch_size=workload.batch_size
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module, optimizer, *rest = engine.make_private(
-            module=model,
-            optimizer=_sgd(model),
-            criterion=SampleCrossEntropy(),
-            data_loader=data,
-            noise_multiplier=privacy.noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
-            poisson_sampling=False,
-            **options,
-        )
+    module, optimizer, *rest = engine.make_private(
+        module=model,
+        optimizer=_sgd(model),
+        criterion=SampleCrossEntropy(),
+        data_loader=data,
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        poisson_sampling=False,
+        **options,
+    )
     criterion = rest[0] if len(rest) == 2 else SampleCrossEntropy()
 
     def step() -> None:
         optimizer.noise_multiplier = privacy.noise_multiplier
-        with workload.autocast():
-            loss = criterion(module(workload.inputs), workload.target)
-        loss.backward()
+        workload.loss(module, criterion).backward()
         optimizer.step()
 
     def margin() -> float:
@@ -152,46 +143,35 @@ def _with_engine(
     return Trainer(step, _clearing(optimizer), parameters, margin)
 
 
-def _ours(workload: Workload, privacy: Privacy) -> Trainer:
-    return with_ours(dpkernels.PrivacyEngine(), workload, privacy)
-
-
-def with_ours(engine: dpkernels.PrivacyEngine, workload: Workload, privacy: Privacy) -> Trainer:
-    """Ours, by this engine."""
-    model = workload.fresh_model()
+def ours(
+    workload: Workload, privacy: Privacy, engine: dpkernels.PrivacyEngine | None = None
+) -> Trainer:
+    """Ours, by a new engine or by the one given."""
+    engine, model = engine or dpkernels.PrivacyEngine(), workload.fresh_model()
     return _with_engine(engine, model, dict(model.named_parameters()), workload, privacy)
 
 
-def _opacus(mode: str) -> Callable[[Workload, Privacy], Trainer]:
-    def prepare(workload: Workload, privacy: Privacy) -> Trainer:
-        engine = opacus.PrivacyEngine(accountant="rdp")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = ModuleValidator.fix(workload.fresh_model())
-        if mode == "ew":
-            model = adapt.without_bare_parameters(model)
-        parameters = dict(model.named_parameters())
-        model = adapt.hookable(model)
-        return _with_engine(engine, model, parameters, workload, privacy, grad_sample_mode=mode)
-
-    return prepare
+def _opacus(mode: str, workload: Workload, privacy: Privacy) -> Trainer:
+    engine = opacus.PrivacyEngine(accountant="rdp")
+    model = ModuleValidator.fix(workload.fresh_model())
+    if mode == "ew":
+        model = adapt.without_bare_parameters(model)
+    parameters = dict(model.named_parameters())
+    model = adapt.hookable(model)
+    return _with_engine(engine, model, parameters, workload, privacy, grad_sample_mode=mode)
 
 
 def _loop(workload: Workload, privacy: Privacy) -> Trainer:
     model = workload.fresh_model()
     optimizer, criterion = _sgd(model), SampleCrossEntropy()
     parameters = list(model.parameters())
-    samples = [
-        (workload.inputs[b : b + 1], workload.target[b : b + 1]) for b in range(workload.batch_size)
-    ]
+    samples = workload.samples()
 
     def step() -> None:
         total: list[torch.Tensor] = []
-        for inputs, target in samples:
+        for sample in samples:
             optimizer.zero_grad()
-            with workload.autocast():
-                loss = criterion(model(inputs), target)
-            loss.backward()
+            sample.loss(model, criterion).backward()
             grads = [p.grad for p in parameters]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
             factor = (privacy.max_grad_norm / norm).clamp(max=1.0)
@@ -221,15 +201,11 @@ def _backpack(workload: Workload, privacy: Privacy) -> Trainer:
     parameters = dict(model.named_parameters())
     model = adapt.hookable(model)
     optimizer, criterion = _sgd(model), SampleCrossEntropy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        extend(model)
+    extend(model)
 
     def step() -> None:
-        with workload.autocast():
-            loss = criterion(model(workload.inputs), workload.target)
-        with backpack(BatchGrad()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        loss = workload.loss(model, criterion)
+        with backpack(BatchGrad()):
             loss.backward()
         each = [_grad_batch(model, p).mul_(workload.batch_size) for p in parameters.values()]
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in each]).norm(dim=0)
@@ -278,7 +254,7 @@ RIVALS = (
         "dpkernels",
         "PrivacyEngine.make_private defaults (mode fused, noise from ChaCha20), fixed batch",
         "dpkernels",
-        _ours,
+        ours,
     ),
     Rival(
         "loop",
@@ -288,7 +264,7 @@ RIVALS = (
         _loop,
     ),
     *(
-        Rival(mode, f"Opacus {mode}", _OPACUS + config, "opacus", _opacus(mode))
+        Rival(mode, f"Opacus {mode}", _OPACUS + config, "opacus", partial(_opacus, mode))
         for mode, config in {
             "hooks": "expand hooks where Opacus has a rule, functorch elsewhere",
             "ghost": "criterion returns one value per sample; two backward passes",
@@ -307,12 +283,16 @@ RIVALS = (
 )
 
 
+TITLES = {rival.name: rival.title for rival in RIVALS}
+PRIVATE = [rival for rival in RIVALS if rival.private]
+
+
 def find(names: list[str]) -> list[Rival]:
     """The rivals of these names, ordinary first since ratios need it; all where none is named.
 
     Raises:
         ValueError: a name that no rival has.
     """
-    table.require_known("rival", names, [rival.name for rival in RIVALS])
-    wanted = {*names, "ordinary"} if names else {rival.name for rival in RIVALS}
+    table.require_known("rival", names, TITLES)
+    wanted = {*names, "ordinary"} if names else TITLES
     return [rival for rival in RIVALS if rival.name in wanted]

@@ -26,7 +26,6 @@ class Target:
             text, separated by semicolons.
     """
 
-    case: str
     time: float | None
     memory: float | None
     predicted: str
@@ -44,28 +43,26 @@ class Miss:
         return f"{self.found}: {'; '.join(self.reasons) or NO_REASON}"
 
 
-def read(path: Path = PATH) -> dict[str, Target]:
+def read() -> dict[str, Target]:
     """By case."""
     return {
         row["case"]: Target(
-            row["case"],
             number(row["time"]),
             number(row["memory"]),
             row["predicted"],
             tuple(part for text in row["reason"].split(";") if (part := text.strip())),
         )
-        for row in table.read(path)
+        for row in table.read(PATH)
     }
 
 
-def reasons(path: Path = REASONS) -> dict[str, str]:
+def reasons() -> dict[str, str]:
     """What a reason that several cases share says, by its name."""
-    return {row["name"]: row["text"] for row in table.read(path)}
+    return {row["name"]: row["text"] for row in table.read(REASONS)}
 
 
 def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, Miss]:
     """By case: what of ours is above its target, or slower than a rival; one group of rows."""
-    titles = {rival.name: rival.title for rival in rivals.RIVALS}
     found = {}
     for row in rows:
         if row.rival != "ours" or row.status != "ok" or row.best_ratio is None:
@@ -78,7 +75,7 @@ def missed(rows: list[Row], targets: dict[str, Target]) -> dict[str, Miss]:
             parts.append(f"memory {row.memory_ratio:.3f}, target {target.memory:.2f}")
         rival = fastest_rival(row.case, rows)
         if rival and rival.best_ratio and rival.best_ratio < row.best_ratio * (1.0 - NOISE):
-            parts.append(f"{titles[rival.rival]} is faster, {rival.best_ratio:.2f}")
+            parts.append(f"{rivals.TITLES[rival.rival]} is faster, {rival.best_ratio:.2f}")
         if parts:
             found[row.case] = Miss("; ".join(parts), target.reasons if target else ())
     return found

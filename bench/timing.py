@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 
 #: rivals beyond this multiple of the ordinary step stop after this many rounds
@@ -72,39 +73,21 @@ class Samples:
             self.host[index] = times.host
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median with the 20th and 80th percentile."""
-
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        """Percentiles by linear interpolation."""
-        if len(values) < 2:
-            return cls(values[0], values[0], values[0])
-        fifths = statistics.quantiles(values, n=5, method="inclusive")
-        return cls(statistics.median(values), fifths[0], fifths[3])
-
-    def named(self, *names: str) -> dict[str, float]:
-        """The three under these names."""
-        return dict(zip(names, (self.median, self.p20, self.p80), strict=True))
+def spread(values: Sequence[float], *names: str) -> dict[str, float]:
+    """Median, 20th and 80th percentile (by linear interpolation) under these names."""
+    return dict(zip(names, np.quantile(values, (0.5, 0.2, 0.8)).tolist(), strict=True))
 
 
-def ratios(times: Mapping[int, float], base: Mapping[int, float]) -> Spread:
+def ratios(times: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
     """Time over the base's in the same round."""
-    return Spread.of([t / base[i] for i, t in times.items() if i in base])
+    return [t / base[i] for i, t in times.items() if i in base]
 
 
-class HostClock:
+def host_clock(step: Step) -> Times:
     """Wall and processor time of a step on the CPU."""
-
-    def __call__(self, step: Step) -> Times:
-        wall, processor = time.perf_counter(), time.process_time()
-        step()
-        return Times(time.perf_counter() - wall, time.process_time() - processor)
+    wall, processor = time.perf_counter(), time.process_time()
+    step()
+    return Times(time.perf_counter() - wall, time.process_time() - processor)
 
 
 class CallClock:
@@ -144,11 +127,9 @@ class RowClock:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._flush.zero_()
         torch.cuda.synchronize(self._device)
-        began, steps = time.perf_counter(), 0
+        began = time.perf_counter()
         start.record()
-        while steps < _ROW and time.perf_counter() - began < _ROW_SECONDS:
-            step()
-            steps += 1
+        steps = repeat(step, _ROW, _ROW_SECONDS)
         host = time.perf_counter() - began
         end.record()
         torch.cuda.synchronize(self._device)
@@ -193,7 +174,7 @@ def allow_tf32(allowed: bool) -> None:
 
 def clock_for(device: torch.device) -> Clock:
     """The clock for steps on this device."""
-    return RowClock(device) if device.type == "cuda" else HostClock()
+    return RowClock(device) if device.type == "cuda" else host_clock
 
 
 def interleave(
@@ -242,7 +223,7 @@ def interleave(
         samples[name].add(index, clock(steps[name]))
 
     for name in steps:
-        turn(name, partial(_warm_up, steps[name]))
+        turn(name, partial(repeat, steps[name], _WARM_UP_STEPS, _WARM_UP_SECONDS))
     yield samples
     names, began = list(steps), time.monotonic()
     for index in range(most):
@@ -262,9 +243,10 @@ def interleave(
         yield samples
 
 
-def _warm_up(step: Step) -> None:
-    began = time.monotonic()
-    for _ in range(_WARM_UP_STEPS):
+def repeat(step: Step, most: int, seconds: float) -> int:
+    """Take steps, `most` or as many as begin within these seconds; returns how many."""
+    began, taken = time.perf_counter(), 0
+    while taken < most and time.perf_counter() - began < seconds:
         step()
-        if time.monotonic() - began > _WARM_UP_SECONDS:
-            return
+        taken += 1
+    return taken

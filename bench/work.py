@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from rich.console import Console
@@ -59,13 +60,8 @@ class Report:
         elsewhere: the same of every item, by its name.
     """
 
-    def __init__(
-        self,
-        ended: Mapping[str, str] | None = None,
-        elsewhere: Mapping[str, Mapping[str, str]] | None = None,
-    ):
-        self.ended = ended or {}
-        self.elsewhere = elsewhere or {}
+    ended: Mapping[str, str] = MappingProxyType({})
+    elsewhere: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
     def __call__(self, what: str, share: float) -> None:
         """What is being done, and the share of the item that is done."""
@@ -113,8 +109,8 @@ class Memory:
         if path.exists() and not fresh:
             earlier = json.loads(path.read_text())
             if earlier["settings"] == self._settings:
-                self.done, self.ended = earlier["done"], earlier.get("ended", {})
-                self._under_way = earlier.get("under_way")
+                self.done, self.ended = earlier["done"], earlier["ended"]
+                self._under_way = earlier["under_way"]
         self.blame(_UNKNOWN)
 
     def begin(self, item: str, piece: str) -> None:
@@ -161,13 +157,9 @@ class _Watched(Report):
     """An item of a run: shown, its pieces remembered, each with a limit of seconds."""
 
     def __init__(
-        self,
-        item: str,
-        memory: Memory,
-        show: Callable[[str, float], None],
-        limit: float | None,
+        self, item: str, memory: Memory, show: Callable[[str, float], None], limit: float | None
     ):
-        super().__init__(memory.ended.get(item), memory.ended)
+        self.ended, self.elsewhere = memory.ended.get(item, {}), memory.ended
         self._item, self._memory, self._show, self._limit = item, memory, show, limit
         self._timer: threading.Timer | None = None
 
@@ -276,13 +268,6 @@ def off(
     return outcome
 
 
-def piece_seconds(asked: float | None, device: torch.device) -> float | None:
-    """How long a piece may take: as asked, else what is usual on this device."""
-    if asked is not None or device.type != "cuda":
-        return asked
-    return PIECE_SECONDS_ON_GPU
-
-
 def _named(item: str, piece: str) -> str:
     return f"{item}: {piece}" if piece else item
 
@@ -306,9 +291,6 @@ def _stopped_in_order() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is told of signals
-        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield

@@ -22,7 +22,7 @@ import typer
 from bench import memory, results, table, work
 from bench.part import How, Part, Row, Todo
 from bench.table import number
-from dpkernels.accounting import opacus_accountants
+from dpkernels.accounting import get_epsilon, get_noise_multiplier, opacus_accountants
 
 RUNS = {"subsampled": (0.01, 5000), "volumes": (1 / 106, 53_000)}
 BUDGETS = (0.01, 1.0, 8.0, 100.0, 1e4, 1e6, 1e9, 1e15)
@@ -60,10 +60,9 @@ def ask(
 ) -> dict[str, object]:
     """One question in a process of its own: epsilon, seconds, memory_mb, outcome."""
     arguments = (accountant, sigma, rate, steps, nominal)
-    answer = memory.in_fresh_process(_answer, arguments, limit)
-    if answer is None:
-        return {"epsilon": None, "outcome": f"no answer in {limit:g} s", "seconds": limit}
-    return answer
+    outcome = f"no answer in {limit:g} s"
+    late = {"epsilon": None, "seconds": limit, "memory_mb": None, "outcome": outcome}
+    return memory.in_fresh_process(_answer, arguments, limit) or late
 
 
 def _answer(
@@ -72,8 +71,7 @@ def _answer(
     warnings.simplefilter("ignore")
     memory.return_freed()
     torch.set_num_threads(1)
-    questions = {"dp-accounting": _google}
-    question = questions.get(accountant, partial(_ours, accountant))
+    question = _google if accountant == "dp-accounting" else partial(_ours, accountant)
     growth = memory.Growth()
     began = time.perf_counter()
     try:
@@ -85,8 +83,6 @@ def _answer(
 
 
 def _ours(accountant: str, sigma: float, rate: float, steps: int, nominal: float) -> float:
-    from dpkernels.accounting import get_epsilon
-
     return get_epsilon(
         noise_multiplier=sigma, sample_rate=rate, steps=steps, delta=DELTA, accountant=accountant
     )
@@ -102,8 +98,6 @@ def _google(sigma: float, rate: float, steps: int, nominal: float) -> float:
 
 
 def _measure(run: str, nominal: float, limit: float, report: work.Report) -> Iterator[list[Row]]:
-    from dpkernels.accounting import get_noise_multiplier
-
     rate, steps = RUNS[run]
     sigma = get_noise_multiplier(
         target_epsilon=nominal, target_delta=DELTA, sample_rate=rate, steps=steps
@@ -112,7 +106,7 @@ def _measure(run: str, nominal: float, limit: float, report: work.Report) -> Ite
     for index, accountant in enumerate(ACCOUNTANTS):
         report(accountant, index / len(ACCOUNTANTS))
         answer = ask(accountant, sigma, rate, steps, nominal, limit)
-        epsilon = answer.get("epsilon")
+        epsilon = answer["epsilon"]
         rows.append(
             {
                 "run": run,
@@ -124,9 +118,7 @@ def _measure(run: str, nominal: float, limit: float, report: work.Report) -> Ite
                 "accountant": accountant,
                 "epsilon": epsilon,
                 "over_nominal": f"{float(str(epsilon)) / nominal:.6g}" if epsilon else None,
-                "seconds": answer.get("seconds"),
-                "memory_mb": answer.get("memory_mb"),
-                "outcome": answer["outcome"],
+                **answer,
                 **{name.replace("-", "_"): results.version_of(name) for name in _PACKAGES},
             }
         )

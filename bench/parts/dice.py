@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
-from bench import table, work
+from bench import models, table, work
 from bench.part import How, Part, Row, Todo
 from dpkernels.accounting import get_noise_multiplier
 from dpkernels.training.ema import WeightAverage
@@ -74,15 +74,13 @@ class Task:
 
 @dataclass
 class Runner:
-    """One rival in training; times are sums over its steps, seconds."""
+    """One rival in training; times are those of its steps, seconds."""
 
     network: nn.Module
     step: Callable[[Batch], None]
     average: WeightAverage
-    wall: float = 0.0
-    processor: float = 0.0
-    steps: int = 0
-    each: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     dice: float = 0.0
     reached: bool = False
 
@@ -91,10 +89,8 @@ class Runner:
         wall, processor = time.perf_counter(), time.process_time()
         self.step(batch)
         self.average.update(self.network)
-        self.each.append(time.process_time() - processor)
-        self.processor += self.each[-1]
-        self.wall += time.perf_counter() - wall
-        self.steps += 1
+        self.processor.append(time.process_time() - processor)
+        self.wall.append(time.perf_counter() - wall)
 
 
 def todo(
@@ -164,29 +160,20 @@ def phantom(task: Task) -> Batch:
 @torch.no_grad()
 def liver_dice(runner: Runner, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Mean Dice of the liver over scans, by the averaged weights."""
+    from dpkernels.segmentation.evaluate import dice_score
     from dpkernels.segmentation.phantom import LIVER
 
     with runner.average.applied_to(runner.network):
         runner.network.eval()
         found = torch.cat([runner.network(image[None]) for image in images]).argmax(dim=1)
         runner.network.train()
-    inside, truth = (found == LIVER).flatten(1), (labels[:, 0] == LIVER).flatten(1)
-    both = (inside & truth).sum(1)
-    return float((2.0 * both / (inside.sum(1) + truth.sum(1)).clamp(min=1)).mean())
+    pairs = zip((found == LIVER).numpy(), (labels[:, 0] == LIVER).numpy(), strict=True)
+    return statistics.fmean(dice_score(*pair) for pair in pairs)
 
 
 def _network() -> nn.Module:
-    from monai.networks.nets import UNet
-
-    return UNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=_CLASSES,
-        channels=(8, 16, 32),
-        strides=(2, 2),
-        num_res_units=1,
-        bias=False,
-    )
+    shape = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 1, "bias": False}
+    return models.of_monai("UNet", _CLASSES, **shape)
 
 
 def _runner(engine: Any, initial: nn.Module, task: Task, sigma: float, **options: Any) -> Runner:
@@ -215,14 +202,15 @@ def _runner(engine: Any, initial: nn.Module, task: Task, sigma: float, **options
 
 def _fastest_mode(network: nn.Module, task: Task, sigma: float, batch: Batch) -> str:
     """By the second step of each: the first one imports."""
-    seconds = {}
-    for mode in OPACUS_MODES:
+
+    def seconds(mode: str) -> float:
         engine = opacus.PrivacyEngine(accountant="rdp")
         runner = _runner(engine, network, task, sigma, grad_sample_mode=mode)
         runner.take(batch)
         runner.take(batch)
-        seconds[mode] = runner.each[-1]
-    return min(seconds, key=seconds.__getitem__)
+        return runner.processor[-1]
+
+    return min(OPACUS_MODES, key=seconds)
 
 
 def _measure(index: int, task: Task, report: work.Report) -> Iterator[list[Row]]:
@@ -235,10 +223,10 @@ def _measure(index: int, task: Task, report: work.Report) -> Iterator[list[Row]]
                 "mode": name.partition(" ")[2] or "fused",
                 "reached": runner.reached,
                 "dice": runner.dice,
-                "steps": runner.steps,
-                "seconds": runner.wall if runner.reached else None,
-                "processor_seconds": runner.processor if runner.reached else None,
-                "processor_ms_per_step": 1e3 * statistics.median(runner.each),
+                "steps": len(runner.wall),
+                "seconds": sum(runner.wall) if runner.reached else None,
+                "processor_seconds": sum(runner.processor) if runner.reached else None,
+                "processor_ms_per_step": 1e3 * statistics.median(runner.processor),
                 "target_dice": task.dice,
                 "epsilon": task.epsilon,
                 "delta": task.delta,

@@ -42,7 +42,7 @@ def of_cases(wanted: Sequence[cases.Case], how: How) -> Todo:
 def planned(case: cases.Case, device: torch.device) -> list[dict[str, object]]:
     """The rows of ``explain()`` after one step of the case."""
     engine = dpkernels.PrivacyEngine()
-    rivals.with_ours(engine, case.build(device), rivals.Privacy(1.0, 1.0))()
+    rivals.ours(case.build(device), rivals.Privacy(1.0, 1.0), engine)()
     return [
         {
             "status": "ok",

@@ -113,7 +113,7 @@ def todo(
     """Each op, shape and precision is an item, each backend a piece of it."""
     on_gpu = how.device.type == "cuda"
     suite, precisions = ("gpu", [*PRECISIONS]) if on_gpu or quick else ("cpu", ["float32"])
-    clock = timing.CallClock(how.device) if on_gpu else timing.HostClock()
+    clock = timing.CallClock(how.device) if on_gpu else timing.host_clock
     best = cache(partial(peaks, clock=clock))
     every = {
         f"{op} {shape} {precision}": ({"op": op, "shape": shape, "precision": precision}, make)

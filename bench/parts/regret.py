@@ -88,10 +88,8 @@ def todo(how: How) -> Todo:
 def grid() -> dict[str, Callable[[], Operand]]:
     """Shapes by name, each with what makes its operand."""
     found: dict[str, Callable[[], Operand]] = {}
-    for linear in LINEAR:
-        found[f"linear {linear}"] = partial(_linear, linear)
-    for conv in CONVOLUTIONS:
-        found[f"conv {conv}"] = partial(_conv, conv)
+    for layer in (*LINEAR, *CONVOLUTIONS):
+        found[f"{type(layer).__name__.lower()} {layer}"] = partial(_of_layer, layer)
     for shape in EMBEDDINGS:
         found["embedding B={} T={} {}x{}".format(*shape)] = partial(_embedding, *shape)
     return found
@@ -208,12 +206,11 @@ def _timed(run: Callable[[], Half], others: torch.Tensor) -> tuple[float, Half]:
     return time.thread_time() - start, found
 
 
-def _linear(layer: Linear) -> LinearOperand:
-    return LinearOperand(*layer.operands())
-
-
-def _conv(layer: Conv) -> ConvOperand:
-    return ConvOperand(*layer.operands(), layer.geometry, layer.batch)
+def _of_layer(layer: Linear | Conv) -> Operand:
+    pair = layer.operands()
+    if isinstance(layer, Linear):
+        return LinearOperand(*pair)
+    return ConvOperand(*pair, layer.geometry, layer.batch)
 
 
 def _embedding(batch: int, length: int, rows: int, width: int) -> EmbeddingOperand:

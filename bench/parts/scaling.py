@@ -40,9 +40,9 @@ def _perceptron(width: int) -> cases.Case:
     return cases.Case(
         "perceptron",
         "perceptron",
-        (),
-        partial(models.Perceptron, 256, width, 3),
-        partial(cases.features, 256, 32),
+        "",
+        partial(models.perceptron, 256, width, width, width, 10),
+        partial(cases.labelled, (256,), 10, 32),
     )
 
 

@@ -31,7 +31,7 @@ def of_pass(which: str) -> list[rivals.Rival]:
         ValueError: another name.
     """
     table.require_known("pass", [which], PASSES)
-    others = [r.name for r in rivals.RIVALS if r.private and r.name not in FIRST]
+    others = [r.name for r in rivals.PRIVATE if r.name not in FIRST]
     return rivals.find(list(FIRST) if which == "first" else others)
 
 

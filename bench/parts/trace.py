@@ -110,7 +110,6 @@ def _traced(step: rivals.Trainer, device: torch.device, wall: float | None) -> l
     copies = [e for e in seen.events if e.name.startswith(_COPIES)]
     others = [e for e in seen.events if not e.name.startswith(_COPIES)]
     lengths = [[e.end - e.begin for e in events] for events in (others, copies)]
-    gaps, waits = seen.gaps(_GAP), [t for times in seen.waits.values() for t in times]
 
     def per_step(
         kind: str, name: str, times: list[float], of: float | None = None
@@ -124,8 +123,8 @@ def _traced(step: rivals.Trainer, device: torch.device, wall: float | None) -> l
         _row("step", "busy", 1.0, busy, busy / wall if wall else None),
         per_step("step", "kernels", lengths[0], whole),
         per_step("step", "copies and fills", lengths[1], whole),
-        per_step("step", "gaps", gaps),
-        per_step("step", "waits", waits),
+        per_step("step", "gaps", seen.gaps(_GAP)),
+        per_step("step", "waits", seen.waits),
         *(per_step("kernel", name, times, whole) for name, times in named.items()),
     ]
 
@@ -142,7 +141,7 @@ def _row(
 
 def _written(how: How) -> list[dict[str, str]]:
     """The rows of this device."""
-    device = how.here().device
+    device = how.here()["device"]
     return [row for row in table.read(how.output) if row["device"] == device]
 
 

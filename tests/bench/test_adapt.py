@@ -13,16 +13,20 @@ from bench import adapt, cases, gate, models, rivals
 pytestmark = pytest.mark.filterwarnings("ignore")
 _CPU = torch.device("cpu")
 _VOLUMES = partial(cases.volumes, 16, 2)
+_MONAI = {c.name.split("-")[1]: c.make_model for c in cases.CASES if c.name.startswith("monai-")}
 _NETWORKS = {
-    "segresnet": (models.monai_segresnet, _VOLUMES),
-    "dynunet": (models.monai_dynunet, _VOLUMES),
-    "vit": (partial(models.VisionTransformer, 8, 4, 64, 1, 2, 4), partial(cases.images, 8, 32, 4)),
+    "segresnet": (_MONAI["segresnet"], _VOLUMES),
+    "dynunet": (_MONAI["dynunet"], _VOLUMES),
+    "vit": (
+        partial(models.VisionTransformer, 8, 4, 64, 1, 2, 4),
+        partial(cases.labelled, (3, 8, 8), 4, 32),
+    ),
 }
 
 
 def _workload(name: str) -> cases.Workload:
     make_model, make_batch = _NETWORKS[name]
-    return cases.Case(name, name, (), make_model, make_batch).build(_CPU)
+    return cases.Case(name, name, "", make_model, make_batch).build(_CPU)
 
 
 def _hooked(model: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ from bench import (
     work,
 )
 from bench.__main__ import app
-from tests.bench.support import TINY
+from tests.bench.support import TINY, write
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 _CPU = torch.device("cpu")
@@ -115,8 +115,7 @@ def test_some_samples_are_clipped_and_some_are_not() -> None:
 
 def test_cases_have_names_of_their_own_and_a_suite() -> None:
     assert len({case.name for case in cases.CASES}) == len(cases.CASES)
-    assert {suite for case in cases.CASES for suite in case.suites} == {"cpu", "quick", "gpu"}
-    assert all(case.suites for case in cases.CASES)
+    assert {case.suite for case in cases.CASES} == {"cpu", "quick", "gpu"}
 
 
 def test_the_u_net_has_the_stated_size() -> None:
@@ -164,7 +163,7 @@ def test_rounds_are_interleaved_and_slow_ones_stop_early() -> None:
     timed = order[-12:]
     assert timed[:3] != timed[3:6]
     assert sorted(timed[:3]) == sorted(timed[3:6]) == sorted(times)
-    assert timing.ratios(samples["slow"].wall, samples["ordinary"].wall).median == 9.0
+    assert timing.ratios(samples["slow"].wall, samples["ordinary"].wall) == [9.0, 9.0]
 
 
 def test_ours_is_never_dropped_however_slow() -> None:
@@ -240,8 +239,8 @@ def test_the_loop_in_float32_is_the_truth_of_both_precisions_and_runs_once(
 
 def test_a_rerun_replaces_its_own_rows_only(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    results.replace(path, [_row(ratio=2.0), _row(rival="loop", ratio=3.0), _row(threads=2)])
-    results.replace(path, [_row(ratio=1.25, status='a "quoted", status')])
+    write(path, [_row(ratio=2.0), _row(rival="loop", ratio=3.0), _row(threads=2)])
+    write(path, [_row(ratio=1.25, status='a "quoted", status')])
     rows = results.read(path)
     assert len(rows) == 3
     assert rows[0] == _row(ratio=1.25, status='a "quoted", status')

@@ -13,6 +13,7 @@ from bench import __main__ as main
 from bench import calls, cases, harness, results, rivals, table, timing, work
 from bench.part import Todo
 from bench.parts import ops, steps, trace
+from tests.bench.support import write
 
 
 @pytest.fixture(autouse=True)
@@ -112,8 +113,8 @@ def test_rows_of_another_machine_come_beside_ours(
         )
 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    results.replace(theirs / "steps.csv", [row("NVIDIA H200", 1.02)])
-    results.replace(ours / "steps.csv", [row("cpu", 1.1), row("NVIDIA H200", 1.5)])
+    write(theirs / "steps.csv", [row("NVIDIA H200", 1.02)])
+    write(ours / "steps.csv", [row("cpu", 1.1), row("NVIDIA H200", 1.5)])
     monkeypatch.setattr(results, "RESULTS", ours)
     monkeypatch.setattr(main, "_write_reports", lambda: None)
     found = CliRunner().invoke(main.app, ["adopt", str(theirs)])

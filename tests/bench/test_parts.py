@@ -168,7 +168,7 @@ def test_every_candidate_gives_the_same_clipped_sum() -> None:
 def test_a_small_grid_of_regret_is_written_and_told(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "regret.csv"
     monkeypatch.setattr(
-        regret, "grid", lambda: {"tiny": lambda: regret._linear(Linear(2, 3, 4, 5))}
+        regret, "grid", lambda: {"tiny": lambda: regret._of_layer(Linear(2, 3, 4, 5))}
     )
     monkeypatch.setattr(regret, "_SECONDS", 0.01)
     assert regret.PART.run(regret.todo(How(path))).complete
@@ -360,7 +360,7 @@ def _die(sender) -> None:
 
 
 def test_a_row_above_target_or_behind_a_rival_is_named_with_its_reason() -> None:
-    goals = {"encoder-t128-d256-b8": targets.Target("encoder-t128-d256-b8", 1.1, 1.2, "", ("why",))}
+    goals = {"encoder-t128-d256-b8": targets.Target(1.1, 1.2, "", ("why",))}
     assert targets.missed([_row("ours", 1.05), _row("ew", 1.04)], goals) == {}
     missed = targets.missed([_row("ours", 1.2)], goals)
     assert {case: str(miss) for case, miss in missed.items()} == {
@@ -372,7 +372,7 @@ def test_a_row_above_target_or_behind_a_rival_is_named_with_its_reason() -> None
 
 def test_a_shared_reason_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
     goals = {
-        name: targets.Target(name, 1.0, 1.0, "", ("stored", "its own"))
+        name: targets.Target(1.0, 1.0, "", ("stored", "its own"))
         for name in ("encoder-t128-d256-b8", "vit-32-b32")
     }
     monkeypatch.setattr(targets, "read", lambda: goals)
