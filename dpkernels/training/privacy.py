@@ -138,7 +138,8 @@ def check_patients_do_not_mix(
     Args:
         network: in training mode.
         criterion: called as criterion(output, label).
-        dataset: gives the shape of a row; its values are not used.
+        dataset: gives the shape of a row and its label's dtype; its values are not used. Made-up
+            labels are 0 and 1, another in each row, so that a loss that mixes them shows.
         device: of the network.
 
     Raises:
@@ -147,8 +148,9 @@ def check_patients_do_not_mix(
     image, label = dataset[0]
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(2, *image.shape[1:], generator=generator)
-    classes = torch.randint(0, 2, (2, *label.shape[1:]), generator=generator)
-    batch = (rows.to(device), classes.to(device))
+    drawn = torch.randint(0, 2, label.shape[1:], generator=generator)
+    labels = torch.stack([drawn, 1 - drawn]).to(label.dtype)
+    batch = (rows.to(device), labels.to(device))
     PrivacyEngine().check_per_sample(network, criterion, batch)
 
 

@@ -228,3 +228,16 @@ def test_a_network_that_mixes_patients_is_refused_before_the_first_step():
         check_patients_do_not_mix(
             nn.Sequential(BatchCentred(), nn.Linear(FEATURES, 2)), loss, dataset, cpu
         )
+
+
+class Broadcasting(nn.Module):
+    """Compares every output [B, 1] with every label [B]."""
+
+    def forward(self, output, label):
+        return (output[:, :1] - label).square().mean()
+
+
+def test_a_loss_that_mixes_labels_is_refused_before_the_first_step():
+    network, _, dataset = parts(2)
+    with pytest.raises(ValueError, match="couples samples"):
+        check_patients_do_not_mix(network, Broadcasting(), dataset, torch.device("cpu"))
