@@ -1,10 +1,12 @@
 """Gradients of scales and shifts on the CPU (csrc/cpu/affine.cpp): one pass over the operands.
 
-There is a kernel for positions last and one for channels last; each op takes the one that fits its
-operands' strides, and copies only where neither does.
+The kernel takes positions last or channels last, as the operands' strides are; they are copied only
+where neither fits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -17,8 +19,7 @@ unavailable = native.why_not_cpu
 
 def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
-    result = _empty(grad_output, normalized)
-    return _reduce(normalized, grad_output, result, None)
+    return _sums(normalized, grad_output)[0]
 
 
 affine_norm_sq = norm_sq_by(affine_grad_sample)
@@ -27,29 +28,21 @@ affine_clipped_grad = clipped_grad_by(affine_grad_sample)
 
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
-    return _reduce(grad_output, grad_output, None, _empty(grad_output))
+    return _sums(None, grad_output)[0]
 
 
 def normalization_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
     """See the contract."""
-    batch, channels, positions = grad_output.shape
-    result = _empty(grad_output, input, 2)
-    sizes = (batch, channels, positions, mean.shape[1])
-    _run("channel_grads", input, grad_output, (mean, rstd), (result[0], result[1]), sizes)
-    return result
+    return _sums(input, grad_output, (mean, rstd), mean.shape[1])
 
 
 def normalization_last_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
     """See the contract."""
-    batch, positions, channels = grad_output.shape
-    result = _empty(grad_output.transpose(1, 2), input, 2)
-    sizes = (batch, channels, positions, 1)
-    _run("position_grads", input, grad_output, (mean, rstd), (result[0], result[1]), sizes)
-    return result
+    return _sums(input.transpose(1, 2), grad_output.transpose(1, 2), (mean, rstd))
 
 
 def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
@@ -70,50 +63,53 @@ def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> to
     return result
 
 
-def _empty(
-    grad_output: torch.Tensor, input: torch.Tensor | None = None, *leading: int
-) -> torch.Tensor:
-    """Room for results [*leading, B, C] of [B, C, T] operands."""
-    dtype = result_dtype(grad_output if input is None else input, grad_output)
-    return grad_output.new_empty((*leading, *grad_output.shape[:2]), dtype=dtype)
-
-
-def _reduce(
-    input: torch.Tensor,
+def _sums(
+    input: torch.Tensor | None,
     grad_output: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    statistics: Sequence[torch.Tensor] = (),
+    groups: int | None = None,
 ) -> torch.Tensor:
-    """Fill `weight` or `bias` from [B, C, T] operands of any layout, without statistics."""
-    sizes = (*grad_output.shape, 1)
-    kernel = "channel_grads"
-    if grad_output.stride(1) == 1 and grad_output.stride(2) != 1:
-        kernel = "position_grads"
-        input, grad_output = input.transpose(1, 2), grad_output.transpose(1, 2)
-    _run(kernel, input, grad_output, (None, None), (weight, bias), sizes)
-    return bias if weight is None else weight  # type: ignore[return-value]
+    """Run the kernel on [B, C, T] operands of any strides and dtypes.
 
+    Args:
+        input: what the scale multiplies before normalisation; None for the shift alone.
+        grad_output: [B, C, T].
+        statistics: mean and rstd to normalise by, [B, groups] or [B, T]; none for the scale alone.
+        groups: of channels with common statistics; None where a statistic belongs to a position.
 
-def _run(
-    kernel: str,
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    statistics: tuple[torch.Tensor | None, torch.Tensor | None],
-    results: tuple[torch.Tensor | None, torch.Tensor | None],
-    sizes: tuple[int, ...],
-) -> None:
-    """Call a kernel with operands of one dtype and a contiguous last axis."""
-    wide = result_dtype(input, grad_output)
-    common = input.dtype if input.dtype == grad_output.dtype else wide
-    inputs, grads = (native.features_adjacent(each.to(common)) for each in (input, grad_output))
-    prepared = [None if s is None else s.detach().to(wide).contiguous() for s in statistics]
-    getattr(native.extension(grads), kernel)(
+    Returns:
+        [outputs, B, C]: the scale's gradients, then the shift's.
+    """
+    batch, channels, positions = grad_output.shape
+    operands = [each for each in (input, grad_output) if each is not None]
+    wide = result_dtype(*operands)
+    common = grad_output.dtype if operands[0].dtype == grad_output.dtype else wide
+    if statistics:
+        channels_last = groups is None
+    else:
+        channels_last = grad_output.stride(1) == 1 and grad_output.stride(2) != 1
+    rows = [each.transpose(1, 2) if channels_last else each for each in operands]
+    rows = [native.features_adjacent(each.to(common)) for each in rows]
+    inputs, grads = rows[0], rows[-1]
+    prepared = [each.detach().to(wide).contiguous() for each in statistics]
+    scale, shift = input is not None, input is None or bool(statistics)
+    results = grads.new_empty((scale + shift, batch, channels), dtype=wide)
+    native.extension(grads).affine_grads(
         inputs.data_ptr(),
-        inputs.stride()[:2],
         grads.data_ptr(),
-        grads.stride()[:2],
         native.dtype_code(common),
-        *(0 if each is None else each.data_ptr() for each in (*prepared, *results)),
-        sizes,
+        *([each.data_ptr() for each in prepared] or (0, 0)),
+        results[0].data_ptr() if scale else 0,
+        results[-1].data_ptr() if shift else 0,
+        (
+            batch,
+            channels,
+            positions,
+            groups or 1,
+            inputs.stride()[:2],
+            grads.stride()[:2],
+            channels_last,
+        ),
         native.launch_on(grads),
     )
+    return results

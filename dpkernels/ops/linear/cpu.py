@@ -32,18 +32,12 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
     Returns:
         [B].
     """
-    activations = native.features_adjacent(activations)
-    grad_output = native.features_adjacent(grad_output)
-    batch, positions, features_in = activations.shape
+    rows = [native.features_adjacent(each) for each in (activations, grad_output)]
+    batch, positions, _ = activations.shape
     norm_sq = activations.new_empty(batch)
     native.extension(activations).gram_norm_sq(
         norm_sq.data_ptr(),
-        activations.data_ptr(),
-        activations.stride()[:2],
-        features_in,
-        grad_output.data_ptr(),
-        grad_output.stride()[:2],
-        grad_output.shape[2],
+        *((each.data_ptr(), *each.stride()[:2], each.shape[2]) for each in rows),
         batch,
         positions,
         native.launch_on(activations),
