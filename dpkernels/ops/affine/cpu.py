@@ -19,7 +19,7 @@ unavailable = native.why_not_cpu
 
 def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
-    return _sums(normalized, grad_output)[0]
+    return _without_statistics(normalized, grad_output)
 
 
 affine_norm_sq = norm_sq_by(affine_grad_sample)
@@ -28,21 +28,21 @@ affine_clipped_grad = clipped_grad_by(affine_grad_sample)
 
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
-    return _sums(None, grad_output)[0]
+    return _without_statistics(grad_output)
 
 
 def normalization_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
     """See the contract."""
-    return _sums(input, grad_output, (mean, rstd), mean.shape[1])
+    return _run((input, grad_output), False, (mean, rstd), mean.shape[1])
 
 
 def normalization_last_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
     """See the contract."""
-    return _sums(input.transpose(1, 2), grad_output.transpose(1, 2), (mean, rstd))
+    return _run((input, grad_output), True, (mean, rstd))
 
 
 def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
@@ -63,53 +63,53 @@ def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> to
     return result
 
 
-def _sums(
-    input: torch.Tensor | None,
-    grad_output: torch.Tensor,
+def _without_statistics(*operands: torch.Tensor) -> torch.Tensor:
+    """[B, C] of [B, C, T] operands in any layout."""
+    channels_last = operands[-1].stride(1) == 1 and operands[-1].stride(2) != 1
+    if channels_last:
+        operands = tuple(operand.transpose(1, 2) for operand in operands)
+    return _run(operands, channels_last)[0]
+
+
+def _run(
+    operands: Sequence[torch.Tensor],
+    channels_last: bool,
     statistics: Sequence[torch.Tensor] = (),
-    groups: int | None = None,
+    groups: int = 1,
 ) -> torch.Tensor:
-    """Run the kernel on [B, C, T] operands of any strides and dtypes.
+    """Call the kernel with operands of one dtype and a contiguous last axis.
 
     Args:
-        input: what the scale multiplies before normalisation; None for the shift alone.
-        grad_output: [B, C, T].
-        statistics: mean and rstd to normalise by, [B, groups] or [B, T]; none for the scale alone.
-        groups: of channels with common statistics; None where a statistic belongs to a position.
+        operands: what the scale multiplies and grad_output; for the shift alone, grad_output.
+        channels_last: whether operands are [B, T, C], not [B, C, T].
+        statistics: mean and rstd, [B, T] with channels last and [B, groups] else; none to leave
+            the input as it is, and the shift out.
+        groups: of channels with common statistics.
 
     Returns:
         [outputs, B, C]: the scale's gradients, then the shift's.
     """
-    batch, channels, positions = grad_output.shape
-    operands = [each for each in (input, grad_output) if each is not None]
     wide = result_dtype(*operands)
-    common = grad_output.dtype if operands[0].dtype == grad_output.dtype else wide
-    if statistics:
-        channels_last = groups is None
-    else:
-        channels_last = grad_output.stride(1) == 1 and grad_output.stride(2) != 1
-    rows = [each.transpose(1, 2) if channels_last else each for each in operands]
-    rows = [native.features_adjacent(each.to(common)) for each in rows]
+    common = operands[0].dtype if operands[0].dtype == operands[-1].dtype else wide
+    rows = [native.features_adjacent(operand.to(common)) for operand in operands]
     inputs, grads = rows[0], rows[-1]
+    batch, channels, positions = grads.shape
+    if channels_last:
+        channels, positions = positions, channels
+    outputs = 2 if statistics else 1
+    results = grads.new_empty((outputs, batch, channels), dtype=wide)
+    first = results.data_ptr()
+    last = first + (results.nbytes // 2 if statistics else 0)
     prepared = [each.detach().to(wide).contiguous() for each in statistics]
-    scale, shift = input is not None, input is None or bool(statistics)
-    results = grads.new_empty((scale + shift, batch, channels), dtype=wide)
+    sizes = batch, channels, positions, groups
     native.extension(grads).affine_grads(
         inputs.data_ptr(),
         grads.data_ptr(),
         native.dtype_code(common),
         *([each.data_ptr() for each in prepared] or (0, 0)),
-        results[0].data_ptr() if scale else 0,
-        results[-1].data_ptr() if shift else 0,
-        (
-            batch,
-            channels,
-            positions,
-            groups or 1,
-            inputs.stride()[:2],
-            grads.stride()[:2],
-            channels_last,
-        ),
+        first if len(rows) == 2 else 0,
+        last if statistics or len(rows) == 1 else 0,
+        (*sizes, inputs.stride()[:2], grads.stride()[:2], channels_last),
         native.launch_on(grads),
     )
     return results

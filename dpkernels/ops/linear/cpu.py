@@ -32,12 +32,14 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
     Returns:
         [B].
     """
-    rows = [native.features_adjacent(each) for each in (activations, grad_output)]
+    activations = native.features_adjacent(activations)
+    grad_output = native.features_adjacent(grad_output)
     batch, positions, _ = activations.shape
     norm_sq = activations.new_empty(batch)
     native.extension(activations).gram_norm_sq(
         norm_sq.data_ptr(),
-        *((each.data_ptr(), *each.stride()[:2], each.shape[2]) for each in rows),
+        (activations.data_ptr(), *activations.stride()[:2], activations.shape[2]),
+        (grad_output.data_ptr(), *grad_output.stride()[:2], grad_output.shape[2]),
         batch,
         positions,
         native.launch_on(activations),
