@@ -1,15 +1,26 @@
 // How Python values reach the kernels. Everything is plain data: addresses and element types as
-// integers, keys as 32 bytes, the launch as a tuple; wrong shapes of these are a TypeError.
+// integers, keys as 32 bytes, structs as the tuples of their members; wrong shapes of these are a
+// TypeError.
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string_view>
+#include <tuple>
+#include <type_traits>
 
-#include "dpkernels/types.h"
+#include "dpkernels/affine.h"
+#include "dpkernels/clip.h"
+#include "dpkernels/conv.h"
+#include "dpkernels/embedding.h"
+#include "dpkernels/linear.h"
 
 namespace dpkernels {
+
+namespace py = pybind11;
 
 // `tensor.data_ptr()`, as whatever pointer the kernel wants.
 struct Pointer {
@@ -20,6 +31,45 @@ struct Pointer {
         return reinterpret_cast<T*>(address);
     }
 };
+
+// A struct without constructors, from the tuple of its members.
+template <class Struct, class... Members>
+struct TupleCaster {
+    PYBIND11_TYPE_CASTER(Struct, py::detail::const_name("tuple"));
+
+    bool load(py::handle source, bool convert) {
+        using Tuple = std::tuple<Members...>;
+        py::detail::make_caster<Tuple> members;
+        if (!members.load(source, convert)) return false;
+        value = std::apply([](const auto&... member) { return Struct{member...}; },
+                           py::detail::cast_op<Tuple>(std::move(members)));
+        return true;
+    }
+};
+
+using Int = std::int64_t;
+template <std::size_t count>
+using Ints = std::array<Int, count>;
+
+using LaunchCaster = TupleCaster<Launch, int, int, Pointer>;
+using AffineCaster = TupleCaster<AffineShape, Int, Int, Int, Int, Ints<2>, Ints<2>, bool>;
+using ConvCaster = TupleCaster<ConvGeometry, Int, Int, Int, Int, Ints<3>, Ints<3>, Ints<3>, Ints<3>,
+                               Ints<3>, Ints<3>, Ints<5>, Ints<5>>;
+using EmbeddingCaster = TupleCaster<EmbeddingShape, Int, Int, Int, Int, Ints<2>, Ints<2>>;
+using FinishCaster = TupleCaster<DPKERNELS_DEVICE::Finish, Pointer, DType, Pointer, DType, Pointer,
+                                 Int, Int, std::uint64_t, bool>;
+using RowsCaster = TupleCaster<DPKERNELS_DEVICE::Rows, Pointer, Int, Int, Int>;
+
+// Makes a kernel callable from Python, which passes its parameters in their order.
+template <class... Parameters>
+void define(py::module_& m, const char* name, void (*kernel)(Parameters...)) {
+    m.def(
+        name,
+        [kernel](std::conditional_t<std::is_pointer_v<Parameters>, Pointer, Parameters>... values) {
+            kernel(values...);
+        },
+        py::call_guard<py::gil_scoped_release>());
+}
 
 }  // namespace dpkernels
 
@@ -67,40 +117,17 @@ struct type_caster<dpkernels::Key> {
     }
 };
 
-// (threads, device, stream)
 template <>
-struct type_caster<dpkernels::Launch> {
-    PYBIND11_TYPE_CASTER(dpkernels::Launch, const_name("launch"));
-
-    bool load(handle source, bool) {
-        if (!isinstance<tuple>(source)) return false;
-        const auto launch = reinterpret_borrow<tuple>(source);
-        if (launch.size() != 3) return false;
-        value.threads = launch[0].cast<int>();
-        value.device = launch[1].cast<int>();
-        value.stream = reinterpret_cast<void*>(launch[2].cast<std::uintptr_t>());
-        return true;
-    }
-};
+struct type_caster<dpkernels::Launch> : dpkernels::LaunchCaster {};
+template <>
+struct type_caster<dpkernels::AffineShape> : dpkernels::AffineCaster {};
+template <>
+struct type_caster<dpkernels::ConvGeometry> : dpkernels::ConvCaster {};
+template <>
+struct type_caster<dpkernels::EmbeddingShape> : dpkernels::EmbeddingCaster {};
+template <>
+struct type_caster<dpkernels::DPKERNELS_DEVICE::Finish> : dpkernels::FinishCaster {};
+template <>
+struct type_caster<dpkernels::DPKERNELS_DEVICE::Rows> : dpkernels::RowsCaster {};
 
 }  // namespace pybind11::detail
-
-namespace dpkernels {
-
-namespace py = pybind11;
-using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-
-namespace DPKERNELS_DEVICE {
-
-// One per op family; cpu_module.cpp and cuda_module.cpp call those that their device has.
-void register_affine(py::module_& m);
-void register_clip(py::module_& m);
-void register_conv(py::module_& m);
-void register_embedding(py::module_& m);
-void register_linear(py::module_& m);
-void register_noise(py::module_& m);
-void register_recurrence(py::module_& m);
-void register_small_conv(py::module_& m);
-
-}  // namespace DPKERNELS_DEVICE
-}  // namespace dpkernels

@@ -81,7 +81,8 @@ inline bool choose_tile(Plan& plan) {
 }
 
 // Whether rows of channels start at multiples of 16 bytes, whole eights of channels long.
-inline bool is_packed(const void* data, const std::int64_t (&stride)[5], std::int64_t channels) {
+inline bool is_packed(const void* data, const std::array<std::int64_t, 5>& stride,
+                      std::int64_t channels) {
     bool packed = stride[1] == 1 && channels % 8 == 0;
     packed &= reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
     for (int axis = 0; axis < 5; ++axis) packed &= axis == 1 || stride[axis] % 8 == 0;

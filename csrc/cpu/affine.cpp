@@ -159,26 +159,15 @@ void by_position(const T* input, const T* grad_output, const Wide* mean, const W
 
 }  // namespace
 
-void channel_grads(const void* input, const void* grad_output, DType type, const void* mean,
-                   const void* rstd, void* weight, void* bias, const AffineShape& shape,
-                   Launch launch) {
+void affine_grads(const void* input, const void* grad_output, DType type, const void* mean,
+                  const void* rstd, void* weight, void* bias, const AffineShape& shape,
+                  Launch launch) {
     with_type(type, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
         using Wide = decltype(widen(*tag));
-        const auto run = weight ? by_channel<true, Wide, T> : by_channel<false, Wide, T>;
-        run(static_cast<const T*>(input), static_cast<const T*>(grad_output),
-            static_cast<const Wide*>(mean), static_cast<const Wide*>(rstd),
-            static_cast<Wide*>(weight), static_cast<Wide*>(bias), shape, launch);
-    });
-}
-
-void position_grads(const void* input, const void* grad_output, DType type, const void* mean,
-                    const void* rstd, void* weight, void* bias, const AffineShape& shape,
-                    Launch launch) {
-    with_type(type, [&](auto* tag) {
-        using T = std::remove_pointer_t<decltype(tag)>;
-        using Wide = decltype(widen(*tag));
-        const auto run = weight ? by_position<true, Wide, T> : by_position<false, Wide, T>;
+        const auto by_channels = weight ? by_channel<true, Wide, T> : by_channel<false, Wide, T>;
+        const auto by_positions = weight ? by_position<true, Wide, T> : by_position<false, Wide, T>;
+        const auto run = shape.channels_last ? by_positions : by_channels;
         run(static_cast<const T*>(input), static_cast<const T*>(grad_output),
             static_cast<const Wide*>(mean), static_cast<const Wide*>(rstd),
             static_cast<Wide*>(weight), static_cast<Wide*>(bias), shape, launch);

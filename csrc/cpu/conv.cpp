@@ -195,7 +195,7 @@ private:
 
     void pack_grad(int64_t sample, int64_t channel, const Block& block, const Layout& at,
                    float* target) const {
-        const int64_t* stride = g_.grad_stride;
+        const std::array<int64_t, 5>& stride = g_.grad_stride;
         const float* source = grad_output_ + sample * stride[0] + channel * stride[1] +
                               block.z * stride[2] + block.y * stride[3];
         const int64_t width = g_.output[2], gap = at.pitch - width;
@@ -212,7 +212,7 @@ private:
 
     void pack_input(int64_t sample, int64_t channel, const Block& block, const Layout& at,
                     float* target) const {
-        const int64_t* stride = g_.input_stride;
+        const std::array<int64_t, 5>& stride = g_.input_stride;
         const float* source = input_ + sample * stride[0] + channel * stride[1];
         const int64_t planes = block.planes + axes_[0].max_shift;
         const int64_t rows = block.rows + axes_[1].max_shift;

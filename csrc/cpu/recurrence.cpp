@@ -15,8 +15,8 @@ using std::int64_t;
 // Values that one element of a step costs, next to a plain loop's.
 constexpr int64_t kWork = 8;
 
-int team(const LstmStep& step, Launch launch) {
-    return team_for(step.rows * step.width * kWork, launch);
+int team(int64_t rows, int64_t width, Launch launch) {
+    return team_for(rows * width * kWork, launch);
 }
 
 // The first `count` values; the other lanes are 0.
@@ -41,12 +41,11 @@ DPK_INLINE void store(float* address, Floats value, int64_t count) {
 }  // namespace
 
 void lstm_step(float* gates, const float* before, float* cell, float* cell_tanh, float* hidden,
-               const LstmStep& step, Launch launch) {
-    const int64_t width = step.width;
-#pragma omp parallel for num_threads(team(step, launch)) schedule(static)
-    for (int64_t row = 0; row < step.rows; ++row) {
-        float* sums = gates + (step.first + row) * 4 * width;
-        const int64_t at = (step.first + row) * width;
+               int64_t first, int64_t rows, int64_t width, Launch launch) {
+#pragma omp parallel for num_threads(team(rows, width, launch)) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        float* sums = gates + (first + row) * 4 * width;
+        const int64_t at = (first + row) * width;
         for (int64_t j = 0; j < width; j += kLanes) {
             const int64_t count = width - j;
             const Floats in = sigmoid(load(sums + j, count));
@@ -68,13 +67,12 @@ void lstm_step(float* gates, const float* before, float* cell, float* cell_tanh,
 
 void lstm_step_backward(float* grad_gates, float* grad_cell, const float* grad_hidden,
                         const float* gates, const float* before, const float* cell_tanh,
-                        const LstmStep& step, Launch launch) {
-    const int64_t width = step.width;
-#pragma omp parallel for num_threads(team(step, launch)) schedule(static)
-    for (int64_t row = 0; row < step.rows; ++row) {
-        const float* values = gates + (step.first + row) * 4 * width;
-        float* grads = grad_gates + (step.first + row) * 4 * width;
-        const int64_t at = (step.first + row) * width;
+                        int64_t first, int64_t rows, int64_t width, Launch launch) {
+#pragma omp parallel for num_threads(team(rows, width, launch)) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* values = gates + (first + row) * 4 * width;
+        float* grads = grad_gates + (first + row) * 4 * width;
+        const int64_t at = (first + row) * width;
         for (int64_t j = 0; j < width; j += kLanes) {
             const int64_t count = width - j;
             const Floats in = load(values + j, count);

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -38,6 +39,25 @@ def require_clip_factor(clip_factor: torch.Tensor, batch: int) -> None:
     require_shape("clip_factor", clip_factor, [batch])
     if clip_factor.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"clip_factor: dtype {clip_factor.dtype}, expected float32 or float64")
+
+
+def check_clipped(check: Callable[..., None]) -> Callable[..., None]:
+    """The check of a clipped sum: `check` without the clip factors, and that of the factors.
+
+    Args:
+        check: takes two operands with B on the first axis, then whatever the op takes behind them.
+
+    Returns:
+        The check of an op that takes clip factors [B] after the two operands.
+    """
+
+    def check_all(
+        first: torch.Tensor, second: torch.Tensor, clip_factor: torch.Tensor, *rest: Any
+    ) -> None:
+        check(first, second, *rest)
+        require_clip_factor(clip_factor, first.shape[0])
+
+    return check_all
 
 
 def why_not_exact(kinds: Sequence[str], *operands: torch.Tensor) -> str | None:

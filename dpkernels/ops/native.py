@@ -2,8 +2,8 @@
 
 The CPU extension is one library per instruction set (``dpkernels/_cpu.<set>.*.so``), of which the
 widest that the machine can run is loaded; ``DPKERNELS_INSTRUCTION_SET`` chooses a narrower one.
-Both extensions take plain data: ``tensor.data_ptr()``, an element type code, the key as bytes and
-the launch as a tuple.
+Both extensions take plain data: ``tensor.data_ptr()``, an element type code, the key as bytes, the
+launch and other structs as tuples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-INTERFACE = 2
+INTERFACE = 3
 """Of the functions below, as the extensions state it (csrc/include/dpkernels/types.h)."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent

@@ -80,6 +80,38 @@ def _sum_rows_kernel(partials, out, columns, BLOCK: tl.constexpr):
     tl.store(out + row, tl.where(result < 0, 0.0, result))
 
 
+@triton.jit
+def tile_pair(pair):
+    """The pair-th of (0, 0), (0, 1), (1, 1), (0, 2), ...: low <= high."""
+    high = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
+    high -= (high * (high + 1) // 2 > pair).to(tl.int32)
+    high += ((high + 1) * (high + 2) // 2 <= pair).to(tl.int32)
+    return pair - high * (high + 1) // 2, high
+
+
+@triton.jit
+def tile_gram(
+    base, row, column, row_offset, column_offset, positions, features, feature,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<x_t, x_s> for t in row and s in column, which lie at the offsets: [TILE, TILE] float32."""
+    gram = tl.zeros([TILE, TILE], tl.float32)
+    for start in range(0, features, DEPTH):
+        at = start + tl.arange(0, DEPTH)
+        left = tl.load(
+            base + row_offset[:, None] + at[None, :] * feature,
+            mask=(row < positions)[:, None] & (at < features)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            base + at[:, None] * feature + column_offset[None, :],
+            mask=(at < features)[:, None] & (column < positions)[None, :],
+            other=0.0,
+        )
+        gram = tl.dot(left.to(DTYPE), right.to(DTYPE), gram, input_precision=PRECISION)
+    return gram
+
+
 INTERPRETED = not isinstance(_combine_kernel, triton.JITFunction)
 
 

@@ -20,7 +20,7 @@ import torch
 from dpkernels import ops
 from dpkernels.ops import native
 from dpkernels.ops.conv import cuda
-from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
+from dpkernels.ops.conv.geometry import Geometry, native_geometry
 from dpkernels.ops.registry import use_backend
 from tests.ops.compare import tf32
 
@@ -87,8 +87,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Form:
 
     def run(input: torch.Tensor, grad_output: torch.Tensor, case: Case) -> torch.Tensor | None:
         geometry = case.geometry
-        sizes = native_sizes(input, grad_output, geometry)
-        numbers = [*chain(*sizes), *native_strides(input), *native_strides(grad_output)]
+        members = native_geometry(input, grad_output, geometry)
+        numbers = [*members[:4], *chain(*members[4:])]
         partials = torch.empty(len(input), case.slots, *geometry.weight_shape)
         failed = function(
             ctypes.c_void_p(input.data_ptr()),

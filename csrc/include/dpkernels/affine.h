@@ -1,6 +1,7 @@
 // Per-sample gradients of scales and shifts: biases, and the affine part of normalisation layers.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "dpkernels/types.h"
@@ -12,9 +13,10 @@ struct AffineShape {
     std::int64_t batch;
     std::int64_t channels;
     std::int64_t positions;
-    std::int64_t groups;  // of channels with common statistics; read by channel_grads alone
-    std::int64_t input_stride[2];
-    std::int64_t grad_stride[2];
+    std::int64_t groups;  // of channels with common statistics; not read for channels last
+    std::array<std::int64_t, 2> input_stride;
+    std::array<std::int64_t, 2> grad_stride;
+    bool channels_last;  // operands are [B, T, C] and a statistic belongs to a position
 };
 
 namespace DPKERNELS_DEVICE {
@@ -22,26 +24,14 @@ namespace DPKERNELS_DEVICE {
 // weight = sum_t G * (x - mean) * rstd, bias = sum_t G. Results and statistics are float32, or
 // float64 for float64 elements. Every element of weight and bias is written, in an order of
 // additions that does not depend on the number of threads.
-
-// Positions last.
-void channel_grads(const void* input,        // [B, C, T]; read if weight is wanted
-                   const void* grad_output,  // [B, C, T]
-                   DType type,               // of both
-                   const void* mean,         // [B, groups], or null for mean 0 and rstd 1
-                   const void* rstd,         // [B, groups]
-                   void* weight,             // [B, C]; null for the bias alone
-                   void* bias,               // [B, C]; null for the weight alone
-                   const AffineShape& shape, Launch launch);
-
-// Channels last.
-void position_grads(const void* input,        // [B, T, C]; read if weight is wanted
-                    const void* grad_output,  // [B, T, C]
-                    DType type,               // of both
-                    const void* mean,         // [B, T], or null for mean 0 and rstd 1
-                    const void* rstd,         // [B, T]
-                    void* weight,             // [B, C]; null for the bias alone
-                    void* bias,               // [B, C]; null for the weight alone
-                    const AffineShape& shape, Launch launch);
+void affine_grads(const void* input,        // [B, C, T] or [B, T, C]; read if weight is wanted
+                  const void* grad_output,  // [B, C, T] or [B, T, C]
+                  DType type,               // of both
+                  const void* mean,         // [B, groups] or [B, T]; null for mean 0 and rstd 1
+                  const void* rstd,         // [B, groups] or [B, T]
+                  void* weight,             // [B, C]; null for the bias alone
+                  void* bias,               // [B, C]; null for the weight alone
+                  const AffineShape& shape, Launch launch);
 
 // Mean and 1 / sqrt(variance + eps) of every row, float32 (float64 for float64 elements).
 void row_statistics(const void* input,  // [rows, count]

@@ -1,6 +1,7 @@
 // Per-sample weight gradients of convolutions over one to three spatial axes.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "dpkernels/types.h"
@@ -13,14 +14,14 @@ struct ConvGeometry {
     std::int64_t channels_in;
     std::int64_t channels_out;
     std::int64_t groups;
-    std::int64_t input[3];
-    std::int64_t output[3];  // may be smaller than input has windows
-    std::int64_t kernel[3];
-    std::int64_t stride[3];
-    std::int64_t padding[3];
-    std::int64_t dilation[3];
-    std::int64_t input_stride[5];  // elements, of [B, Cin, D, H, W]; any value
-    std::int64_t grad_stride[5];   // elements, of [B, Cout, D', H', W']; any value
+    std::array<std::int64_t, 3> input;
+    std::array<std::int64_t, 3> output;  // may be smaller than input has windows
+    std::array<std::int64_t, 3> kernel;
+    std::array<std::int64_t, 3> stride;
+    std::array<std::int64_t, 3> padding;
+    std::array<std::int64_t, 3> dilation;
+    std::array<std::int64_t, 5> input_stride;  // elements, of [B, Cin, D, H, W]; any value
+    std::array<std::int64_t, 5> grad_stride;   // elements, of [B, Cout, D', H', W']; any value
 };
 
 namespace DPKERNELS_DEVICE {

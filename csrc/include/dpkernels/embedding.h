@@ -1,6 +1,7 @@
 // Per-sample gradients of embedding tables: [V, D] tables looked up at T positions of each sample.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "dpkernels/types.h"
@@ -13,8 +14,8 @@ struct EmbeddingShape {
     std::int64_t positions;
     std::int64_t width;
     std::int64_t padding;  // positions with this index do not count; -1 for none
-    std::int64_t index_stride[2];
-    std::int64_t grad_stride[2];
+    std::array<std::int64_t, 2> index_stride;
+    std::array<std::int64_t, 2> grad_stride;
 };
 
 namespace DPKERNELS_DEVICE {

@@ -5,19 +5,11 @@
 
 #include "dpkernels/types.h"
 
-namespace dpkernels {
+namespace dpkernels::DPKERNELS_DEVICE {
 
-// What an LSTM keeps of all steps, N rows; a step has `rows` of them from row `first` on.
-struct LstmStep {
-    std::int64_t first;
-    std::int64_t rows;
-    std::int64_t width;  // H
-};
-
-namespace DPKERNELS_DEVICE {
-
-// Gates are input, forget, new and output side by side. Rows are contiguous, results do not depend
-// on the number of threads.
+// An LSTM keeps N rows of all its steps; a step has `rows` of them from row `first` on, and `width`
+// is H. Gates are input, forget, new and output side by side. Rows are contiguous, results do not
+// depend on the number of threads.
 
 // i, f, o = sigmoid, n = tanh; c' = f c + i n; h' = o tanh(c')
 void lstm_step(float* gates,         // [N, 4H]: sums, which become the gates' values
@@ -25,7 +17,7 @@ void lstm_step(float* gates,         // [N, 4H]: sums, which become the gates' v
                float* cell,          // [N, H]
                float* cell_tanh,     // [N, H]
                float* hidden,        // [N, H]
-               const LstmStep& step, Launch launch);
+               std::int64_t first, std::int64_t rows, std::int64_t width, Launch launch);
 
 void lstm_step_backward(float* grad_gates,         // [N, 4H]: gradient at the sums
                         float* grad_cell,          // [rows, H]: at the cells; becomes that before
@@ -33,7 +25,6 @@ void lstm_step_backward(float* grad_gates,         // [N, 4H]: gradient at the s
                         const float* gates,        // [N, 4H]: values
                         const float* before,       // [N, H]: the cells before each step
                         const float* cell_tanh,    // [N, H]
-                        const LstmStep& step, Launch launch);
+                        std::int64_t first, std::int64_t rows, std::int64_t width, Launch launch);
 
-}  // namespace DPKERNELS_DEVICE
-}  // namespace dpkernels
+}  // namespace dpkernels::DPKERNELS_DEVICE

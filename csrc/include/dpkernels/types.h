@@ -14,7 +14,7 @@
 namespace dpkernels {
 
 // Counts changes of what Python passes to existing functions; dpkernels/ops/native.py knows it too.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.checks import (
-    require_clip_factor,
-    require_float,
-    require_shape,
-    result_dtype,
-)
+from dpkernels.ops.checks import check_clipped, require_float, require_shape, result_dtype
 from dpkernels.ops.registry import contract
 
 
@@ -32,13 +27,6 @@ def _check_statistics(mean: torch.Tensor, rstd: torch.Tensor) -> None:
 
 def _check_bias(grad_output: torch.Tensor) -> None:
     require_float("grad_output", grad_output, 3)
-
-
-def _check_clipped(
-    normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
-) -> None:
-    _check_pair(normalized, grad_output)
-    require_clip_factor(clip_factor, normalized.shape[0])
 
 
 def _check_normalization(
@@ -176,7 +164,7 @@ def affine_norm_sq(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch
     return grad_output.new_empty(grad_output.shape[:1], dtype=dtype)
 
 
-@contract(check=_check_clipped)
+@contract(check=check_clipped(_check_pair))
 def affine_clipped_grad(
     normalized: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
 ) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Gradients of scales and shifts on the CPU (csrc/cpu/affine.cpp): one pass over the operands.
 
-There is a kernel for positions last and one for channels last; each op takes the one that fits its
-operands' strides, and copies only where neither does.
+The kernel takes positions last or channels last, as the operands' strides are; they are copied only
+where neither fits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -17,8 +19,7 @@ unavailable = native.why_not_cpu
 
 def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
-    result = _empty(grad_output, normalized)
-    return _reduce(normalized, grad_output, result, None)
+    return _without_statistics(normalized, grad_output)
 
 
 affine_norm_sq = norm_sq_by(affine_grad_sample)
@@ -27,29 +28,21 @@ affine_clipped_grad = clipped_grad_by(affine_grad_sample)
 
 def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
     """See the contract."""
-    return _reduce(grad_output, grad_output, None, _empty(grad_output))
+    return _without_statistics(grad_output)
 
 
 def normalization_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
     """See the contract."""
-    batch, channels, positions = grad_output.shape
-    result = _empty(grad_output, input, 2)
-    sizes = (batch, channels, positions, mean.shape[1])
-    _run("channel_grads", input, grad_output, (mean, rstd), (result[0], result[1]), sizes)
-    return result
+    return _run((input, grad_output), False, (mean, rstd), mean.shape[1])
 
 
 def normalization_last_grad_sample(
     input: torch.Tensor, grad_output: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
     """See the contract."""
-    batch, positions, channels = grad_output.shape
-    result = _empty(grad_output.transpose(1, 2), input, 2)
-    sizes = (batch, channels, positions, 1)
-    _run("position_grads", input, grad_output, (mean, rstd), (result[0], result[1]), sizes)
-    return result
+    return _run((input, grad_output), True, (mean, rstd))
 
 
 def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
@@ -70,50 +63,53 @@ def normalization_statistics(input: torch.Tensor, groups: int, eps: float) -> to
     return result
 
 
-def _empty(
-    grad_output: torch.Tensor, input: torch.Tensor | None = None, *leading: int
-) -> torch.Tensor:
-    """Room for results [*leading, B, C] of [B, C, T] operands."""
-    dtype = result_dtype(grad_output if input is None else input, grad_output)
-    return grad_output.new_empty((*leading, *grad_output.shape[:2]), dtype=dtype)
-
-
-def _reduce(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Fill `weight` or `bias` from [B, C, T] operands of any layout, without statistics."""
-    sizes = (*grad_output.shape, 1)
-    kernel = "channel_grads"
-    if grad_output.stride(1) == 1 and grad_output.stride(2) != 1:
-        kernel = "position_grads"
-        input, grad_output = input.transpose(1, 2), grad_output.transpose(1, 2)
-    _run(kernel, input, grad_output, (None, None), (weight, bias), sizes)
-    return bias if weight is None else weight  # type: ignore[return-value]
+def _without_statistics(*operands: torch.Tensor) -> torch.Tensor:
+    """[B, C] of [B, C, T] operands in any layout."""
+    channels_last = operands[-1].stride(1) == 1 and operands[-1].stride(2) != 1
+    if channels_last:
+        operands = tuple(operand.transpose(1, 2) for operand in operands)
+    return _run(operands, channels_last)[0]
 
 
 def _run(
-    kernel: str,
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    statistics: tuple[torch.Tensor | None, torch.Tensor | None],
-    results: tuple[torch.Tensor | None, torch.Tensor | None],
-    sizes: tuple[int, ...],
-) -> None:
-    """Call a kernel with operands of one dtype and a contiguous last axis."""
-    wide = result_dtype(input, grad_output)
-    common = input.dtype if input.dtype == grad_output.dtype else wide
-    inputs, grads = (native.features_adjacent(each.to(common)) for each in (input, grad_output))
-    prepared = [None if s is None else s.detach().to(wide).contiguous() for s in statistics]
-    getattr(native.extension(grads), kernel)(
+    operands: Sequence[torch.Tensor],
+    channels_last: bool,
+    statistics: Sequence[torch.Tensor] = (),
+    groups: int = 1,
+) -> torch.Tensor:
+    """Call the kernel with operands of one dtype and a contiguous last axis.
+
+    Args:
+        operands: what the scale multiplies and grad_output; for the shift alone, grad_output.
+        channels_last: whether operands are [B, T, C], not [B, C, T].
+        statistics: mean and rstd, [B, T] with channels last and [B, groups] else; none to leave
+            the input as it is, and the shift out.
+        groups: of channels with common statistics.
+
+    Returns:
+        [outputs, B, C]: the scale's gradients, then the shift's.
+    """
+    wide = result_dtype(*operands)
+    common = operands[0].dtype if operands[0].dtype == operands[-1].dtype else wide
+    rows = [native.features_adjacent(operand.to(common)) for operand in operands]
+    inputs, grads = rows[0], rows[-1]
+    batch, channels, positions = grads.shape
+    if channels_last:
+        channels, positions = positions, channels
+    outputs = 2 if statistics else 1
+    results = grads.new_empty((outputs, batch, channels), dtype=wide)
+    first = results.data_ptr()
+    last = first + (results.nbytes // 2 if statistics else 0)
+    prepared = [each.detach().to(wide).contiguous() for each in statistics]
+    sizes = batch, channels, positions, groups
+    native.extension(grads).affine_grads(
         inputs.data_ptr(),
-        inputs.stride()[:2],
         grads.data_ptr(),
-        grads.stride()[:2],
         native.dtype_code(common),
-        *(0 if each is None else each.data_ptr() for each in (*prepared, *results)),
-        sizes,
+        *([each.data_ptr() for each in prepared] or (0, 0)),
+        first if len(rows) == 2 else 0,
+        last if statistics or len(rows) == 1 else 0,
+        (*sizes, inputs.stride()[:2], grads.stride()[:2], channels_last),
         native.launch_on(grads),
     )
+    return results

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.checks import require_clip_factor, require_float, result_dtype
+from dpkernels.ops.checks import check_clipped, require_float, result_dtype
 from dpkernels.ops.conv.geometry import Geometry, check_sizes
 from dpkernels.ops.registry import contract
 
@@ -20,13 +20,6 @@ def _check(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry) -
     require_float("input", input, len(weight_shape))
     require_float("grad_output", grad_output, len(weight_shape))
     check_sizes(tuple(input.shape), tuple(grad_output.shape), geometry)
-
-
-def _check_clipped(
-    input: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, geometry: Geometry
-) -> None:
-    _check(input, grad_output, geometry)
-    require_clip_factor(clip_factor, input.shape[0])
 
 
 @contract(check=_check)
@@ -71,7 +64,7 @@ def conv_norm_sq(
     return grad_output.new_empty((input.shape[0],), dtype=result_dtype(input, grad_output))
 
 
-@contract(check=_check_clipped)
+@contract(check=check_clipped(_check))
 def conv_clipped_grad(
     input: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, geometry: Geometry
 ) -> torch.Tensor:

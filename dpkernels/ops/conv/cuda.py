@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops import native
-from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
+from dpkernels.ops.conv.geometry import Geometry, native_geometry
 from dpkernels.ops.precision import float32_products
 
 unavailable = native.why_not_cuda
@@ -63,13 +63,11 @@ def conv_grad_sample(
     for seen, grads, out in zip(*operands, strict=True):
         native.extension(seen).small_conv_grad_sample(
             seen.data_ptr(),
-            native_strides(seen),
             grads.data_ptr(),
-            native_strides(grads),
             native.dtype_code(seen.dtype),
             partials.data_ptr(),
             out.data_ptr(),
-            *native_sizes(seen, grads, geometry),
+            native_geometry(seen, grads, geometry),
             slots,
             native.launch_on(seen),
         )

@@ -83,30 +83,24 @@ def check_sizes(input: tuple[int, ...], grad_output: tuple[int, ...], geometry: 
             )
 
 
-def native_sizes(
+def native_geometry(
     input: torch.Tensor, grad_output: torch.Tensor, geometry: Geometry
-) -> tuple[tuple[int, ...], ...]:
-    """What the compiled kernels take: counts, then six sizes on the three axes that they know.
-
-    Returns:
-        (batch, channels in, channels out, groups), input, output, kernel, stride, padding,
-        dilation.
-    """
+) -> tuple[int | tuple[int, ...], ...]:
+    """What the compiled kernels take: the members of ``ConvGeometry`` (csrc), on three axes."""
     return (
-        (input.shape[0], input.shape[1], grad_output.shape[1], geometry.groups),
+        input.shape[0],
+        input.shape[1],
+        grad_output.shape[1],
+        geometry.groups,
         _three(input.shape[2:], 1),
         _three(grad_output.shape[2:], 1),
         _three(geometry.kernel, 1),
         _three(geometry.stride, 1),
         _three(geometry.padding, 0),
         _three(geometry.dilation, 1),
+        (*input.stride()[:2], *_three(input.stride()[2:], 0)),
+        (*grad_output.stride()[:2], *_three(grad_output.stride()[2:], 0)),
     )
-
-
-def native_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides of samples, channels and the three axes, in elements."""
-    sample, channel, *spatial = tensor.stride()
-    return (sample, channel, *_three(tuple(spatial), 0))
 
 
 def _three(values: tuple[int, ...], missing: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dpkernels.ops import native, pages
-from dpkernels.ops.conv.geometry import Geometry, native_sizes, native_strides
+from dpkernels.ops.conv.geometry import Geometry, native_geometry
 
 CHANNEL_BLOCK = 16
 """The library works on blocks of 16 channels: what is not a multiple is slow there, or padded."""
@@ -66,11 +66,9 @@ def grad_sample(input: torch.Tensor, grad_output: torch.Tensor, geometry: Geomet
     result = pages.new_empty(input, (input.shape[0], *geometry.weight_shape))
     native.extension(input).conv_grad_sample(
         input.data_ptr(),
-        native_strides(input),
         grad_output.data_ptr(),
-        native_strides(grad_output),
         result.data_ptr(),
-        *native_sizes(input, grad_output, geometry),
+        native_geometry(input, grad_output, geometry),
         native.launch_on(input),
     )
     return result

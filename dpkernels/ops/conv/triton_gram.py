@@ -14,6 +14,7 @@ import triton.language as tl
 
 from dpkernels.ops import triton_support as support
 from dpkernels.ops.conv.geometry import Geometry
+from dpkernels.ops.triton_support import tile_gram, tile_pair
 
 SCRATCH_ELEMENTS = 1 << 25
 BOX_COST = 200
@@ -27,43 +28,9 @@ WARPS = 8
 
 
 @triton.jit
-def _tile_pair(pair):
-    """The pair-th of (0, 0), (0, 1), (1, 1), (0, 2), ...: low <= high."""
-    high = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
-    high -= (high * (high + 1) // 2 > pair).to(tl.int32)
-    high += ((high + 1) * (high + 2) // 2 <= pair).to(tl.int32)
-    return pair - high * (high + 1) // 2, high
-
-
-@triton.jit
 def _offset(at, size_h, size_w, step_d, step_h, step_w):
     """Where position `at` of a volume lies."""
     return at // (size_h * size_w) * step_d + at // size_w % size_h * step_h + at % size_w * step_w
-
-
-@triton.jit
-def _gram(
-    base, rows, columns, positions, size_h, size_w, channels, channel, step_d, step_h, step_w,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """<x_t, x_s> over the channels of a group: [TILE, TILE] float32."""
-    row_offset = _offset(rows, size_h, size_w, step_d, step_h, step_w)
-    column_offset = _offset(columns, size_h, size_w, step_d, step_h, step_w)
-    gram = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(0, channels, DEPTH):
-        at = start + tl.arange(0, DEPTH)
-        left = tl.load(
-            base + row_offset[:, None] + at[None, :] * channel,
-            mask=(rows < positions)[:, None] & (at < channels)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            base + at[:, None] * channel + column_offset[None, :],
-            mask=(at < channels)[:, None] & (columns < positions)[None, :],
-            other=0.0,
-        )
-        gram = tl.dot(left.to(DTYPE), right.to(DTYPE), gram, input_precision=PRECISION)
-    return gram
 
 
 @triton.jit
@@ -74,13 +41,15 @@ def conv_channel_gram_kernel(
 ):  # fmt: skip
     """gram[sample, group] = <a_p, a_q> for all input positions p and q."""
     place = (tl.program_id(0) // pairs).to(tl.int64)
-    low, high = _tile_pair(tl.program_id(0) % pairs)
+    low, high = tile_pair(tl.program_id(0) % pairs)
     rows = low * TILE + tl.arange(0, TILE)
     columns = high * TILE + tl.arange(0, TILE)
     base = input + place // groups * i_sample + place % groups * channels * i_channel
-    tile = _gram(
-        base, rows, columns, positions, size_h, size_w, channels, i_channel, i_d, i_h, i_w,
-        TILE, DEPTH, DTYPE, PRECISION,
+    tile = tile_gram(
+        base, rows, columns,
+        _offset(rows, size_h, size_w, i_d, i_h, i_w),
+        _offset(columns, size_h, size_w, i_d, i_h, i_w),
+        positions, channels, i_channel, TILE, DEPTH, DTYPE, PRECISION,
     )  # fmt: skip
     gram += place * positions * positions
     inside = (rows < positions)[:, None] & (columns < positions)[None, :]
@@ -110,13 +79,15 @@ def conv_box_norm_kernel(
     """partials[sample, group, pair] = the share of one pair of tiles in the squared norm."""
     place = (tl.program_id(0) // pairs).to(tl.int64)
     pair = tl.program_id(0) % pairs
-    low, high = _tile_pair(pair)
+    low, high = tile_pair(pair)
     rows = low * TILE + tl.arange(0, TILE)
     columns = high * TILE + tl.arange(0, TILE)
     base = grads + place // groups * g_sample + place % groups * channels * g_channel
-    tile = _gram(
-        base, rows, columns, positions, out_h, out_w, channels, g_channel, g_d, g_h, g_w,
-        TILE, DEPTH, DTYPE, PRECISION,
+    tile = tile_gram(
+        base, rows, columns,
+        _offset(rows, out_h, out_w, g_d, g_h, g_w),
+        _offset(columns, out_h, out_w, g_d, g_h, g_w),
+        positions, channels, g_channel, TILE, DEPTH, DTYPE, PRECISION,
     )  # fmt: skip
     inputs = in_d * in_h * in_w
     gram += place * inputs * inputs

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.checks import (
-    require_clip_factor,
-    require_float,
-    require_shape,
-    result_dtype,
-)
+from dpkernels.ops.checks import check_clipped, require_float, require_shape, result_dtype
 from dpkernels.ops.embedding.table import Table
 from dpkernels.ops.registry import contract
 
@@ -37,13 +32,6 @@ def _check_table(indices: torch.Tensor, grad_output: torch.Tensor, table: Table)
             f"num_embeddings={num_embeddings}: expected at least 1 and more than"
             f" padding_idx={padding_idx}"
         )
-
-
-def _check_clipped(
-    indices: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, table: Table
-) -> None:
-    _check_table(indices, grad_output, table)
-    require_clip_factor(clip_factor, indices.shape[0])
 
 
 @contract(check=_check_norm)
@@ -85,7 +73,7 @@ def embedding_grad_sample(
     return grad_output.new_empty(shape, dtype=result_dtype(grad_output))
 
 
-@contract(check=_check_clipped)
+@contract(check=check_clipped(_check_table))
 def embedding_clipped_grad(
     indices: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor, table: Table
 ) -> torch.Tensor:

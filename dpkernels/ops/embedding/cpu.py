@@ -59,13 +59,10 @@ def _run(
     getattr(native.extension(grads), kernel)(
         result.data_ptr(),
         indices.data_ptr(),
-        indices.stride(),
         grads.data_ptr(),
-        grads.stride()[:2],
         native.dtype_code(grads.dtype),
         *added,
-        tuple(grads.shape),
-        padding_idx,
+        (*grads.shape, padding_idx, indices.stride(), grads.stride()[:2]),
         native.launch_on(grads),
     )
     return result

@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.checks import (
-    require_clip_factor,
-    require_float,
-    require_shape,
-    result_dtype,
-)
+from dpkernels.ops.checks import check_clipped, require_float, require_shape, result_dtype
 from dpkernels.ops.registry import contract
 
 
@@ -24,13 +19,6 @@ def _check(activations: torch.Tensor, grad_output: torch.Tensor) -> None:
     require_float("grad_output", grad_output, 3)
     batch, positions, _ = activations.shape
     require_shape("grad_output", grad_output, [batch, positions, grad_output.shape[2]])
-
-
-def _check_clipped(
-    activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
-) -> None:
-    _check(activations, grad_output)
-    require_clip_factor(clip_factor, activations.shape[0])
 
 
 @contract(check=_check)
@@ -69,7 +57,7 @@ def linear_grad_sample(activations: torch.Tensor, grad_output: torch.Tensor) -> 
     )
 
 
-@contract(check=_check_clipped)
+@contract(check=check_clipped(_check))
 def linear_clipped_grad(
     activations: torch.Tensor, grad_output: torch.Tensor, clip_factor: torch.Tensor
 ) -> torch.Tensor:

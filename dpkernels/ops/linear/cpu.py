@@ -34,16 +34,12 @@ def gram_norm_sq(activations: torch.Tensor, grad_output: torch.Tensor) -> torch.
     """
     activations = native.features_adjacent(activations)
     grad_output = native.features_adjacent(grad_output)
-    batch, positions, features_in = activations.shape
+    batch, positions, _ = activations.shape
     norm_sq = activations.new_empty(batch)
     native.extension(activations).gram_norm_sq(
         norm_sq.data_ptr(),
-        activations.data_ptr(),
-        activations.stride()[:2],
-        features_in,
-        grad_output.data_ptr(),
-        grad_output.stride()[:2],
-        grad_output.shape[2],
+        (activations.data_ptr(), *activations.stride()[:2], activations.shape[2]),
+        (grad_output.data_ptr(), *grad_output.stride()[:2], grad_output.shape[2]),
         batch,
         positions,
         native.launch_on(activations),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from dpkernels.ops import triton_support as support
-from dpkernels.ops.triton_support import Jobs, Tile
+from dpkernels.ops.triton_support import Jobs, Tile, tile_gram, tile_pair
 
 unavailable = support.unavailable
 
@@ -29,29 +29,6 @@ OUTER_BLOCK = 1024
 
 
 @triton.jit
-def _tile_gram(
-    base, rows, columns, positions, features, step, feature, TILE: tl.constexpr,
-    DEPTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """<x_t, x_s> for t in rows and s in columns: [TILE, TILE] float32."""
-    gram = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(0, features, DEPTH):
-        at = start + tl.arange(0, DEPTH)
-        left = tl.load(
-            base + rows[:, None] * step + at[None, :] * feature,
-            mask=(rows < positions)[:, None] & (at < features)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            base + at[:, None] * feature + columns[None, :] * step,
-            mask=(at < features)[:, None] & (columns < positions)[None, :],
-            other=0.0,
-        )
-        gram = tl.dot(left.to(DTYPE), right.to(DTYPE), gram, input_precision=PRECISION)
-    return gram
-
-
-@triton.jit
 def linear_gram_kernel(
     activations, grads, partials, positions, features_in, features_out, a_sample, a_step,
     a_feature, g_sample, g_step, g_feature, pairs, TILE: tl.constexpr, DEPTH: tl.constexpr,
@@ -60,20 +37,17 @@ def linear_gram_kernel(
     """partials[sample, pair] = the share of one pair of tiles t <= s in the squared norm."""
     sample = (tl.program_id(0) // pairs).to(tl.int64)
     pair = tl.program_id(0) % pairs
-    high = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
-    high -= (high * (high + 1) // 2 > pair).to(tl.int32)
-    high += ((high + 1) * (high + 2) // 2 <= pair).to(tl.int32)
-    low = pair - high * (high + 1) // 2
+    low, high = tile_pair(pair)
     rows = low * TILE + tl.arange(0, TILE)
     columns = high * TILE + tl.arange(0, TILE)
-    left = _tile_gram(
+    left = tile_gram(
         activations + sample * a_sample,
-        rows, columns, positions, features_in, a_step, a_feature,
+        rows, columns, rows * a_step, columns * a_step, positions, features_in, a_feature,
         TILE, DEPTH, A_DTYPE, PRECISION,
     )  # fmt: skip
-    right = _tile_gram(
+    right = tile_gram(
         grads + sample * g_sample,
-        rows, columns, positions, features_out, g_step, g_feature,
+        rows, columns, rows * g_step, columns * g_step, positions, features_out, g_feature,
         TILE, DEPTH, G_DTYPE, PRECISION,
     )  # fmt: skip
     share = tl.sum(left * right)
