@@ -109,6 +109,7 @@ struct type_caster<dpkernels::Key> {
         if (!isinstance<bytes>(source)) return false;
         const std::string_view key = reinterpret_borrow<bytes>(source);
         if (key.size() != 32) return false;
+        value = {};
         for (std::size_t i = 0; i < 32; ++i) {
             const std::uint32_t byte = static_cast<unsigned char>(key[i]);
             value.words[i / 4] |= byte << (8 * (i % 4));
