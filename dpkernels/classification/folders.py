@@ -45,7 +45,7 @@ class Found:
     """
 
     rows: list[tuple[str, str, Path, str]]
-    unit: str = "image"
+    unit: str
     notes: tuple[str, ...] = ()
 
 
@@ -108,7 +108,7 @@ def _read_folders(folder: Path) -> Found:
     for inner in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._"):
         for path in _images_below(inner):
             rows.append((str(path.relative_to(folder)), "", path, inner.name))
-    return Found(rows)
+    return Found(rows, "image")
 
 
 def _read_ham10000(folder: Path) -> Found:

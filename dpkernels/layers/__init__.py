@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 
 from torch import nn
@@ -62,12 +63,19 @@ def register_rule(rule: AnyRule) -> RemovableHandle:
         the end of a ``with`` block. Models that were made private meanwhile keep the rule.
 
     Raises:
-        ValueError: `rule` is no such instance.
+        ValueError: `rule` is no such instance, or its ``operands`` takes something else than a
+            :class:`dpkernels.layers.rule.CapturedCall`.
     """
     if not isinstance(rule, (Rule, CompositeRule)):
         raise ValueError(
             f"rule={rule!r}: expected an instance of dpkernels.layers.rule.Rule or of "
             "dpkernels.layers.composite.CompositeRule"
+        )
+    if isinstance(rule, Rule) and len(inspect.signature(rule.operands).parameters) != 1:
+        raise ValueError(
+            f"rule={rule!r}: expected a method operands(call) of one argument, a "
+            "dpkernels.layers.rule.CapturedCall with the module, activations, backprops, samples "
+            "and wanted that operands() took before"
         )
     handle = RemovableHandle(_REGISTERED)
     _REGISTERED[handle.id] = rule

@@ -137,8 +137,8 @@ class PrivacyConfig:
             self.accountant in (*names, last),
             "privacy.accountant",
             self.accountant,
-            f"{', '.join(names)} or {last} (gdp can state less than the true epsilon, so that no "
-            "guarantee can rest on it)",
+            f"{', '.join(names)} or {last} (another one can state less than the true epsilon, "
+            "so that no guarantee can rest on it)",
         )
         require(self.max_grad_norm > 0, "privacy.max_grad_norm", self.max_grad_norm, "positive")
 

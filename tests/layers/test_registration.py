@@ -99,3 +99,15 @@ def test_models_made_private_meanwhile_keep_the_rule() -> None:
 def test_what_is_no_rule_is_refused(rule: Any) -> None:
     with pytest.raises(ValueError, match=r"rule=.*expected an instance of .*Rule"):
         register_rule(rule)
+
+
+class FormerRule(LinearRule):
+    """As rules were written when `operands` took five arguments."""
+
+    def operands(self, module: Any, activations: Any, backprops: Any, samples: int, wanted: Any):
+        return ()
+
+
+def test_a_rule_with_the_former_operands_is_refused_with_what_to_write() -> None:
+    with pytest.raises(ValueError, match=r"FormerRule.*operands\(call\) of one argument"):
+        register_rule(FormerRule())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,3 +233,16 @@ def test_wrong_shapes_are_named() -> None:
         ops.normalization_statistics(value, 4, 1e-5)
     with pytest.raises(ValueError, match=r"^eps"):
         ops.normalization_statistics(value, 3, -1.0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4, 5)])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(ops.bias_last_grad_sample, "grad_output"), (ops.affine_last_grad_sample, "normalized")],
+)
+def test_another_number_of_axes_is_named_for_channels_last_too(
+    op: Any, name: str, shape: tuple[int, ...]
+) -> None:
+    operands = [torch.ones(shape)] * (1 if name == "grad_output" else 2)
+    with pytest.raises(ValueError, match=rf"{name}: shape \[{shape[0]}.*expected 3 axes"):
+        op(*operands)

@@ -73,15 +73,21 @@ def affine_grad_sample(normalized: torch.Tensor, grad_output: torch.Tensor) -> t
     return grad_output.new_empty(grad_output.shape[:2], dtype=dtype)
 
 
+def _transposed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """[B, T, C] -> [B, C, T]."""
+    require_float(name, tensor, 3)
+    return tensor.transpose(1, 2)
+
+
 @contract(runs=affine_grad_sample)
 def affine_last_grad_sample(
     normalized: torch.Tensor, grad_output: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """As :func:`affine_grad_sample` for [B, T, C] operands; returns [B, C].
 
-    What does not fit is named as [B, C, T].
+    Shapes that do not fit each other are named as [B, C, T].
     """
-    return normalized.transpose(1, 2), grad_output.transpose(1, 2)
+    return _transposed("normalized", normalized), _transposed("grad_output", grad_output)
 
 
 @contract(check=_check_bias)
@@ -93,7 +99,7 @@ def bias_grad_sample(grad_output: torch.Tensor) -> torch.Tensor:
 @contract(runs=bias_grad_sample)
 def bias_last_grad_sample(grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """As :func:`bias_grad_sample` for channels last: [B, T, C] -> [B, C]."""
-    return (grad_output.transpose(1, 2),)
+    return (_transposed("grad_output", grad_output),)
 
 
 @contract(check=_check_normalization)
