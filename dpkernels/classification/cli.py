@@ -10,6 +10,7 @@ import typer
 from dpkernels import classification
 from dpkernels.classification.presets import PRESETS
 from dpkernels.study.command_line import command_line
+from dpkernels.study.options import names
 from dpkernels.training import options
 from dpkernels.training.task import Prediction, Setting, Task
 
@@ -19,10 +20,6 @@ Start with `dpkernels classify train`: it draws synthetic skin lesions, trains o
 and leaves a run folder with metrics, pictures and a privacy report. Then pass your own data with
 --data: HAM10000 (HAM10000_metadata.csv and its image folders), RadImageNet (CSV tables with
 filename,label), or one folder of images per class."""
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 TASK = Task(
@@ -67,7 +64,7 @@ TASK = Task(
             "data.positive",
             "Classes to tell from all others, such as mel,bcc; '' for all classes. Default of "
             "synthetic and ham10000: akiec,bcc,mel, the malignant or nearly so.",
-            _names,
+            names,
         ),
     ),
 )
