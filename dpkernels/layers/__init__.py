@@ -71,12 +71,15 @@ def register_rule(rule: AnyRule) -> RemovableHandle:
             f"rule={rule!r}: expected an instance of dpkernels.layers.rule.Rule or of "
             "dpkernels.layers.composite.CompositeRule"
         )
-    if isinstance(rule, Rule) and len(inspect.signature(rule.operands).parameters) != 1:
+    try:
+        if isinstance(rule, Rule):
+            inspect.signature(rule.operands).bind(None)
+    except TypeError:
         raise ValueError(
             f"rule={rule!r}: expected a method operands(call) of one argument, a "
             "dpkernels.layers.rule.CapturedCall with the module, activations, backprops, samples "
             "and wanted that operands() took before"
-        )
+        ) from None
     handle = RemovableHandle(_REGISTERED)
     _REGISTERED[handle.id] = rule
     return handle

@@ -111,3 +111,13 @@ class FormerRule(LinearRule):
 def test_a_rule_with_the_former_operands_is_refused_with_what_to_write() -> None:
     with pytest.raises(ValueError, match=r"FormerRule.*operands\(call\) of one argument"):
         register_rule(FormerRule())
+
+
+class RuleWithAnOption(LinearRule):
+    def operands(self, call: Any, option: bool = True):
+        return super().operands(call)
+
+
+def test_operands_may_take_more_where_one_argument_is_enough() -> None:
+    with register_rule(RuleWithAnOption()):
+        assert type(find_rule(nn.Linear(3, 2))) is RuleWithAnOption
