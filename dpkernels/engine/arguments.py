@@ -8,6 +8,7 @@ from itertools import chain
 from opacus.validators.errors import IllegalModuleConfigurationError
 from torch import nn, optim
 
+from dpkernels.engine.capture.trial_book import SCHEDULES
 from dpkernels.layers import refusal
 
 #: the modes of opacus.PrivacyEngine
@@ -42,9 +43,14 @@ def faults_of(module: nn.Module) -> list[Exception]:
 
 
 def check_arguments(
-    noise_multiplier: float, max_grad_norm: float | list[float], views_per_sample: int
+    noise_multiplier: float,
+    max_grad_norm: float | list[float],
+    views_per_sample: int,
+    trial: str,
 ) -> None:
-    """Raise ``ValueError`` for a number that is out of range."""
+    """Raise ``ValueError`` for a number that is out of range, or a schedule there is not."""
+    if trial not in SCHEDULES:
+        raise ValueError(f"trial={trial!r}: expected one of {', '.join(map(repr, SCHEDULES))}")
     if not noise_multiplier >= 0.0 or noise_multiplier == float("inf"):
         raise ValueError(f"noise_multiplier={noise_multiplier}: expected a finite number >= 0")
     norms = max_grad_norm if isinstance(max_grad_norm, (list, tuple)) else [max_grad_norm]

@@ -29,6 +29,8 @@ class _FusedCapture:
         views_per_sample: rows per sample at the model's input.
         memory_budget: bytes for stored per-sample gradients, None for a quarter of free memory.
         plan: ``"auto"`` or ``"measured"``, see :class:`dpkernels.engine.plan.planner.Planner`.
+        trial: when samples are tried for mixing, see
+            :class:`dpkernels.engine.capture.trial_book.TrialBook`.
     """
 
     def __init__(
@@ -40,12 +42,15 @@ class _FusedCapture:
         views_per_sample: int = 1,
         memory_budget: int | None = None,
         plan: str = "auto",
+        trial: str = "doubling",
     ):
         # super() is Opacus' class, the second base of both subclasses
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)  # type: ignore[call-arg]
         self.planner = Planner(memory_budget, plan)
         inner = inner_model(m)
-        self.session = Session(inner, batch_first=batch_first, views_per_sample=views_per_sample)
+        self.session = Session(
+            inner, batch_first=batch_first, views_per_sample=views_per_sample, trial=trial
+        )
         self.session.guards.sharded = sharded_parameters(inner)
         self._installed = [*wrapper_forwards(m, self.session), *install(inner, self.session)]
         self._lockstep: Lockstep | None = None
@@ -69,7 +74,7 @@ class _FusedCapture:
             self._lockstep = Lockstep(
                 session.root, session, optimizer.processes, optimizer.is_last_physical_batch
             )
-        else:
+        elif session.schedule != "off":
             session.trials.trial = torch.compiler.disable(refuse_mixing)
         session.refresh()
 

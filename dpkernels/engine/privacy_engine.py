@@ -39,7 +39,7 @@ from dpkernels.engine.sampling import (
     sample_rate_of,
     warn_of_other_samplers,
 )
-from dpkernels.engine.trial.mixing import check_criterion
+from dpkernels.engine.trial.criterion import check_criterion
 from dpkernels.reconstruction import risk_report
 
 opacus_adapter.register()
@@ -139,6 +139,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         views_per_sample: int = 1,
         materialize_grad_samples: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
+        trial: str = "doubling",
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Private counterparts of model, optimizer and data loader.
@@ -176,6 +177,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 their gradients are averaged before clipping.
             materialize_grad_samples: also leave ``p.grad_sample`` after ``backward()``.
             grad_scaler: the scaler of the loss in fp16 training; its scale stays fixed.
+            trial: when batches are tried for samples that mix: ``"doubling"`` (the first and the
+                2nd, 4th, 8th, ...), ``"first"``, ``"every"`` or ``"off"`` (docs/pitfalls.md).
 
         Returns:
             ``(module, optimizer, data_loader)`` in mode "fused".
@@ -198,6 +201,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 memory_budget=memory_budget is not None,
                 plan=plan != "auto",
                 grad_scaler=grad_scaler is not None,
+                trial=trial != "doubling",
             )
             return self._make_private_by_opacus(
                 module=module,
@@ -212,7 +216,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 rand_on_empty=rand_on_empty,
                 **shared,
             )
-        check_arguments(noise_multiplier, max_grad_norm, views_per_sample)
+        check_arguments(noise_multiplier, max_grad_norm, views_per_sample, trial)
         check_same_parameters(module, optimizer)
         refuse_random_rows(data_loader, rand_on_empty)
         processes = processes_of(module)
@@ -227,6 +231,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             views_per_sample=views_per_sample,
             memory_budget=memory_budget,
             plan=plan,
+            trial=trial,
         )
         if poisson_sampling:
             private_module.forbid_grad_accumulation()

@@ -249,7 +249,7 @@ class LayerForward(CapturedForward):
             shape = list(x.shape)
             shape[self.axis] = rows = batch
             x = x.expand(shape)
-        return x, session.samples_for(rows, self.name)
+        return x, session.samples_for(rows, self.name, x.ndim)
 
 
 def is_packed(value: Any) -> bool:

@@ -77,6 +77,7 @@ class Session:
         root: the model.
         batch_first: the sample axis is 0 if True, 1 if False.
         views_per_sample: rows per sample at the model's input.
+        trial: when samples are tried, see :class:`TrialBook`.
 
     Attributes:
         sink: where contributions go; None: layers run as they are.
@@ -88,10 +89,11 @@ class Session:
         guards: the trained parameters, guarded against ordinary gradients.
     """
 
-    def __init__(self, root: nn.Module, *, batch_first: bool = True, views_per_sample: int = 1):
+    def __init__(self, root: nn.Module, *, batch_first: bool = True, views_per_sample: int = 1, trial: str = "doubling"):
         self.root = root
         self.axis = 0 if batch_first else 1
         self.views = views_per_sample
+        self.schedule = trial
         self._start()
 
     def _start(self) -> None:
@@ -99,14 +101,14 @@ class Session:
         self.sink: Sink | None = None
         self.batch: Batch | None = None
         self.backward_batch: Batch | None = None
-        self.trials = TrialBook()
+        self.trials = TrialBook(self.schedule)
         self.guards = Guards()
         self.place_anchor(torch.device("cpu"))
         self._depth = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model runs as an ordinary one: it has no optimizer to be private with."""
-        return {name: self.__dict__[name] for name in ("root", "axis", "views")}
+        return {name: self.__dict__[name] for name in ("root", "axis", "views", "schedule")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -169,8 +171,8 @@ class Session:
         if device != self.anchor.device:
             self.place_anchor(device)
 
-    def samples_for(self, rows: int, layer: str) -> int:
-        """The number of samples behind `rows` rows of a layer."""
+    def samples_for(self, rows: int, layer: str, axes: int = 0) -> int:
+        """The number of samples behind `rows` rows of a layer's input, which has so many axes."""
         batch, samples = self.batch, None
         if batch is not None:
             samples = batch.samples
@@ -191,7 +193,7 @@ class Session:
                 "(batch_first=False if it is the second), or freeze the layer"
             )
         if samples > 1:
-            self.trials.check(layer, rows // samples)
+            self.trials.check(layer, rows // samples, axes)
         if batch is not None:
             batch.marked = True
             if rows > batch.rows and samples > 1 and self.trials.untold:

@@ -1,38 +1,81 @@
-"""Which layers and rows of a model the trial for mixed samples has passed."""
+"""When a model is tried for mixed samples, what has passed, and what the trials have learned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from dpkernels.engine.capture.refusals import Untried
+
+#: when trials run, see :class:`TrialBook`
+SCHEDULES = ("doubling", "first", "every", "off")
+#: what is differentiated: outputs with a row for each sample, or the model's losses
+BATCHED, SCALAR = "batched", "scalar"
+
+
+def output_kind(output: torch.Tensor, axis: int) -> str:
+    """BATCHED or SCALAR: whether an output of the model has the sample axis `axis`."""
+    return BATCHED if output.ndim > axis and output.numel() > 1 else SCALAR
 
 
 class TrialBook:
     """The trial that the model's forward runs, and what has passed it.
 
+    Schedules: ``"doubling"`` tries the first batch that can tell, and then the 2nd, 4th, 8th, ...
+    batch; ``"first"`` the first batch only; ``"every"`` every batch; ``"off"`` none. Whatever the
+    schedule (but "off"), a batch is tried in which a layer meets rows that it met in no trial.
+
+    Args:
+        schedule: one of the above.
+
     Attributes:
         trial: called with session, forward pass, the pass' batch and the batch's rows; raises
             :class:`NotPerSample` where samples mix, returns whether the batch could tell. None:
             the model's forward runs no trial.
-        passed: layers and their rows per sample that a trial has passed; None before the first.
+        passed: layers, their rows per sample and numbers of axes that a trial has passed; None
+            before the first.
+        turn: number of trials that could tell.
+        axes: by layer and kind of tensor, the axis (samples' first) on which the NaN of a poisoned
+            sample stood; None where it stood nowhere, so that the tensor belongs to everybody.
+        unable: kinds of poison that made the model raise an exception.
+        harmless: names of attributes that keep data which no later pass reads.
+        said: warnings given.
+        differentiated: outputs of which kind, BATCHED or SCALAR, training differentiates.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, schedule: str = "doubling") -> None:
+        self.schedule = schedule
         self.trial: Callable[..., bool] | None = None
-        self.passed: set[tuple[str, int]] | None = None
+        self.passed: set[tuple[str, int, int]] | None = None
+        self.turn = 0
+        self.axes: dict[tuple[str, str], int | None] = {}
+        self.unable: set[str] = set()
+        self.harmless: set[str] = set()
+        self.said: set[str] = set()
+        self.differentiated: set[str] = set()
         #: samples of the largest batch that has passed a trial
         self._largest = 0
+        #: batches of two samples or more
+        self._batches = 0
+        #: whether a batch at which a trial is due could not tell
+        self._owed = False
         self._under_way = False
 
     def due(self, samples: int) -> bool:
-        """Whether a batch of so many samples calls for a trial.
+        """Whether a batch of so many samples, which begins, calls for a trial.
 
-        A trial is due for the first batch of two or more samples, and again for the first of three
-        or more: in a batch of two, replacing one sample by the other makes both equal, which hides
-        some mixing.
+        Whatever the schedule, a trial is due for the first batch of two or more samples, and again
+        for the first of three or more: in a batch of two, exchanging one sample for the other makes
+        both equal, which hides some mixing.
         """
-        return min(samples, 3) > max(self._largest, 1)
+        if samples < 2 or self.schedule == "off":
+            return False
+        self._batches += 1
+        doubled = self._batches & (self._batches - 1) == 0
+        self._owed |= self.schedule == "every" or (self.schedule == "doubling" and doubled)
+        return self._owed or min(samples, 3) > max(self._largest, 1)
 
     @property
     def untold(self) -> bool:
@@ -58,21 +101,23 @@ class TrialBook:
             if not told:
                 self.passed = before
         if told:
+            self.turn += 1
+            self._owed = False
             self._largest = max(self._largest, samples)
 
-    def check(self, layer: str, count: int) -> None:
-        """Raise :class:`Untried` where no trial has seen a layer with `count` rows per sample.
+    def check(self, layer: str, count: int, axes: int) -> None:
+        """Raise :class:`Untried` where no trial has seen a layer on such an input.
 
-        During a trial the layer and its rows are noted. One row per sample needs no trial of its
-        own in a layer that no trial has met.
+        During a trial the layer, its rows per sample and the input's number of axes are noted. One
+        row per sample needs no trial of its own in a layer that no trial has met.
         """
-        if self.passed is None or (layer, count) in self.passed:
+        if self.passed is None or (layer, count, axes) in self.passed:
             return
         if self._under_way:
-            self.passed.add((layer, count))
-        elif count > 1 or any(other == layer for other, _ in self.passed):
+            self.passed.add((layer, count, axes))
+        elif count > 1 or any(other == layer for other, _, _ in self.passed):
             raise Untried(
-                f"layer {layer!r}: it has {count} rows for each sample, which it had in no trial "
-                "run, so which rows are whose is unknown; let it see the same rows whenever it is "
-                "called, and use checkpoint(use_reentrant=False)"
+                f"layer {layer!r}: it has {count} rows for each sample, in an input of {axes} "
+                "axes, which it had in no trial run, so which rows are whose is unknown; let it "
+                "see the same rows whenever it is called, and use checkpoint(use_reentrant=False)"
             )

@@ -15,6 +15,7 @@ from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.capture.refusals import NotPerSample, Untried
 from dpkernels.engine.capture.session import Batch, Session
 from dpkernels.engine.capture.streams import refuse_graph_capture
+from dpkernels.engine.capture.trial_book import output_kind
 from dpkernels.layers.sequence import arguments_of
 
 
@@ -149,7 +150,9 @@ class _OutputHook:
                 "samples that differ"
             )
         under_way = torch._C._current_graph_task_id()
-        if self._pass not in (None, under_way):
+        if sink.trains:
+            session.trials.differentiated.add(output_kind(grad, axis))
+        if self._pass not in (None, under_way) and sink.trains:
             raise NotPerSample(
                 "backward(): a second backward pass through the same forward pass would clip and "
                 "add every sample twice; call backward() once, on the sum of the losses"

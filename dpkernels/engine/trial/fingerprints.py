@@ -1,30 +1,35 @@
-"""Fingerprints of the tensors that pass a layer in a trial: two sums per sample."""
+"""Fingerprints of the tensors that pass by in a pass of a trial: a few sums per sample."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from dpkernels import ops
 from dpkernels.engine.capture.session import Sink
-from dpkernels.ops.checks import FLOAT_DTYPES
-
-#: finite sums of squares above this bound lose nothing to float32's range
-_SMALLEST_SQUARES = 1e-30
-#: number of values that are summed up in float64 at a time where the squares lose range
-_PIECE = 2**16
+from dpkernels.layers.operands import Operand, StoredOperand
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One tensor that passed by; `rows` of the fingerprints are the tensor's, one per sample."""
+    """One tensor that passed by.
+
+    Attributes:
+        layer: name of the layer; "" for the model.
+        kind: "activations", "backprops", "gradient of ...", "output ..." or "criterion".
+        backward: which outputs are differentiated, BATCHED or SCALAR; "" in the forward pass.
+        shape: of the tensor, sample axis first.
+    """
 
     layer: str
     kind: str
+    backward: str
     shape: torch.Size
     dtype: torch.dtype
-    rows: slice
 
 
 class Fingerprints(Sink):
@@ -33,48 +38,60 @@ class Fingerprints(Sink):
     All fingerprints stand in one block of memory. Small blocks, one a fingerprint, would lie
     between a pass' activations: once the activations are freed, the heap could neither shrink nor
     serve the next pass.
+
+    Attributes:
+        backward: which outputs are differentiated, as in :class:`Seen`.
+        left: by name, what the pass changed of what the model keeps.
+        kept: the tensor at place `keep`, sample axis first.
+
+    Args:
+        samples: number of samples.
+        name_of: the name of a parameter.
+        keep: place of a tensor to keep a copy of; None: none.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, samples: int, name_of: Callable[[nn.Parameter], str], keep: int | None = None
+    ) -> None:
         super().__init__()
+        self.kept: torch.Tensor | None = None
+        self._keep = keep
         self.seen: list[Seen] = []
-        #: by name, what the pass left in each buffer
-        self.buffers: dict[str, torch.Tensor] = {}
-        self._moments = torch.empty(0, 2, dtype=torch.float64)
+        self.backward = ""
+        self.left: dict[str, Any] = {}
+        self._name_of = name_of
+        self._count = samples
+        self._bits = torch.empty(0, samples, 2, dtype=torch.int64)
+        self._moments = torch.empty(0, samples, 3, dtype=torch.float64)
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
-        in_memory = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)
-        flat = rows.detach().permute(0, *in_memory).reshape(samples, -1)
-        moments = _moments(flat)
-        start = self.seen[-1].rows.stop if self.seen else 0
-        own = slice(start, start + samples)
-        self.seen.append(Seen(layer, kind, rows.shape, rows.dtype, own))
-        while len(self._moments) < own.stop:
-            room = self._moments.new_empty(max(len(self._moments), 64 * samples), 2)
-            self._moments = torch.cat([self._moments, room])
-        self._moments[own] = moments
+        if samples != self._count or rows.shape[0] % samples:
+            return
+        by_sample = rows.detach()
+        if len(rows) != samples:
+            by_sample = by_sample.unflatten(0, (samples, -1))
+        bits, moments = ops.fingerprint(by_sample)
+        place = len(self.seen)
+        if place == self._keep:
+            self.kept = rows.detach().clone()
+        if place >= len(self._bits):
+            more = max(place, 64)
+            self._bits = torch.cat([self._bits, self._bits.new_empty(more, samples, 2)])
+            self._moments = torch.cat([self._moments, self._moments.new_empty(more, samples, 3)])
+        self._bits[place], self._moments[place] = bits, moments
+        self.seen.append(Seen(layer, kind, self.backward, rows.shape, rows.dtype))
 
-    def finite(self) -> torch.Tensor:
-        """[samples]: whether all fingerprints of a sample are finite."""
-        each = [self.fingerprint(seen).isfinite().all(1) for seen in self.seen]
-        return torch.stack(each).all(0) if each else torch.tensor(True)
+    def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
+        if isinstance(operand, StoredOperand):
+            kind = f"gradient of {self._name_of(parameter)!r}"
+            self.saw(layer, kind, operand.grad_sample(), samples)
 
-    def fingerprint(self, seen: Seen) -> torch.Tensor:
-        """[samples, 2]: sums and sums of squares per sample."""
-        return self._moments[seen.rows]
+    @property
+    def bits(self) -> torch.Tensor:
+        """int64 [seen, samples, 2]."""
+        return self._bits[: len(self.seen)]
 
-
-def _moments(values: torch.Tensor) -> torch.Tensor:
-    """[samples, 2] float64: sum and sum of squares of each row of `values` [samples, n]."""
-    rows = values if values.dtype in FLOAT_DTYPES else values.double()
-    channel, zero = rows.unsqueeze(1), rows.new_zeros(len(rows), 1)
-    with ops.use_backend("auto"):
-        # of (x, x, mean 0, rstd 1): sum(x * x) and sum(x), both in one fused pass
-        squares, sums = ops.normalization_grad_sample(channel, channel, zero, zero + 1)
-    in_range = (squares > _SMALLEST_SQUARES) & squares.isfinite()
-    if squares.dtype == torch.float64 or bool(in_range.all()):
-        return torch.cat([sums, squares], 1).double()
-    moments = torch.zeros(len(rows), 2, dtype=torch.float64, device=rows.device)
-    for piece in rows.split(max(1, _PIECE // max(1, len(rows))), 1):
-        moments += _moments(piece.double())
-    return moments
+    @property
+    def moments(self) -> torch.Tensor:
+        """float64 [seen, samples, 3]: sum, sum of squares, sum with signs by position."""
+        return self._moments[: len(self.seen)]

@@ -1,67 +1,41 @@
-"""Do samples mix? One sample of a batch is replaced; no value of another sample may move.
+"""Do samples mix? Some samples of a batch are poisoned; no value of another sample may move.
 
-A trial before training starts finds faults that no list of layer types can: a transposed batch
-axis, positions embedded once for the whole batch, statistics over the batch, a loss that
-normalises by the whole batch. All passes of a trial draw the same random numbers, of torch, numpy
-and Python, so dropout and randomly skipped layers do not matter.
-
-A trial makes forward and backward passes over the whole batch, without weight gradients. A few
-samples of the batch would not do: statistics over groups of ``batch / groups`` samples mix nobody
-in a batch of ``groups``, and everybody in a larger one.
+A trial finds faults that no list of layer types can: a transposed batch axis, positions embedded
+once for the whole batch, statistics over the batch, a loss that the whole batch's tokens divide, a
+state that one step leaves to the next. For a bit of the samples' index, the samples whose bit is 1
+are poisoned and the others watched, then the other way round. The bits of an index separate every
+pair of samples: the first trial takes one bit both ways, every later one another bit.
 """
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture.layer import is_packed, leaves_of
+from dpkernels.engine.capture.layer import leaves_of
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
-from dpkernels.engine.capture.trial_book import TrialBook
-from dpkernels.engine.trial.fingerprints import Fingerprints, Seen
-
-#: relative change of another sample's values that counts as rounding, by significand
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_COARSE_TOLERANCE = 3e-2
-#: the same, once a repeated pass has given the same bits
-_FINE_TOLERANCE = 1e-3
-#: the smallest float32 with all digits
-_TINY = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True)
-class BatchRows:
-    """Where a batch has its samples: `rows` rows on `axis`, each sample `views` adjacent ones.
-
-    A tensor of the batch is batched if and only if it has `rows` rows on `axis`.
-    """
-
-    rows: int
-    views: int
-    axis: int
-
-    @property
-    def samples(self) -> int:
-        return self.rows // self.views
-
-    def holds(self, leaf: Any) -> bool:
-        """Whether a leaf of the batch is a batched tensor."""
-        tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > self.axis
-        return tensor and leaf.shape[self.axis] == self.rows
-
-    def by_sample(self, leaf: torch.Tensor) -> torch.Tensor:
-        """[samples, n]: the values of a batched tensor."""
-        return leaf.detach().movedim(self.axis, 0).reshape(self.samples, -1)
+from dpkernels.engine.capture.trial_book import BATCHED, SCALAR
+from dpkernels.engine.trial.batch_rows import BatchRows
+from dpkernels.engine.trial.findings import Comparison, Finding, Kind, kept_moved
+from dpkernels.engine.trial.fingerprints import Fingerprints
+from dpkernels.engine.trial.index_watch import IndexWatch
+from dpkernels.engine.trial.passes import Passes, nothing_stays
+from dpkernels.engine.trial.poisons import (
+    BLANK,
+    EXCHANGED,
+    IGNORED,
+    LARGE,
+    NAN,
+    Poison,
+    has_floats,
+    label_places,
+)
+from dpkernels.engine.trial.state import is_buffer
 
 
 def refuse_mixing(
@@ -69,302 +43,296 @@ def refuse_mixing(
     run: Callable[[Any], list[torch.Tensor]],
     batch: Any,
     rows: int,
-    source: int = -1,
+    together: Callable[[bool], bool] | None = None,
 ) -> bool:
-    """Replace the first, then the last sample of a batch; refuse a model if another one's move.
-
-    One of the two would not do: a row that takes everybody's gradient (``positions(ids)[0]``) hides
-    behind the sample that owns the row.
+    """Poison samples of a batch; refuse a model if another sample moves.
 
     Args:
-        session: the model's session.
+        session: the model's session; its :class:`TrialBook` keeps what trials learn.
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
         batch: nested arguments of `run`.
         rows: rows of the batch.
-        source: the sample that takes the place of the replaced one, where the two differ.
+        together: where processes gather parameters in every pass: whether any of them says yes.
+            The processes then make equally many passes.
 
     Returns:
         Whether the batch could tell: not where a sample that is not finite spread to another.
 
     Raises:
-        NotPerSample: samples mix; the message names the layer.
+        NotPerSample: samples mix; the message names the layer, the kind of fault and a remedy.
     """
     at = BatchRows(rows, session.views, session.axis)
-    if not can_tell(batch, at):
+    if together is None and not at.can_tell(batch):
         return False
-    samples = at.samples
-    source %= samples
-    batch = tree_map(_apart, batch, is_leaf=is_packed)
-    replaced = [(0, source), (samples - 1, source if source < samples - 1 else 0)]
-    with _own_random_numbers(session.root):
-        seed = int(torch.randint(2**31, ()))
-        first = _watched(session, run, batch, seed)
-        for target, preferred in replaced:
-            others = _unlike(batch, at, target)
-            other = preferred if preferred in others else others[-1]
+    with nothing_stays(session.root):
+        trial = _Trial(session, Passes(session, run, batch, at), together)
+        told = trial.run()
+    for warning in trial.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return told
+
+
+class _Trial:
+    """One trial of one batch."""
+
+    def __init__(
+        self, session: Session, passes: Passes, together: Callable[[bool], bool] | None
+    ) -> None:
+        self.book, self.session, self.passes = session.trials, session, passes
+        self.at, self.batch = passes.at, passes.batch
+        self.warnings: list[str] = []
+        self._together = together
+        self._clean: dict[str, Fingerprints] = {}
+        self._finding: Finding | None = None
+        #: by name of an attribute that keeps data, the poison that changed what is kept
+        self._kept: dict[str, Poison] = {}
+
+    def run(self) -> bool:
+        """Whether the batch could tell.
+
+        Raises:
+            NotPerSample: samples mix.
+        """
+        kinds = self._kinds()
+        broken = self.at.not_finite(self.batch)
+        for outputs in self._outputs():
+            if outputs not in self._clean:
+                self._clean[outputs] = self.passes.watch(None, outputs)
+        for outputs, poison in self._plan(kinds):
+            self._judge(outputs, poison)
+        if self._any(bool(self._kept)):
+            self._conclude(self._read_later())
+        self._conclude(None, last=True)
+        if not bool(broken.any()):
+            return True
+        finite = next(iter(self._clean.values())).moments.isfinite().all(2).all(0)
+        return int((~broken).sum()) > 1 and bool((finite | broken).all())
+
+    def _kinds(self) -> tuple[str, ...]:
+        """The kinds of poison that fit the batch, besides NAN; runs the first pass."""
+        labels = label_places(self.batch, self.at)
+        watch = IndexWatch([leaves_of(self.batch)[place] for place in labels])
+        if self.session.anchor.is_cuda:  # an index made from NaN would end the process there
+            with watch:
+                self._clean[BATCHED] = self.passes.watch(None)
+        else:
+            self._clean[BATCHED] = self.passes.watch(None)
+        if self._any(watch.from_floats):
+            self.book.unable |= {NAN, LARGE}
+        if self._any(watch.from_labels):
+            self.book.unable.add(IGNORED)
+        fitting = [EXCHANGED, BLANK]
+        fitting += [LARGE] if has_floats(self.batch, self.at) else []
+        fitting += [IGNORED] if labels else []
+        return tuple(kind for kind in fitting if kind not in self.book.unable)
+
+    def _outputs(self) -> list[str]:
+        """The outputs to differentiate, each in passes of its own: losses drown beside logits."""
+        if self.passes.returned != {BATCHED, SCALAR}:
+            return [BATCHED]
+        used = [kind for kind in (BATCHED, SCALAR) if kind in self.book.differentiated]
+        return used or [BATCHED, SCALAR]
+
+    def _plan(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Poison]]:
+        """Which outputs are differentiated and what is poisoned, pass by pass.
+
+        The first trial poisons both sides of a split by NaN and by the other kinds, and deals out
+        every kind of poison; a later one poisons one side by NaN and the other by the other kinds.
+        """
+        turn, first = self.book.turn, self.book.turn == 0
+        bits = max(1, (self.at.samples - 1).bit_length())
+        ones = (torch.arange(self.at.samples) >> (turn % bits)) % 2 == 1
+        side, other = (ones, ~ones) if (turn // bits) % 2 == 0 else (~ones, ones)
+        outputs = self._outputs()
+        for samples in (side, other) if first else (side,):
+            yield outputs[-1], Poison(samples, (NAN,))
+        for place, each in enumerate(outputs):
+            dealt, last = 0, place == len(outputs) - 1
+            for number, samples in enumerate([other, side] * len(kinds)):
+                yield each, Poison(samples, kinds, turn + dealt)
+                dealt += int(samples.sum())
+                if not first or (number > 0 and (dealt >= len(kinds) or not last)):
+                    break
+
+    def _judge(self, outputs: str, poison: Poison) -> None:
+        """One pass over a poisoned batch, compared with the pass over the batch as it is."""
+        found = self._try(outputs, poison)
+        finding = None if found is None else self._compare(outputs, poison, found)
+        of_lengths = finding is not None and finding.of_shapes and self._has_lengths()
+        if self._any(of_lengths and not poison.keep_lengths):
+            poison = replace(poison, keep_lengths=True)
+            found = self._try(outputs, poison)
+            finding = None if found is None else self._compare(outputs, poison, found)
+        self._conclude(finding)
+
+    def _conclude(self, finding: Finding | None, last: bool = False) -> None:
+        """Raise where samples mix; where processes go together, in all of them at the end."""
+        self._finding = self._finding or finding
+        if self._together is None:
+            if self._finding is not None:
+                raise NotPerSample(str(self._finding))
+        elif last and self._together(self._finding is not None):
+            raise NotPerSample(str(self._finding or "another process has found that samples mix"))
+
+    def _any(self, here: bool) -> bool:
+        return here if self._together is None else self._together(here)
+
+    def _try(self, outputs: str, poison: Poison) -> Fingerprints | None:
+        """A pass over a poisoned batch; None where the model raises an exception for any poison.
+
+        A model may refuse values, indices, or lengths out of order: no finding. The kinds of poison
+        that a model has refused are left out from then on.
+        """
+        kinds = [kind for kind in poison.kinds if kind not in self.book.unable]
+        while kinds or EXCHANGED in poison.kinds:
+            now = replace(poison, kinds=tuple(kinds) or (EXCHANGED,))
+            now = now if kinds else replace(now, keep_lengths=True)
+            found = None
             try:
-                second = _watched(session, run, _twin(batch, at, target, other), seed)
-            except NotPerSample:
+                found = self.passes.watch(now, outputs)
+            except (torch.OutOfMemoryError, MemoryError):
                 raise
-            except Exception:  # the model may want lengths sorted
-                kept = _twin(batch, at, target, other, keep_lengths=True)
-                second = _watched(session, run, kept, seed)
-            fault = _compare(first, second, target)
-            faint = _compare(first, second, target, _FINE_TOLERANCE)
-            shapes = [[seen.shape for seen in found.seen] for found in (first, second)]
-            if fault is None and faint is not None and shapes[0] == shapes[1]:
-                again = _watched(session, run, batch, seed)
-                fault = faint if _compare(first, again, None, 0.0) is None else None
-            if fault is not None:
-                raise NotPerSample(fault)
-    broken = _not_finite(batch, at)
-    if not bool(broken.any()):
-        return True
-    return int((~broken).sum()) > 1 and bool((first.finite() | broken).all())
+            except NotPerSample:
+                if now.kinds == (EXCHANGED,) and self._together is None:
+                    raise
+            except Exception:
+                found = None
+            if not self._any(found is None):
+                return found
+            if not kinds:
+                break
+            refused = kinds.pop()
+            self.book.unable |= {refused} - {EXCHANGED}
+        return None
 
-
-def _not_finite(batch: Any, at: BatchRows) -> torch.Tensor:
-    """[samples]: whether a sample of the batch has a value that is not finite."""
-    broken = torch.zeros(at.samples, dtype=torch.bool)
-    for leaf in leaves_of(batch):
-        if is_packed(leaf):
-            broken |= not bool(leaf.data.isfinite().all())
-        elif at.holds(leaf):
-            broken |= ~at.by_sample(leaf).isfinite().all(1).cpu()
-    return broken
-
-
-def can_tell(batch: Any, at: BatchRows) -> bool:
-    """Whether replacing the first or the last sample of a batch can show that samples mix.
-
-    A batch of one sample cannot tell, nor one whose samples are all alike, such as the zeros of a
-    forward pass by hand.
-    """
-    return at.samples > 1 and all(_unlike(batch, at, target) for target in (0, at.samples - 1))
-
-
-def _unlike(batch: Any, at: BatchRows, target: int) -> list[int]:
-    """Samples that differ from sample `target`."""
-    unlike = torch.zeros(at.samples, dtype=torch.bool)
-    for leaf in leaves_of(batch):
-        if is_packed(leaf):
-            unlike[:] = True
-        elif at.holds(leaf):
-            values = at.by_sample(leaf)
-            unlike |= (values != values[target]).any(1).cpu()
-    unlike[target] = False
-    return unlike.nonzero().flatten().tolist()
-
-
-@contextlib.contextmanager
-def _own_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Restore the state of torch's, numpy's and Python's generators afterwards."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - models use it
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002
-
-
-def _watched(
-    session: Session, run: Callable[[Any], list[torch.Tensor]], batch: Any, seed: int
-) -> Fingerprints:
-    """Fingerprints of one forward and backward pass."""
-    sink = session.sink
-    session.sink = found = Fingerprints()
-    try:
-        with _kept_buffers(session.root):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            outputs = [t for t in run(batch) if t.requires_grad]
-            torch.manual_seed(seed + 1)
-            slopes = [_slopes(t) if t.ndim > session.axis else torch.ones_like(t) for t in outputs]
-            if outputs:
-                torch.autograd.backward(outputs, slopes)
-            if session.anchor.is_cuda:  # a model may work on streams of its own
-                torch.cuda.synchronize(session.anchor.device)
-            buffers = session.root.named_buffers()
-            found.buffers = {name: buffer.detach().clone() for name, buffer in buffers}
-    finally:
-        session.sink = sink
-    return found
-
-
-def _slopes(output: torch.Tensor) -> torch.Tensor:
-    """The gradient of a stand-in loss, which is a sum over samples, with another slope everywhere.
-
-    A constant slope would not do: behind a normalisation, a constant slope's gradient is zero.
-    """
-    return torch.rand_like(output).add_(output.detach().nan_to_num(0.0, 0.0, 0.0))
-
-
-def _compare(
-    first: Fingerprints, second: Fingerprints, replaced: int | None, most: float = _COARSE_TOLERANCE
-) -> str | None:
-    """A sentence on the first tensor that moved between two passes; None if none did.
-
-    Args:
-        first: fingerprints of one pass.
-        second: fingerprints of the other pass.
-        replaced: the sample that was replaced, which may move; None: no sample may.
-        most: largest relative change that counts as rounding.
-    """
-    if [(s.layer, s.kind) for s in first.seen] != [(s.layer, s.kind) for s in second.seen]:
-        return "the model takes another path through its layers when one sample is replaced"
-    for a, b in zip(first.seen, second.seen):
-        before, after = first.fingerprint(a), second.fingerprint(b)
-        moved = (before - after).abs()
-        moved[~before.isfinite() & ~after.isfinite()] = 0.0
-        if replaced is not None:
-            moved[replaced] = 0.0
-        before = before.where(before.isfinite(), 0.0)
-        sum_scale, norm_sq_scale = before.abs().amax(0)
-        # a sum may cancel (behind a LayerNorm it is 0 but for rounding): its terms do not
-        sum_scale = torch.maximum(sum_scale, norm_sq_scale.sqrt())
-        scale = torch.stack([sum_scale + _TINY, norm_sq_scale + _TINY**2])
-        samples = (~(moved <= min(_tolerance(a.dtype), most) * scale)).any(1).nonzero()
-        if len(samples):
-            return _sentence(a, int(samples[0]), replaced)
-    for name, buffer in first.buffers.items():
-        if _moved(buffer, second.buffers.get(name)):
-            return (
-                f"buffer {name!r}: what the forward pass leaves in it moves when sample {replaced} "
-                "is replaced, so it keeps private data that nothing clips or adds noise to. Do not "
-                "update it in training (put its module in eval mode)"
-            )
-    return None
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Relative change of another sample's values that counts as rounding."""
-    if not dtype.is_floating_point:
-        return _TOLERANCE[torch.float64]
-    return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
-
-
-def _moved(buffer: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Whether two passes left different values in a buffer, beyond rounding."""
-    if other is None or buffer.shape != other.shape:
-        return True
-    if not buffer.is_floating_point():
-        return not torch.equal(buffer, other)
-    tolerance = _tolerance(buffer.dtype)
-    return not torch.allclose(
-        buffer.double(), other.double(), rtol=tolerance, atol=0.0, equal_nan=True
-    )
-
-
-def _sentence(seen: Seen, sample: int, replaced: int | None) -> str:
-    if seen.kind == "criterion":
-        return (
-            f"the gradient of the criterion for sample {sample} moves when sample {replaced} is "
-            "replaced: the criterion couples samples (batch-wide Dice, weighted or ignore_index "
-            "mean, a contrastive loss). Use a loss that is a mean of per-sample losses"
+    def _has_lengths(self) -> bool:
+        """Whether the batch has an integer for each sample, which may be a length."""
+        return any(
+            self.at.holds(leaf) and leaf.numel() == self.at.rows and not leaf.is_floating_point()
+            for leaf in leaves_of(self.batch)
         )
-    return (
-        f"layer {seen.layer!r}: the {seen.kind} of sample {sample} move when sample {replaced} is "
-        "replaced, so rows of its first axis are not the samples, or a layer beside it couples "
-        "samples, or a loss in the model does. Give the layer inputs with the sample axis first "
-        "(batch_first=True in attention and recurrent layers, positions as [batch, length]), "
-        "GroupNorm for batch statistics"
-    )
 
+    def _compare(self, outputs: str, poison: Poison, found: Fingerprints) -> Finding | None:
+        clean, nan = self._clean[outputs], NAN in poison.kinds
+        compared = Comparison(clean, found, ~poison.samples)
+        if compared.parting is not None:
+            if nan:  # a model may look for NaN; poisons of their own show branches on magnitudes
+                return None
+            what = f"the model takes another path through its layers when {poison} replaced"
+            return Finding(f"layer {compared.parting!r}", what, Kind.BRANCH, of_shapes=True)
+        if nan:
+            self.book.axes.update(compared.axes())
+        place = compared.first_moved()
+        if place is not None:
+            return self._explained(outputs, poison, compared, place)
+        for name in kept_moved(clean.left, found.left):
+            if is_buffer(self.session.root, name):
+                return Finding.of_buffer(name, poison)
+            if name not in self.book.harmless:
+                self._kept.setdefault(name, poison.of(EXCHANGED))
+        if compared.same_shapes and not nan and bool(compared.bits_moved.any()):
+            return self._small(outputs, poison)
+        return None
 
-def _twin(
-    batch: Any, at: BatchRows, target: int, source: int, *, keep_lengths: bool = False
-) -> Any:
-    """The batch with sample `target` replaced by sample `source`.
+    def _explained(
+        self, outputs: str, poison: Poison, compared: Comparison, place: int
+    ) -> Finding:
+        """The finding that a tensor moved."""
+        seen, sample = compared.seen[place], int(compared.moved[place].nonzero()[0])
+        layer = f"layer {seen.layer!r}" if seen.layer else "model"
+        if self._together is None:
+            again = self._repeated(outputs)
+            strays = None if again.parting is not None else again.first_moved()
+            if again.parting is not None or strays is not None:
+                what = f"{seen.kind} differ between two passes that ought to be equal"
+                return Finding(layer, what, Kind.UNREPEATABLE)
+        what = f"the {seen.kind} of sample {sample} move when {poison} replaced"
+        of_shapes = not compared.same_shapes
+        kind = Kind.of(seen, compared.same_input(seen.layer))
+        if kind is Kind.STATISTICS and self._together is None and seen.layer:
+            axis = self._axis(outputs, poison, place)
+            if axis:
+                self.book.axes[seen.layer, seen.kind] = axis
+                kind = Kind.ROWS
+        return Finding(layer, what, kind, of_shapes)
 
-    With `keep_lengths`, a vector of one integer per sample stays: a model may want lengths sorted.
-    """
+    def _axis(self, outputs: str, poison: Poison, place: int) -> int | None:
+        """The axis on which the values of poisoned samples stand in a tensor, and nothing else."""
+        try:
+            before, after = (
+                self.passes.watch(each, outputs, keep=place).kept for each in (None, poison)
+            )
+        except Exception:
+            return None
+        if before is None or after is None or before.shape != after.shape:
+            return None
+        changed = (before != after) & ~(before.isnan() & after.isnan())
+        for axis, size in enumerate(changed.shape):
+            if size % self.at.samples == 0:
+                other = [n for n in range(changed.ndim) if n != axis]
+                expected = poison.samples.repeat_interleave(size // self.at.samples)
+                if torch.equal(changed.any(other) if other else changed, expected):
+                    return axis
+        return None
 
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, PackedSequence):
-            return _replace_packed(leaf, target, source)
-        lengths = keep_lengths and isinstance(leaf, torch.Tensor) and leaf.ndim == 1
-        if not at.holds(leaf) or (lengths and not leaf.is_floating_point()):
-            return leaf
-        twin = leaf.detach().clone()
-        rows_of_source = leaf.detach().narrow(at.axis, source * at.views, at.views)
-        twin.narrow(at.axis, target * at.views, at.views).copy_(rows_of_source)
-        return twin.requires_grad_(leaf.requires_grad)
+    def _repeated(self, outputs: str) -> Comparison:
+        """The pass over the batch as it is, compared with the same pass once more."""
+        everyone = torch.ones(self.at.samples, dtype=torch.bool)
+        again = self.passes.watch(None, outputs)
+        return Comparison(self._clean[outputs], again, everyone)
 
-    return tree_map(one, batch, is_leaf=is_packed)
+    def _small(self, outputs: str, poison: Poison) -> Finding | None:
+        """Whether a change as small as rounding is one that grows with the poison.
 
+        Products of another number of rows round differently, so equal shapes are asked for; kernels
+        that are not deterministic round differently in every pass.
+        """
+        if "rounding" in self.book.said or self._together is not None:
+            return None
+        again = self._repeated(outputs)
+        if again.parting is not None or bool(again.bits_moved.any()):
+            self.book.said.add("rounding")
+            self.warnings.append(
+                "two equal passes of the model do not have equal bits, so the trial for mixed "
+                "samples takes what moves by no more than rounding for rounding (deterministic "
+                "kernels, as by torch.use_deterministic_algorithms(True), would be judged bit by "
+                "bit)"
+            )
+            return None
+        moves = []
+        for factor in (1.0, 1000.0):
+            found = self._try(outputs, replace(poison.of(LARGE), factor=factor))
+            if found is None:
+                return None
+            compared = Comparison(self._clean[outputs], found, ~poison.samples)
+            if compared.parting is not None:
+                return None
+            moves.append(compared)
+        grown = moves[1].grown_from(moves[0])
+        return None if grown is None else self._explained(outputs, poison, moves[1], grown)
 
-def _apart(leaf: Any) -> Any:
-    """The leaf detached, so that a trial's gradients do not reach the graph behind the leaf."""
-    if isinstance(leaf, PackedSequence):
-        return PackedSequence(_apart(leaf.data), *leaf[1:])
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    return leaf.detach().requires_grad_(leaf.requires_grad)
+    def _read_later(self) -> Finding | None:
+        """Whether a pass reads what another left in attributes, so that a record moves later steps.
 
-
-def _replace_packed(packed: PackedSequence, target: int, source: int) -> PackedSequence:
-    """The sequence with the steps of sample `target` replaced by those of sample `source`.
-
-    All lengths stay: the steps of a shorter `source` are repeated.
-    """
-    places = packed.unsorted_indices
-    to, of = (target, source) if places is None else (int(places[target]), int(places[source]))
-    steps = packed.data.detach().clone().split(packed.batch_sizes.tolist())
-    others = [step[of].clone() for step in steps if len(step) > of]
-    for t, step in enumerate(steps):
-        if len(step) > to:
-            step[to] = others[t % len(others)]
-    data = torch.cat(steps).requires_grad_(packed.data.requires_grad)
-    return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, places)
-
-
-@contextlib.contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore all buffers' values afterwards."""
-    kept = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in kept:
-                if buffer is not None and value is not None:
-                    buffer.copy_(value)
-                module._buffers[name] = buffer
-
-
-def check_criterion(
-    model: nn.Module,
-    session: Session,
-    criterion: Callable[..., torch.Tensor],
-    batch: Sequence[Any],
-) -> None:
-    """Raise :class:`NotPerSample` where model or criterion let samples influence each other.
-
-    Args:
-        model: the captured model, in training mode.
-        session: the model's session.
-        criterion: called as ``criterion(model(*inputs), target)``.
-        batch: inputs, then the target; at least two samples.
-    """
-    rows = batch[0].shape[session.axis]
-    at = BatchRows(rows, session.views, session.axis)
-    if not can_tell(list(batch), at):
-        raise ValueError(f"batch: it holds {rows} rows, expected two samples or more that differ")
-
-    def run(batch: Sequence[Any]) -> list[torch.Tensor]:
-        *inputs, target = batch
-        return [criterion(model(*inputs), target)]
-
-    trials, session.trials = session.trials, TrialBook()
-    try:
-        for source in sorted({1, at.samples // 2, at.samples - 1}):
-            refuse_mixing(session, run, list(batch), rows, source)
-    finally:
-        session.trials = trials
+        What is kept and never read (attention maps for a picture) is left alone.
+        """
+        outputs = self._outputs()[0]
+        everyone = torch.ones(self.at.samples, dtype=torch.bool)
+        poison = next(iter(self._kept.values()), None)
+        if poison is None:  # another process has found something
+            poison = Poison(torch.arange(self.at.samples) % 2 == 1, (EXCHANGED,))
+        try:
+            clean = self.passes.watch(None, outputs, after=poison.nobody())
+            other = self.passes.watch(None, outputs, after=poison)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:
+            return None
+        compared = Comparison(clean, other, everyone)
+        names = ", ".join(repr(name) for name in sorted(self._kept))
+        reads = compared.parting is not None or compared.first_moved() is not None
+        if reads or bool(compared.bits_moved.any()):
+            what = f"what a forward pass leaves there moves the next pass when {poison} replaced"
+            return Finding(f"attribute {names}", what, Kind.STATE)
+        self.book.harmless |= self._kept.keys()
+        return None

@@ -1,0 +1,151 @@
+"""One pass of a trial: forward and backward over a batch, watched, and nothing of it stays."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from dpkernels.engine.capture.layer import is_packed
+from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, output_kind
+from dpkernels.engine.trial.batch_rows import BatchRows
+from dpkernels.engine.trial.fingerprints import Fingerprints
+from dpkernels.engine.trial.poisons import NAN, Poison, poisoned
+from dpkernels.engine.trial.state import KeptState, argument_copy
+
+
+class Passes:
+    """Passes over one batch, which all draw the same random numbers, of torch, numpy and Python.
+
+    A pass is forward and backward over the whole batch, without weight gradients. A few samples of
+    the batch would not do: statistics over groups of ``batch / groups`` samples mix nobody in a
+    batch of ``groups``, and everybody in a larger one.
+
+    Args:
+        session: the model's session.
+        run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
+        batch: nested arguments of `run`.
+        at: where the batch has its samples.
+
+    Attributes:
+        returned: kinds of outputs that the model has returned in the passes so far.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        run: Callable[[Any], list[torch.Tensor]],
+        batch: Any,
+        at: BatchRows,
+    ):
+        self.session, self.batch, self.at = session, batch, at
+        self.returned: set[str] = set()
+        self._run = run
+        self._state = KeptState(session.root)
+        self._seed = int(torch.randint(2**31, ()))
+
+    def watch(
+        self,
+        poison: Poison | None,
+        outputs: str = BATCHED,
+        after: Poison | None = None,
+        keep: int | None = None,
+    ) -> Fingerprints:
+        """Fingerprints of one pass.
+
+        Args:
+            poison: what is done to some samples; None: nothing.
+            outputs: which outputs are differentiated; BATCHED differentiates a model's losses where
+                the model returns nothing else.
+            after: runs a forward pass over the batch poisoned so before, and leaves what it left.
+                None: the pass begins from the state at the beginning of the trial.
+            keep: place of a tensor to keep a copy of.
+        """
+        session = self.session
+        name_of = session.guards.names.get
+        found = Fingerprints(self.at.samples, lambda p: name_of(id(p), "?"), keep)
+        sink = session.sink
+        try:
+            if after is not None:
+                session.sink = Fingerprints(self.at.samples, lambda p: "?")
+                self._forward(after)
+            session.sink = found
+            returned = self._forward(poison)
+            self._watch_outputs(found, returned)
+            self._backward(found, returned, poison, outputs)
+            if session.anchor.is_cuda:  # a model may work on streams of its own
+                torch.cuda.synchronize(session.anchor.device)
+            found.left = self._state.changed()
+        finally:
+            session.sink = sink
+            self._state.put_back()
+        return found
+
+    def _forward(self, poison: Poison | None) -> list[torch.Tensor]:
+        torch.manual_seed(self._seed)
+        random.seed(self._seed)
+        np.random.seed(self._seed)  # noqa: NPY002 - models use it
+        batch = poisoned(self.batch, self.at, poison)
+        return self._run(tree_map(argument_copy, batch, is_leaf=is_packed))
+
+    def _watch_outputs(self, found: Fingerprints, outputs: list[torch.Tensor]) -> None:
+        """Show what the model returned, where the sample axis is beyond doubt."""
+        at = self.at
+        for place, output in enumerate(outputs):
+            if at.holds(output) and sum(size == at.rows for size in output.shape) == 1:
+                rows = output.detach().movedim(at.axis, 0)
+                found.saw("", f"output {place}", rows, at.samples)
+
+    def _backward(
+        self, found: Fingerprints, outputs: list[torch.Tensor], poison: Poison | None, wanted: str
+    ) -> None:
+        trained = [t for t in outputs if t.requires_grad]
+        kinds = {output_kind(t, self.at.axis) for t in trained}
+        self.returned |= kinds
+        if len(kinds) == 1:
+            (wanted,) = kinds
+        found.backward = wanted
+        torch.manual_seed(self._seed + 1)
+        chosen = [t for t in trained if output_kind(t, self.at.axis) == wanted]
+        if chosen:
+            torch.autograd.backward(chosen, [self._slopes(t, poison) for t in chosen])
+
+    def _slopes(self, output: torch.Tensor, poison: Poison | None) -> torch.Tensor:
+        """The gradient of a stand-in loss: a sum over samples, with another slope everywhere.
+
+        A constant slope would not do: behind a normalisation, a constant slope's gradient is zero.
+        A model's own loss has slope 1. Where a sample is NaN, so are its slopes.
+        """
+        if output_kind(output, self.at.axis) == SCALAR:
+            return torch.ones_like(output)
+        slopes = torch.rand_like(output).add_(output.detach().nan_to_num(0.0, 0.0, 0.0))
+        if poison is not None and poison.kinds == (NAN,) and self.at.holds(output):
+            rows = slopes.movedim(self.at.axis, 0).unflatten(0, (self.at.samples, self.at.views))
+            rows[poison.samples.to(rows.device)] = torch.nan
+        return slopes
+
+
+@contextlib.contextmanager
+def nothing_stays(model: nn.Module) -> Iterator[None]:
+    """Restore the state of torch's, numpy's and Python's generators; look for no anomaly."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            torch.autograd.set_detect_anomaly(False),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of numbers that are not finite
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002

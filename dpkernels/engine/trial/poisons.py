@@ -1,0 +1,188 @@
+"""Poisons: what a trial does to some samples of a batch, to see whether others move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+
+from dpkernels.engine.capture.layer import is_packed, leaves_of
+from dpkernels.engine.trial.batch_rows import BatchRows, owners
+
+#: every float of the sample is NaN; in a pass without other poisons, as max(NaN, 1e6) > 10 is
+#: False, so that a NaN would hide a branch on magnitudes
+NAN = "nan"
+#: the sample has the values of a sample that is not poisoned
+EXCHANGED = "exchanged"
+#: the sample is zero
+BLANK = "blank"
+#: the sample has the values of a sample that is not poisoned, each float far above the largest
+LARGE = "large"
+#: the sample is exchanged, and the second half of its labels is what PyTorch's losses ignore
+IGNORED = "ignored"
+
+#: LARGE values over the batch's largest
+_FACTOR = 1000.0
+_IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Poison:
+    """Which samples are poisoned, and by what.
+
+    Attributes:
+        samples: bool [samples]; some are poisoned, and some are not.
+        kinds: dealt out in turn to the poisoned samples.
+        turn: the kind with which the deal begins, and how far from one another samples exchanged
+            are.
+        factor: LARGE values over the batch's largest.
+        keep_lengths: whether a vector of one integer per sample stays: a model may want lengths
+            sorted.
+    """
+
+    samples: torch.Tensor
+    kinds: tuple[str, ...]
+    turn: int = 0
+    factor: float = _FACTOR
+    keep_lengths: bool = False
+
+    def of(self, *kinds: str) -> Poison:
+        """The same samples, poisoned by other kinds."""
+        return replace(self, kinds=kinds)
+
+    def nobody(self) -> Poison:
+        """A poison of nobody."""
+        return replace(self, samples=torch.zeros_like(self.samples))
+
+    def __str__(self) -> str:
+        """The poisoned samples, as the subject of a sentence, and its verb."""
+        poisoned = self.samples.nonzero().flatten().tolist()
+        if len(poisoned) == 1:
+            return f"sample {poisoned[0]} is"
+        more = ", ..." if len(poisoned) > 3 else ""
+        return f"samples {', '.join(map(str, poisoned[:3]))}{more} are"
+
+    def deal(self) -> Deal:
+        """What becomes of each sample."""
+        place = self.samples.cumsum(0) - 1 + self.turn
+        clean = (~self.samples).nonzero().flatten()
+        sources = torch.where(self.samples, clean[place % len(clean)], torch.arange(len(place)))
+        turns = {
+            kind: self.samples & (place % len(self.kinds) == n) for n, kind in enumerate(self.kinds)
+        }
+        return Deal(turns, sources, self.factor, self.keep_lengths)
+
+
+@dataclass(frozen=True)
+class Deal:
+    """What becomes of each row of a batch.
+
+    Attributes:
+        turns: by kind, bool [rows]: the rows that get it.
+        sources: [rows]: the row whose values each row has.
+        factor, keep_lengths: see :class:`Poison`.
+    """
+
+    turns: dict[str, torch.Tensor]
+    sources: torch.Tensor
+    factor: float
+    keep_lengths: bool
+
+    def to(self, device: torch.device) -> Deal:
+        turns = {kind: rows.to(device) for kind, rows in self.turns.items()}
+        return replace(self, turns=turns, sources=self.sources.to(device))
+
+    def steps(self, packed: PackedSequence) -> Deal:
+        """The same for the steps of a packed sequence; an exchanged step is its source's first."""
+        owner, count = owners(packed), int(packed.batch_sizes[0])
+        first = torch.empty(count, dtype=torch.long)
+        first[owner[:count]] = torch.arange(count)
+        turns = {kind: samples[owner] for kind, samples in self.turns.items()}
+        moved = torch.stack(list(turns.values())).any(0)
+        sources = torch.where(moved, first[self.sources[owner]], torch.arange(len(owner)))
+        return replace(self, turns=turns, sources=sources)
+
+
+def poisoned(batch: Any, at: BatchRows, poison: Poison | None) -> Any:
+    """A copy of a batch with some samples poisoned; all tensors are detached copies.
+
+    Args:
+        batch: nested arguments of a model.
+        at: where the batch has its samples.
+        poison: None copies only.
+    """
+    leaves, spec = tree_flatten_with_path(batch, is_leaf=is_packed)
+    labels = label_places(batch, at)
+    deal = None if poison is None else poison.deal()
+    twins = []
+    for place, (_, leaf) in enumerate(leaves):
+        if isinstance(leaf, (torch.Tensor, PackedSequence)):
+            packed = isinstance(leaf, PackedSequence)
+            tensor = leaf.data if packed else leaf
+            twin = tensor.detach().clone()
+            if deal is not None and packed:
+                _spoil(twin[:, None], deal.steps(leaf), is_labels=False)
+            elif deal is not None and at.holds(leaf):
+                rows = twin.movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
+                _spoil(rows, deal, is_labels=place in labels)
+            twin.requires_grad_(tensor.requires_grad)
+            leaf = PackedSequence(twin, *leaf[1:]) if packed else twin
+        twins.append(leaf)
+    return tree_unflatten(twins, spec)
+
+
+def label_places(batch: Any, at: BatchRows) -> list[int]:
+    """Places of the leaves that may be labels, several integers for each sample.
+
+    Where arguments or keys are called labels or targets, those; else all but the first tensor.
+    """
+    leaves, _ = tree_flatten_with_path(batch, is_leaf=is_packed)
+    batched = [place for place, (_, leaf) in enumerate(leaves) if at.holds(leaf)]
+    several = [p for p in batched if _is_whole(leaves[p][1]) and leaves[p][1].numel() > at.rows]
+    named = [p for p in several if any(w in keystr(leaves[p][0]) for w in ("label", "target"))]
+    return named or [place for place in several if place != batched[0]]
+
+
+def has_floats(batch: Any, at: BatchRows) -> bool:
+    """Whether a batched tensor of a batch holds floats, which alone can be NaN or large."""
+    return any(
+        is_packed(leaf) or (at.holds(leaf) and not _is_whole(leaf) and leaf.dtype != torch.bool)
+        for leaf in leaves_of(batch)
+    )
+
+
+def _is_whole(leaf: torch.Tensor) -> bool:
+    return not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool)
+
+
+def _spoil(rows: torch.Tensor, deal: Deal, is_labels: bool) -> None:
+    """Poison a tensor in place, [rows of the deal, ...]."""
+    if not rows.numel():
+        return
+    floats = rows.is_floating_point() or rows.is_complex()
+    deal = deal.to(rows.device)
+    if NAN in deal.turns:
+        if floats:
+            rows[deal.turns[NAN]] = torch.nan
+        return
+    if deal.keep_lengths and rows[0].numel() == 1 and not floats:
+        return
+    given = rows.clone()
+    moved = torch.stack(list(deal.turns.values())).any(0)
+    rows[moved] = given[deal.sources[moved]]
+    if BLANK in deal.turns:
+        rows[deal.turns[BLANK]] = 0
+    if LARGE in deal.turns and floats:
+        large = deal.turns[LARGE]
+        scale = given.abs().nan_to_num(0.0, 0.0, 0.0).max().double()
+        scale = scale.where(scale > 0, 1.0)
+        values = rows[large].to(torch.promote_types(rows.dtype, torch.float64)) + scale
+        top = torch.finfo(rows.dtype).max / 8
+        rows[large] = (values * min(deal.factor, float(top / scale))).to(rows.dtype)
+    if IGNORED in deal.turns and is_labels:
+        flat = rows[deal.turns[IGNORED]].flatten(1)
+        flat[:, flat.shape[1] // 2 :] = _IGNORE_INDEX
+        rows[deal.turns[IGNORED]] = flat.view(-1, *rows.shape[1:])

@@ -1,0 +1,242 @@
+"""What a model keeps between forward passes: buffers, and tensors and numbers in attributes."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+#: attributes of every module that are no state of a model's own
+_MODULES_OWN = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward"}
+_CONTAINERS = (list, tuple, dict, set, deque)
+_GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+_NUMBERS = (bool, int, float, complex, np.generic)
+#: how deep containers and objects in attributes are followed
+_DEPTH = 4
+#: containers with more entries are data, and are not followed
+_LONGEST = 4096
+
+
+class KeptState:
+    """What a model keeps, as it was when this object was made; a trial puts it back.
+
+    Tensors, numbers and random number generators in attributes of the model's modules, also inside
+    lists, dicts, sets, deques, tuples, and inside objects that hold a tensor.
+    """
+
+    def __init__(self, root: nn.Module):
+        self.root = root
+        #: each container with its content
+        self._contents: list[tuple[Any, Any]] = []
+        #: by name: number, or tensor with its version and a copy of its values
+        self._values: dict[str, Any] = {}
+        self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._generators: list[tuple[Any, Any]] = []
+        for name, value in self._walk(self._note):
+            if isinstance(value, torch.Tensor):
+                self._copies.setdefault(id(value), (value, _version(value), value.detach().clone()))
+            self._values[name] = value
+
+    def put_back(self) -> None:
+        """Give the model back what it kept."""
+        for container, content in self._contents:
+            _fill(container, content)
+        with torch.no_grad():
+            for tensor, version, copy in self._copies.values():
+                if _version(tensor) != version:
+                    tensor.detach().copy_(copy)
+        for generator, state in self._generators:
+            _set_state(generator, state)
+
+    def changed(self) -> dict[str, Any]:
+        """By name, the tensors (detached copies) and numbers that are not as they were."""
+        found: dict[str, Any] = {}
+        for name, value in self._walk(lambda container: None):
+            was = self._values.get(name)
+            if isinstance(value, torch.Tensor):
+                kept = self._copies.get(id(value))
+                if was is value and kept is not None and kept[1] == _version(value):
+                    continue
+                found[name] = value.detach().clone()
+            elif name not in self._values or not _equal(was, value):
+                found[name] = value
+        return found
+
+    def _note(self, container: Any) -> None:
+        if isinstance(container, _GENERATORS):
+            self._generators.append((container, _state_of(container)))
+        else:
+            self._contents.append((container, _content(container)))
+
+    def _walk(self, note: Callable[[Any], None]) -> Iterator[tuple[str, Any]]:
+        """Tensors and numbers by name; `note` is called on every container and generator."""
+        seen: set[int] = set()
+        for name, module in self.root.named_modules():
+            prefix = f"{name}." if name else ""
+            note(vars(module))
+            for key, value in list(vars(module).items()):
+                if key not in _MODULES_OWN:
+                    path = prefix if key == "_buffers" else f"{prefix}{key}"
+                    yield from _leaves(path, value, note, seen, _DEPTH)
+
+
+def is_buffer(root: nn.Module, name: str) -> bool:
+    """Whether a name of :class:`KeptState` is a buffer's."""
+    module, _, key = name.rpartition(".")
+    try:
+        return key in root.get_submodule(module)._buffers
+    except AttributeError:
+        return False
+
+
+def _leaves(
+    path: str, value: Any, note: Callable[[Any], None], seen: set[int], depth: int
+) -> Iterator[tuple[str, Any]]:
+    """Tensors and numbers in an attribute, by name."""
+    if value is None or isinstance(value, (str, bytes, type, nn.Module, nn.Parameter)):
+        return
+    if isinstance(value, (torch.Tensor, *_NUMBERS)):
+        yield path, value
+        return
+    if depth == 0 or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, _GENERATORS):
+        note(value)
+    elif isinstance(value, np.ndarray):
+        note(value)
+        yield path, value.copy()
+    elif isinstance(value, _CONTAINERS) and len(value) > _LONGEST:
+        return
+    elif isinstance(value, dict):
+        note(value)
+        dot = path if not path or path.endswith(".") else f"{path}."
+        for key, below in list(value.items()):
+            yield from _leaves(f"{dot}{key}", below, note, seen, depth - 1)
+    elif isinstance(value, set):
+        note(value)
+    elif isinstance(value, (list, tuple, deque)):
+        if not isinstance(value, tuple):
+            note(value)
+        for place, below in enumerate(value):
+            yield from _leaves(f"{path}[{place}]", below, note, seen, depth - 1)
+    elif _holds_tensors(value):
+        note(vars(value))
+        for key, below in list(vars(value).items()):
+            yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether an object has a tensor among its attributes, or in a list or dict among them."""
+    for below in getattr(value, "__dict__", {}).values():
+        inner = below.values() if isinstance(below, dict) else below
+        several = inner if isinstance(below, (dict, list, tuple, deque)) else [below]
+        if any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several):
+            return True
+    return False
+
+
+def _content(container: Any) -> Any:
+    """What a container holds, to be filled in again by :func:`_fill`."""
+    if isinstance(container, np.ndarray):
+        return container.copy()
+    if _is_of_module(container):
+        return {key: value for key, value in container.items() if key not in _MODULES_OWN}
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _fill(container: Any, content: Any) -> None:
+    if isinstance(container, np.ndarray):
+        container[...] = content
+    elif isinstance(container, dict):
+        own = _MODULES_OWN if _is_of_module(container) else ()
+        now = {key: value for key, value in container.items() if key not in own}
+        if list(now) == list(content) and all(now[key] is content[key] for key in now):
+            return
+        for key in now:
+            del container[key]
+        container.update(content)
+    elif len(container) != len(content) or any(a is not b for a, b in zip(container, content)):
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(content)
+
+
+def _is_of_module(container: dict[str, Any]) -> bool:
+    """Whether a dict is the ``__dict__`` of a module."""
+    return isinstance(container, dict) and "_parameters" in container and "_modules" in container
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return type(a) is type(b) and np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
+    return a is b or bool(a == b)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else (
+        generator.bit_generator.state
+    )
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles all but tensors and modules, which it keeps."""
+
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream)
+        self.kept: list[Any] = []
+
+    def persistent_id(self, one: Any) -> int | None:
+        if not isinstance(one, (torch.Tensor, nn.Module)):
+            return None
+        self.kept.append(one)
+        return len(self.kept) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, kept: list[Any]):
+        super().__init__(stream)
+        self.kept = kept
+
+    def persistent_load(self, number: int) -> Any:
+        one = self.kept[number]
+        if isinstance(one, nn.Module):
+            return one
+        return one.detach().clone().requires_grad_(one.requires_grad)
+
+
+def argument_copy(value: Any) -> Any:
+    """A copy of an argument that is no tensor, such as a cache that grows as the model runs.
+
+    The copy holds copies of tensors, and the modules themselves. What cannot be copied stays.
+    """
+    if isinstance(value, (torch.Tensor, nn.Module, str, bytes, *_NUMBERS)) or value is None:
+        return value
+    stream = io.BytesIO()
+    try:
+        pickler = _Pickler(stream)
+        pickler.dump(value)
+        return _Unpickler(io.BytesIO(stream.getvalue()), pickler.kept).load()
+    except Exception:  # an object may refuse in any way
+        return value
