@@ -16,6 +16,7 @@
 #include "dpkernels/clip.h"
 #include "dpkernels/conv.h"
 #include "dpkernels/embedding.h"
+#include "dpkernels/fingerprint.h"
 #include "dpkernels/linear.h"
 
 namespace dpkernels {
@@ -47,6 +48,20 @@ struct TupleCaster {
     }
 };
 
+// An enumeration whose codes are 0 to `last`.
+template <class Enum, Enum last>
+struct EnumCaster {
+    PYBIND11_TYPE_CASTER(Enum, py::detail::const_name("int"));
+
+    bool load(py::handle source, bool) {
+        py::detail::make_caster<int> number;
+        if (!number.load(source, false)) return false;
+        const int code = py::detail::cast_op<int>(number);
+        value = static_cast<Enum>(code);
+        return code >= 0 && code <= static_cast<int>(last);
+    }
+};
+
 using Int = std::int64_t;
 template <std::size_t count>
 using Ints = std::array<Int, count>;
@@ -56,6 +71,7 @@ using AffineCaster = TupleCaster<AffineShape, Int, Int, Int, Int, Ints<2>, Ints<
 using ConvCaster = TupleCaster<ConvGeometry, Int, Int, Int, Int, Ints<3>, Ints<3>, Ints<3>, Ints<3>,
                                Ints<3>, Ints<3>, Ints<5>, Ints<5>>;
 using EmbeddingCaster = TupleCaster<EmbeddingShape, Int, Int, Int, Int, Ints<2>, Ints<2>>;
+using RunsCaster = TupleCaster<RunsShape, Int, Int, Int, Int, Int>;
 using FinishCaster = TupleCaster<DPKERNELS_DEVICE::Finish, Pointer, DType, Pointer, DType, Pointer,
                                  Int, Int, std::uint64_t, bool>;
 using RowsCaster = TupleCaster<DPKERNELS_DEVICE::Rows, Pointer, Int, Int, Int>;
@@ -88,17 +104,11 @@ struct type_caster<dpkernels::Pointer> {
 };
 
 template <>
-struct type_caster<dpkernels::DType> {
-    PYBIND11_TYPE_CASTER(dpkernels::DType, const_name("dtype"));
-
-    bool load(handle source, bool) {
-        make_caster<int> number;
-        if (!number.load(source, false)) return false;
-        const int code = cast_op<int>(number);
-        value = static_cast<dpkernels::DType>(code);
-        return code >= 0 && code <= 3;
-    }
-};
+struct type_caster<dpkernels::DType>
+    : dpkernels::EnumCaster<dpkernels::DType, dpkernels::DType::float16> {};
+template <>
+struct type_caster<dpkernels::Element>
+    : dpkernels::EnumCaster<dpkernels::Element, dpkernels::Element::int64> {};
 
 // Little-endian words, as RFC 8439 reads its key.
 template <>
@@ -126,6 +136,8 @@ template <>
 struct type_caster<dpkernels::ConvGeometry> : dpkernels::ConvCaster {};
 template <>
 struct type_caster<dpkernels::EmbeddingShape> : dpkernels::EmbeddingCaster {};
+template <>
+struct type_caster<dpkernels::RunsShape> : dpkernels::RunsCaster {};
 template <>
 struct type_caster<dpkernels::DPKERNELS_DEVICE::Finish> : dpkernels::FinishCaster {};
 template <>

@@ -15,6 +15,7 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "embedding_norm_sq", cpu::embedding_norm_sq);
     define(m, "embedding_grad_sample", cpu::embedding_grad_sample);
     define(m, "embedding_clipped_grad", cpu::embedding_clipped_grad);
+    define(m, "fingerprint", cpu::fingerprint);
     define(m, "gram_norm_sq", cpu::gram_norm_sq);
     define(m, "chacha20_blocks", cpu::chacha20_blocks);
     define(m, "standard_normals", cpu::standard_normals);

@@ -22,6 +22,7 @@ from dpkernels.ops.embedding import (
     embedding_grad_sample,
     embedding_norm_sq,
 )
+from dpkernels.ops.fingerprints import fingerprint
 from dpkernels.ops.linear import linear_clipped_grad, linear_grad_sample, linear_norm_sq
 from dpkernels.ops.noise import gaussian_noise_
 from dpkernels.ops.recurrence import lstm, lstm_backward
@@ -43,6 +44,7 @@ __all__ = [
     "embedding_clipped_grad",
     "embedding_grad_sample",
     "embedding_norm_sq",
+    "fingerprint",
     "finish_grad_",
     "finish_grads_",
     "gaussian_noise_",

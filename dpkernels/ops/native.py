@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-INTERFACE = 3
+INTERFACE = 4
 """Of the functions below, as the extensions state it (csrc/include/dpkernels/types.h)."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent

@@ -13,8 +13,8 @@
 
 namespace dpkernels {
 
-// Counts changes of what Python passes to existing functions; dpkernels/ops/native.py knows it too.
-constexpr int kInterface = 3;
+// Counts changes of the functions that Python calls; dpkernels/ops/native.py knows it too.
+constexpr int kInterface = 4;
 
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
