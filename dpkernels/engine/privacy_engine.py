@@ -39,6 +39,7 @@ from dpkernels.engine.sampling import (
     sample_rate_of,
     warn_of_other_samplers,
 )
+from dpkernels.engine.trial.collate import refuse_mixing_collate
 from dpkernels.engine.trial.mixing import check_criterion
 from dpkernels.reconstruction import risk_report
 
@@ -166,10 +167,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
             grad_sample_mode: ``"fused"``, or one of Opacus': ``"hooks"``, ``"functorch"``,
                 ``"ew"``, ``"ghost"``, ``"ghost_fsdp"``, ``"no_op"``.
             wrap_model: False leaves the model itself as it is and returns the holder of the hooks.
-            rand_on_empty: for Opacus' modes; refused in mode "fused", where an empty batch is run
-                without a random row.
-            memory_budget: bytes for stored per-sample gradients; None takes a quarter of the memory
-                that is free at the first step.
+            rand_on_empty: for Opacus' modes; refused in mode "fused": an empty batch has no row.
+            memory_budget: bytes for stored per-sample gradients; None: a quarter of what is free.
             plan: ``"auto"`` counts operations and bytes, ``"measured"`` times every strategy on the
                 first step's operands.
             views_per_sample: rows of the model's input that belong to one sample (adjacent);
@@ -181,7 +180,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             ``(module, optimizer, data_loader)`` in mode "fused".
 
         Raises:
-            ValueError: an argument is out of range, or the optimizer has foreign parameters.
+            ValueError: arguments out of range, foreign parameters, or a mixing ``collate_fn``.
             UnsupportedModuleError: a module mixes samples.
         """
         shared = {
@@ -215,6 +214,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         check_arguments(noise_multiplier, max_grad_norm, views_per_sample)
         check_same_parameters(module, optimizer)
         refuse_random_rows(data_loader, rand_on_empty)
+        refuse_mixing_collate(data_loader, batch_first)
         processes = processes_of(module)
         check_shared(data_loader, processes, poisson_sampling)
         processes.adopt(module)
