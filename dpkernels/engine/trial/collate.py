@@ -122,7 +122,7 @@ class _Trial:
         self.comparable = False
 
     def run(self) -> None:
-        """Collate and compare; whatever the dataset's records or the ``collate_fn`` raise, raises."""
+        """Collate and compare; what the ``collate_fn`` raises is not caught."""
         records = list(self._records)
         batch, four = records[:RECORDS], [*records, records[0]][: RECORDS + 1]
         if differ(self._collated(batch, 0), self._collated(batch, 0)):
