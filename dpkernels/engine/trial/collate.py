@@ -37,7 +37,7 @@ from dpkernels.engine.trial.collated import (
 )
 
 #: seeds for a collate_fn that draws: MixUp may draw the identity as its permutation, or leave out
-_SEEDS = 8
+_SEEDS = 12
 
 
 def refuse_mixing_collate(data_loader: DataLoader, batch_first: bool = True) -> None:
@@ -110,7 +110,7 @@ class _Trial:
         axis: where tensors are likely to have their records.
     """
 
-    def __init__(self, records: Sequence[Any], collate: Callable[[list[Any]], Any], axis: int):
+    def __init__(self, records: list[Any], collate: Callable[[list[Any]], Any], axis: int):
         self._records, self._collate, self._axis = records, collate, axis
         #: a clause on the first row that moved
         self.mixed: str | None = None
@@ -118,29 +118,35 @@ class _Trial:
         self.padded: str | None = None
         #: leaves that belong to no record, and move
         self.loose: dict[str, None] = {}
-        #: whether batches could be compared: equal seeds gave equal draws
-        self.comparable = False
+        self._compared = self._drawn_by_record = False
+
+    @property
+    def comparable(self) -> bool:
+        """Whether batches could be compared: equal seeds gave equal draws."""
+        return self._compared and not self._drawn_by_record
 
     def run(self) -> None:
         """Collate and compare; what the ``collate_fn`` raises is not caught."""
-        records = list(self._records)
-        batch, four = records[:RECORDS], [*records, records[0]][: RECORDS + 1]
-        if differ(self._collated(batch, 0), self._collated(batch, 0)):
+        batch = self._records[:RECORDS]
+        base = self._collated(batch, 0)
+        if differ(base, self._collated(batch, 0)):
             return
-        for seed in range(_SEEDS):
-            untouched = _drawn(seed)
+        exchanged = [self._exchanged(place, 0) for place in range(RECORDS)]
+        four = self._collated([*self._records, self._records[0]][: RECORDS + 1], 0)
+        layout = Layout([base, *exchanged], four, self._axis)
+        for place, other in enumerate(exchanged):
+            self._compare(layout, base, other, place)
+        draws = base.drawn != _drawn(0)
+        for seed in range(1, _SEEDS) if draws else ():
+            place = seed % RECORDS
             base = self._collated(batch, seed)
-            exchanged = [
-                self._collated([*batch[:i], records[i - 1], *batch[i + 1 :]], seed)
-                for i in range(RECORDS)
-            ]
-            layout = Layout([base, *exchanged], self._collated(four, seed), self._axis)
-            for i, other in enumerate(exchanged):
-                if not self._compare(layout, base, other, i):
-                    self.comparable = False
-                    return
-            if base.drawn == untouched:
-                return
+            self._compare(layout, base, self._exchanged(place, seed), place)
+
+    def _exchanged(self, place: int, seed: int) -> Collated:
+        """The batch of three with another record in one place."""
+        batch = self._records[:RECORDS]
+        batch[place] = self._records[place - 1]
+        return self._collated(batch, seed)
 
     def _collated(self, records: Sequence[Any], seed: int) -> Collated:
         """One batch, collated under a seed from copies of its records."""
@@ -151,17 +157,20 @@ class _Trial:
         batch = collate(copies)
         return Collated(batch, _states())
 
-    def _compare(self, layout: Layout, base: Collated, other: Collated, exchanged: int) -> bool:
-        """Note what moved between two batches; False if the draws depend on the records.
+    def _compare(self, layout: Layout, base: Collated, other: Collated, exchanged: int) -> None:
+        """Note what moved between two batches.
 
-        Draws that depend on the length of padded rows tell nothing about these two batches, nor
-        about others.
+        Where one batch drew more numbers than the other, rows move that are not mixed. No two
+        batches of this ``collate_fn`` can then be compared, unless the rows are longer too: the
+        length of all rows may decide on the number of draws, and equal lengths can be compared.
         """
         before, after = layout.rows(base), layout.rows(other)
         if base.drawn != other.drawn:
             others = [pair for i, pair in enumerate(zip(before, after)) if i != exchanged]
-            return self._note_padding(others)
-        self.comparable = True
+            longer = self._note_padding(others)
+            self._drawn_by_record = self._drawn_by_record or not longer
+            return
+        self._compared = True
         self.loose |= dict.fromkeys(layout.loose_that_moved(base, other))
         pairs = found_again(before, after)
         if pairs is None:
@@ -170,11 +179,10 @@ class _Trial:
             self.mixed = self.mixed or (
                 f"{leaf}: the row of record {record} moves when record {exchanged} is exchanged"
             )
-            return True
+            return
         if len(pairs) == RECORDS:
             del pairs[exchanged]
         self._note_padding(pairs)
-        return True
 
     def _note_padding(self, pairs: Sequence[tuple[Row, Row]]) -> bool:
         """Note the first leaf that has another length in pairs of one record's rows."""

@@ -124,11 +124,11 @@ class Layout:
 
     def loose_that_moved(self, batch: Collated, other: Collated) -> list[str]:
         """The tensors and numbers that belong to no record and differ between two batches."""
-        pairs = {path: (batch.leaves[path], other.leaves[path]) for path in self._loose}
         return [
             "".join(path)
-            for path, pair in pairs.items()
-            if not isinstance(pair[0], (str, bytes)) and not _same(*pair)
+            for path in self._loose
+            if not isinstance(leaf := batch.leaves.get(path), (str, bytes))
+            and not _same(leaf, other.leaves.get(path))
         ]
 
 

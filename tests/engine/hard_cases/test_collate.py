@@ -69,9 +69,10 @@ def similarities(records: list[Any]) -> torch.Tensor:
 def test_a_collate_fn_that_mixes_records_is_refused(
     collate: Callable[[list[Any]], Any], leaf: str
 ) -> None:
+    name = rf"{collate.__module__}\.{collate.__name__}"
     message = (
-        rf"data_loader\.collate_fn {collate.__module__}\.{collate.__name__}: {leaf}: the row of record "
-        r"\d moves when record \d is exchanged.*max_grad_norm.*__getitem__"
+        rf"data_loader\.collate_fn {name}: {leaf}: the row of record \d moves when record"
+        r" \d is exchanged.*max_grad_norm.*__getitem__"
     )
     for wrapped in (collate, wrap_collate_with_empty(collate_fn=collate)):
         with pytest.raises(ValueError, match=message):
