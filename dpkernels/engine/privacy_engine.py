@@ -37,8 +37,10 @@ from dpkernels.engine.sampling import (
     poisson_loader,
     refuse_random_rows,
     sample_rate_of,
+    warn_of_another_dataset,
     warn_of_other_samplers,
 )
+from dpkernels.engine.trial.collate import refuse_mixing_collate
 from dpkernels.engine.trial.criterion import check_criterion
 from dpkernels.reconstruction import risk_report
 
@@ -158,8 +160,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             batch_first: whether the first axis of the model's inputs is the sample axis; False if
                 the second axis is.
             loss_reduction: ``"mean"`` or ``"sum"``, as the loss reduces over the batch.
-            poisson_sampling: draw batches as the accountant counts them; False keeps the loader,
-                and epsilon does not hold.
+            poisson_sampling: draw batches as accounted; False keeps the loader, and voids epsilon.
             clipping: ``"flat"``, ``"automatic"``, ``"per_layer"`` or ``"adaptive"`` (docs/math.md,
                 section 1; the settings of "adaptive" are further keyword arguments, as in Opacus).
             noise_generator: draws the noise, repeatably; None draws from ChaCha20 keyed by the
@@ -167,10 +168,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
             grad_sample_mode: ``"fused"``, or one of Opacus': ``"hooks"``, ``"functorch"``,
                 ``"ew"``, ``"ghost"``, ``"ghost_fsdp"``, ``"no_op"``.
             wrap_model: False leaves the model itself as it is and returns the holder of the hooks.
-            rand_on_empty: for Opacus' modes; refused in mode "fused", where an empty batch is run
-                without a random row.
-            memory_budget: bytes for stored per-sample gradients; None takes a quarter of the memory
-                that is free at the first step.
+            rand_on_empty: for Opacus' modes; refused in mode "fused": an empty batch has no row.
+            memory_budget: bytes for stored per-sample gradients; None: a quarter of what is free.
             plan: ``"auto"`` counts operations and bytes, ``"measured"`` times every strategy on the
                 first step's operands.
             views_per_sample: rows of the model's input that belong to one sample (adjacent);
@@ -184,7 +183,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             ``(module, optimizer, data_loader)`` in mode "fused".
 
         Raises:
-            ValueError: an argument is out of range, or the optimizer has foreign parameters.
+            ValueError: arguments out of range, foreign parameters, or a mixing ``collate_fn``.
             UnsupportedModuleError: a module mixes samples.
         """
         shared = {
@@ -219,6 +218,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
         check_arguments(noise_multiplier, max_grad_norm, views_per_sample, trial)
         check_same_parameters(module, optimizer)
         refuse_random_rows(data_loader, rand_on_empty)
+        if trial != "off":
+            refuse_mixing_collate(data_loader, batch_first)
         processes = processes_of(module)
         check_shared(data_loader, processes, poisson_sampling)
         processes.adopt(module)
@@ -382,14 +383,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
         processes: Processes | None = None,
         **kwargs: Any,
     ) -> DataLoader:
-        if self.dataset is None:
-            self.dataset = data_loader.dataset
-        elif self.dataset != data_loader.dataset:
-            warnings.warn(
-                "PrivacyEngine detected new dataset object: epsilon is counted for one dataset, so "
-                "make a new PrivacyEngine unless this is the same data as before",
-                stacklevel=3,
-            )
+        self.dataset = data_loader.dataset if self.dataset is None else self.dataset
+        warn_of_another_dataset(self.dataset, data_loader.dataset)
         if not poisson_sampling:
             warn_of_other_samplers(data_loader)
             if self.secure_rng is None:

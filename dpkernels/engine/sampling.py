@@ -117,6 +117,16 @@ def warn_of_other_samplers(data_loader: DataLoader) -> None:
         )
 
 
+def warn_of_another_dataset(counted: object, given: object) -> None:
+    """Warn that the steps of an engine are counted for one dataset, where another one is given."""
+    if counted != given:
+        warnings.warn(
+            "PrivacyEngine detected new dataset object: epsilon is counted for one dataset, so "
+            "make a new PrivacyEngine unless this is the same data as before",
+            stacklevel=4,
+        )
+
+
 def _sampler_name(data_loader: DataLoader) -> str:
     batch_sampler = data_loader.batch_sampler
     if type(batch_sampler) is BatchSampler:

@@ -20,7 +20,7 @@ class Seen:
 
     Attributes:
         layer: name of the layer; "" for the model.
-        kind: "activations", "backprops", "gradient of ...", "output ..." or "criterion".
+        kind: "activations", "backprops", "gradient of ...", "values of output ..." or "criterion".
         backward: which outputs are differentiated, BATCHED or SCALAR; "" in the forward pass.
         shape: of the tensor, sample axis first.
     """

