@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from dpkernels.engine.capture.refusals import NotPerSample
+from dpkernels.engine.capture.refusals import NotPerSample, refuse_transformed
 from dpkernels.engine.capture.session import Session, Sink
 from dpkernels.layers.fold import sum_rows
 from dpkernels.layers.mark import mark
@@ -80,7 +80,7 @@ class LayerCall:
             saved = [t.transpose(0, 1) for t in saved]
         with full_precision():
             sink.saw(owner.name, "backprops", backprops, self.samples)
-            if self.wanted:
+            if self.wanted and sink.trains:
                 call = CapturedCall(
                     owner.module, tuple(saved), backprops, self.samples, self.wanted
                 )
@@ -238,6 +238,7 @@ class LayerForward(CapturedForward):
     def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """The input with a row for every sample, and the number of samples."""
         session = self.session
+        refuse_transformed(x, f"layer {self.name!r} ({type(self.module).__name__})")
         if not self.rule.batched(self.module, x) or x.ndim <= self.axis:
             raise NotPerSample(
                 f"layer {self.name!r} ({type(self.module).__name__}): its input of shape "

@@ -75,7 +75,7 @@ class CallRecorder:
             return
         with full_precision():
             sink.saw(name, "backprops", backprops, self.samples)
-            for parameter, operand in found:
+            for parameter, operand in found if sink.trains else ():
                 if id(parameter) not in self._wanted:
                     unwanted = session.guards.names.get(id(parameter), "?")
                     refuse_unwanted(self.owner, self.owner.rule, unwanted)

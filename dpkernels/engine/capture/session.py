@@ -26,7 +26,7 @@ class Sink:
 
     Attributes:
         trains: whether passes that end here train the model; not so in a trial run or a stand-in
-            pass.
+            pass, for which layers that have rules make no operands.
         samples: number of samples of the backward pass under way, None outside one.
     """
 
@@ -89,7 +89,14 @@ class Session:
         guards: the trained parameters, guarded against ordinary gradients.
     """
 
-    def __init__(self, root: nn.Module, *, batch_first: bool = True, views_per_sample: int = 1, trial: str = "doubling"):
+    def __init__(
+        self,
+        root: nn.Module,
+        *,
+        batch_first: bool = True,
+        views_per_sample: int = 1,
+        trial: str = "doubling",
+    ):
         self.root = root
         self.axis = 0 if batch_first else 1
         self.views = views_per_sample

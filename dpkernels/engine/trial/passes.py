@@ -51,6 +51,7 @@ class Passes:
         self._run = run
         self._state = KeptState(session.root)
         self._seed = int(torch.randint(2**31, ()))
+        self._devices = devices_of(session.root)
 
     def watch(
         self,
@@ -90,11 +91,17 @@ class Passes:
         return found
 
     def _forward(self, poison: Poison | None) -> list[torch.Tensor]:
-        torch.manual_seed(self._seed)
+        self._seed_torch(self._seed)
         random.seed(self._seed)
         np.random.seed(self._seed)  # noqa: NPY002 - models use it
         batch = poisoned(self.batch, self.at, poison)
         return self._run(tree_map(argument_copy, batch, is_leaf=is_packed))
+
+    def _seed_torch(self, seed: int) -> None:
+        """Seed the generators that :func:`nothing_stays` restores (torch.manual_seed: all)."""
+        torch.default_generator.manual_seed(seed)
+        for device in self._devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
 
     def _watch_outputs(self, found: Fingerprints, outputs: list[torch.Tensor]) -> None:
         """Show what the model returned, where the sample axis is beyond doubt."""
@@ -113,7 +120,7 @@ class Passes:
         if len(kinds) == 1:
             (wanted,) = kinds
         found.backward = wanted
-        torch.manual_seed(self._seed + 1)
+        self._seed_torch(self._seed + 1)
         chosen = [t for t in trained if output_kind(t, self.at.axis) == wanted]
         if chosen:
             torch.autograd.backward(chosen, [self._slopes(t, poison) for t in chosen])
@@ -133,10 +140,15 @@ class Passes:
         return slopes
 
 
+def devices_of(model: nn.Module) -> list[int]:
+    """The GPUs on which a model has parameters."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+
+
 @contextlib.contextmanager
 def nothing_stays(model: nn.Module) -> Iterator[None]:
     """Restore the state of torch's, numpy's and Python's generators; look for no anomaly."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    devices = devices_of(model)
     python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with (
