@@ -34,9 +34,9 @@ uint32_t mixed(uint32_t x) {
 
 // What the elements of every block are multiplied by.
 struct Multipliers {
-    alignas(
-        64) uint32_t words[2][2 * kBlock];  // of an element's low 32 bits, then of its high ones
-    alignas(64) double signs[2 * kBlock];
+    // For each sum, of an element's low 32 bits, then of its high ones.
+    alignas(64) uint32_t words[2][2 * kBlock];
+    alignas(64) double signs[2 * kBlock];  // a block's begin at a place of its own
 
     Multipliers() {
         for (int sum = 0; sum < 2; ++sum) {
@@ -126,7 +126,7 @@ DPK_INLINE void add_moments(const Wide* values,   // [count]
     for (; i + 4 * kDoubles <= count; i += 4 * kDoubles) {
 #pragma GCC unroll 4
         for (int part = 0; part < 4; ++part) add_vector(i + part * kDoubles, part);
-        // The next block, as far as it lies behind this one: memory would wait for the arithmetic.
+        // Fetches the next block, which as a rule lies behind this one: memory would else be idle.
         for (int64_t line = 0; line < 4 * kDoubles; line += 64 / int64_t{sizeof(Wide)}) {
             __builtin_prefetch(values + i + line + kBlock);
         }

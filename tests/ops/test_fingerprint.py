@@ -1,10 +1,14 @@
-"""Fingerprints: every backend against a definition in Python's own numbers, and what they notice."""
+"""Fingerprints: every backend against the definition in Python's numbers, and what they notice."""
 
 from __future__ import annotations
 
 import math
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from dpkernels.ops.fingerprints import cpu, reference
 from dpkernels.ops.fingerprints.runs import runs_of
 from tests.ops.compare import skip_unless_runs
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 BACKENDS = (
     "reference",
     pytest.param(
@@ -57,7 +62,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "one column": lambda x: x[:, 3:4, :, 2:3],
     "offset by one": lambda x: x.flatten()[1:].as_strided((2, 300), (301, 1)),
 }
-"""Views of [2, 12, 10, 9] or larger; the last axes come in another order, with gaps, or not at all."""
+"""Views of [2, 12, 10, 9] or larger; the last axes come in another order or with gaps."""
 
 Fingerprint = Sequence[torch.Tensor]
 
@@ -254,8 +259,27 @@ def test_same_bits_with_any_number_of_threads(backend: str, threads: None) -> No
 
 def test_a_samples_fingerprint_does_not_depend_on_the_others() -> None:
     rows = draw((5, 3000), torch.float32)
-    for whole, alone in zip(ops.fingerprint(rows), ops.fingerprint(rows[3:4]), strict=True):
+    skip_unless_runs(ops.fingerprint, "cpu", rows)
+    for whole, alone in zip(run("cpu", rows), run("cpu", rows[3:4]), strict=True):
         assert torch.equal(whole[3:4], alone)
+
+
+_ONE_SET = """
+import sys
+from dpkernels.ops import native
+from tests.ops.test_fingerprint import DTYPES, test_the_kernel_equals_the_reference
+assert native.load("cpu").instruction_set == sys.argv[1], native.load("cpu")
+for dtype in DTYPES:
+    test_the_kernel_equals_the_reference((3, 2111), dtype)
+"""
+
+
+@pytest.mark.skipif(native.why_not_cpu() is not None, reason="not built")
+@pytest.mark.parametrize("name", native.instruction_sets())
+def test_every_instruction_set(name: str) -> None:
+    environ = {**os.environ, "DPKERNELS_INSTRUCTION_SET": name}
+    command = [sys.executable, "-c", _ONE_SET, name]
+    subprocess.run(command, check=True, env=environ, cwd=ROOT, timeout=120)
 
 
 def test_the_reference_reads_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +298,7 @@ def test_library_registration(backend: str, layout: str) -> None:
 
 
 def test_mutation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bits that are off by one fail the comparison, and so do moments off by 1e-12 of themselves."""
+    """Bits that are off by one fail the comparison, and so do moments that are off by 1e-12."""
     skip_unless_runs(ops.fingerprint, "cpu", torch.ones(1, 1))
     honest = cpu.fingerprint
     for bit, factor in ((1, 1.0), (0, 1 + 1e-12)):

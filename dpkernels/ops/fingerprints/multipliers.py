@@ -1,10 +1,10 @@
 """The pseudo-random numbers of places; csrc/cpu/fingerprint.cpp has the same.
 
 A place is a block of 1024 values and a place in the block. The number of each sum for a word is the
-product of two numbers, one of the block and one of the word in the block: the word of value i is i,
-the high word of a value of 64 bits is 1024 + i. Both numbers are the finalizer of MurmurHash3, made
-odd. The sign of value i is the highest bit of the first sum's number i + 8 s in the block, where s is
-the highest seven bits of the first sum's number of the block.
+product of two numbers, one of the block and one of the word in the block: the word of value i is i;
+the high word of a value of 64 bits is 1024 + i. Both are MurmurHash3's finalizer, made odd. The sign
+of value i is the highest bit of the first sum's number i + 8 s in the block, where s is the highest
+seven bits of the first sum's number of the block.
 """
 
 from __future__ import annotations
