@@ -2,7 +2,7 @@
 
 A place is a block of 1024 values and a place in the block. The number of each sum for a word is the
 product of two numbers, one of the block and one of the word in the block: the word of value i is i;
-the high word of a value of 64 bits is 1024 + i. Both are MurmurHash3's finalizer, made odd. The sign
+the high word of a value of 64 bits is 1024 + i. Both are MurmurHash3's finalizer, odd. The sign
 of value i is the highest bit of the first sum's number i + 8 s in the block, where s is the highest
 seven bits of the first sum's number of the block.
 """
