@@ -32,13 +32,11 @@ uint32_t mixed(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-double sign_of(uint32_t number) { return number >> 31 ? -1.0 : 1.0; }
-
 // What the elements of every block are multiplied by.
 struct Multipliers {
-    alignas(
-        64) uint32_t words[2][2 * kBlock];  // of an element's low 32 bits, then of its high ones
-    alignas(64) double signs[kBlock];
+    // For each sum, of an element's low 32 bits, then of its high ones.
+    alignas(64) uint32_t words[2][2 * kBlock];
+    alignas(64) double signs[2 * kBlock];  // a block's begin at a place of its own
 
     Multipliers() {
         for (int sum = 0; sum < 2; ++sum) {
@@ -46,7 +44,9 @@ struct Multipliers {
                 words[sum][at] = mixed(at ^ kInBlock[sum]) | 1u;
             }
         }
-        for (int64_t at = 0; at < kBlock; ++at) signs[at] = sign_of(words[0][at]);
+        for (int64_t at = 0; at < 2 * kBlock; ++at) {
+            signs[at] = words[0][at] >> 31 ? -1.0 : 1.0;
+        }
     }
 };
 
@@ -112,19 +112,24 @@ DPK_INLINE Doubles load_doubles(const float* address) {
 }
 
 template <class Wide>
-DPK_INLINE void add_moments(const Wide* values,  // [count]
-                            int64_t count, const Multipliers& by, double (&moments)[3]) {
+DPK_INLINE void add_moments(const Wide* values,   // [count]
+                            const double* signs,  // [count]
+                            int64_t count, double (&moments)[3]) {
     Doubles sum[4] = {}, squares[4] = {}, signed_sum[4] = {};
     const auto add_vector = [&](int64_t at, int part) {
         const Doubles x = load_doubles(values + at);
         sum[part] += x;
         squares[part] += x * x;
-        signed_sum[part] += x * load_doubles(by.signs + at);
+        signed_sum[part] += x * load_doubles(signs + at);
     };
     int64_t i = 0;
     for (; i + 4 * kDoubles <= count; i += 4 * kDoubles) {
 #pragma GCC unroll 4
         for (int part = 0; part < 4; ++part) add_vector(i + part * kDoubles, part);
+        // Fetches the next block, which as a rule lies behind this one: memory would else be idle.
+        for (int64_t line = 0; line < 4 * kDoubles; line += 64 / int64_t{sizeof(Wide)}) {
+            __builtin_prefetch(values + i + line + kBlock);
+        }
     }
     for (; i + kDoubles <= count; i += kDoubles) add_vector(i, 0);
     double rest[3] = {};
@@ -132,7 +137,7 @@ DPK_INLINE void add_moments(const Wide* values,  // [count]
         const auto x = static_cast<double>(values[i]);
         rest[0] += x;
         rest[1] += x * x;
-        rest[2] += x * by.signs[i];
+        rest[2] += x * signs[i];
     }
     moments[0] = sum_lanes<double>(sum) + rest[0];
     moments[1] = sum_lanes<double>(squares) + rest[1];
@@ -166,19 +171,19 @@ Sums sums_of(const T* row, int64_t begin, int64_t end, const RunsShape& shape,
     for (; begin < end; begin += kBlock) {
         const int64_t count = std::min(kBlock, end - begin);
         const T* block = adjacent(row, begin, count, shape, buffer);
-        Sums sums;
-        add_bits(block, count, by, sums.bits);
-        if constexpr (std::is_same_v<T, Exact<T>>) {
-            add_moments(block, count, by, sums.moments);
-        } else {
-            for (int64_t i = 0; i < count; ++i) wide[i] = exact(block[i]);
-            add_moments(wide, count, by, sums.moments);
-        }
         const auto place = static_cast<uint32_t>(begin / kBlock);
         const uint32_t numbers[2] = {mixed(place ^ kOfBlock[0]) | 1u,
                                      mixed(place ^ kOfBlock[1]) | 1u};
+        const double* signs = by.signs + 8 * (numbers[0] >> 25);
+        Sums sums;
+        add_bits(block, count, by, sums.bits);
+        if constexpr (std::is_same_v<T, Exact<T>>) {
+            add_moments(block, signs, count, sums.moments);
+        } else {
+            for (int64_t i = 0; i < count; ++i) wide[i] = exact(block[i]);
+            add_moments(wide, signs, count, sums.moments);
+        }
         for (int i = 0; i < 2; ++i) total.bits[i] += sums.bits[i] * numbers[i];
-        sums.moments[2] *= sign_of(numbers[0]);
         for (int i = 0; i < 3; ++i) total.moments[i] += sums.moments[i];
     }
     return total;

@@ -18,6 +18,7 @@ from dpkernels.ops.conv import triton as conv
 from dpkernels.ops.conv.geometry import Geometry
 from dpkernels.ops.embedding import triton as embedding
 from dpkernels.ops.embedding.table import Table
+from dpkernels.ops.fingerprints import triton as fingerprints
 from dpkernels.ops.linear import triton as linear
 from dpkernels.ops.noise import triton as noise
 
@@ -162,6 +163,7 @@ SIZES_OF_ONE: dict[str, Callable[[], object]] = {
     "group norm": functools.partial(affine.normalization_grad_sample, *_ONES, *_STATISTICS),
     "layer norm": functools.partial(affine.normalization_last_grad_sample, *_ONES, *_STATISTICS),
     "statistics": functools.partial(affine.normalization_statistics, _ONES[0], 1, 1e-5),
+    "fingerprint": functools.partial(fingerprints.fingerprint, _ONES[0]),
     "embedding norm": functools.partial(embedding.embedding_norm_sq, _INDEX, _ONES[0], -1),
     "embedding clipped": functools.partial(
         embedding.embedding_clipped_grad, _INDEX, _ONES[0], _ONE, Table(1, 0)

@@ -1,7 +1,8 @@
 """Arguments on which backends tend to break, by op: what every backend is tried with.
 
 ``names(op)`` lists them, ``arguments(op, name, dtype, layout)`` draws them. An op that is not here
-has a test of its own for every backend: noise, recurrence, the statistics of normalisation.
+has a test of its own for every backend: noise, recurrence, the statistics of normalisation,
+fingerprints.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def names(op: str) -> list[str]:
         ValueError: an op with a test of its own.
     """
     if op not in OPS:
-        own = "test_noise, test_discrete_gaussian, test_recurrence, test_affine"
+        own = "test_noise, test_discrete_gaussian, test_recurrence, test_affine, test_fingerprint"
         raise ValueError(f"op={op!r}: expected one of {sorted(OPS)}; {own} draw the others'")
     return list(OPS[op][0])
 

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "normalization_grad_sample": (*CHANNELS, _values(3, 2), _values(3, 2).abs()),
     "normalization_last_grad_sample": (*LAST, _values(3, 40), _values(3, 40).abs()),
     "normalization_statistics": (CHANNELS[0], 2, 1e-5),
+    "fingerprint": CHANNELS[:1],
     "affine_norm_sq": CHANNELS,
     "affine_clipped_grad": (*CHANNELS, FACTOR),
     "gaussian_noise_": (_values(999), 1.5, KEY, 3),
@@ -92,7 +93,7 @@ def test_every_op_is_here() -> None:
 
 
 def _bits(result: Any) -> list[torch.Tensor]:
-    return [t.clone() for t in (result if isinstance(result, list) else [result])]
+    return [t.clone() for t in ([result] if isinstance(result, torch.Tensor) else result)]
 
 
 def _moved(value: Any, device: str) -> Any:

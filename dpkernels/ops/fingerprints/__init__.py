@@ -24,8 +24,8 @@ _DTYPES = frozenset((*FLOAT_DTYPES, *_INTEGER_DTYPES, *_COMPLEX_DTYPES))
 def _check_rows(rows: torch.Tensor) -> None:
     if rows.dtype not in _DTYPES:
         raise ValueError(
-            f"rows: dtype {rows.dtype}, expected bool, a signed integer, uint8 or a float of 16 to "
-            "64 bits; view the tensor as an integer dtype of the same width"
+            f"rows: dtype {rows.dtype}, expected bool, a signed integer, uint8, complex or a "
+            "float of 16 to 64 bits; view the tensor as an integer dtype of the same width"
         )
     if rows.layout != torch.strided:
         raise ValueError(f"rows: layout {rows.layout}, expected a strided tensor; call to_dense()")

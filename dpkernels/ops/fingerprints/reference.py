@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dpkernels.ops.fingerprints.multipliers import BLOCK, IN_BLOCK, OF_BLOCK, multiplier, sign
+from dpkernels.ops.fingerprints.multipliers import BLOCK, IN_BLOCK, OF_BLOCK, multiplier, signs
 from dpkernels.ops.fingerprints.runs import runs_of
 
 #: values of all samples that are read at a time, at least a block of each
@@ -29,9 +29,9 @@ def fingerprint(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             inner = [multiplier(at + shift, seed) for seed in IN_BLOCK]
             for i in range(2):
                 bits[:, i] += (word * (inner[i] * outer[i])).sum(1)
-        signs = sign(multiplier(at, IN_BLOCK[0])) * sign(outer[0])
         wide = piece.double()
-        moments += torch.stack([wide.sum(1), wide.square().sum(1), (wide * signs).sum(1)], 1)
+        terms = wide, wide.square(), wide * signs(at, outer[0])
+        moments += torch.stack([each.sum(1) for each in terms], 1)
     return bits, moments
 
 

@@ -35,8 +35,6 @@ def runs_of(rows: torch.Tensor) -> Runs:
     if rows.is_contiguous():
         length = rows.numel() // samples if samples else 0
         return Runs(rows, samples, 1, length, length, length)
-    if rows.numel() == 0:
-        return Runs(rows, samples, 1, 0, 0, 0)
     strides = rows.stride()
     order = sorted(range(1, rows.ndim), key=strides.__getitem__, reverse=True)
     axes = _joined([(rows.shape[axis], strides[axis]) for axis in order])

@@ -20,7 +20,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 @triton.jit
 def multiplier(place, seed):
     """The odd 32-bit number of each place: int64."""
-    x = place.to(tl.int64) ^ seed
+    x = tl.cast(place, tl.int64) ^ seed
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return (x ^ (x >> 16)) | 1
@@ -31,11 +31,13 @@ def fingerprint_kernel(
     rows, words, bits, moments, size, chunks, length, sample_stride, run_stride,
     IN_FIRST: tl.constexpr, IN_SECOND: tl.constexpr,
     OF_FIRST: tl.constexpr, OF_SECOND: tl.constexpr,
-    ONE_RUN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
+    ONE_RUN: tl.constexpr, LOW: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """bits[sample, chunk, 2] and moments[sample, chunk, 3] of one chunk of a row.
 
-    `words` are the values of `rows` as integers of the same WIDTH in bytes.
+    `words` are the values of `rows` as integers of the same width. LOW has the bits of a word; WIDE
+    values have two.
     """
     slot = tl.program_id(0).to(tl.int64)
     first = (slot % chunks).to(tl.int32) * CHUNK_BLOCKS
@@ -43,7 +45,6 @@ def fingerprint_kernel(
     place = tl.arange(0, BLOCK)
     by_first = multiplier(place, IN_FIRST)
     by_second = multiplier(place, IN_SECOND)
-    signs = 1.0 - 2.0 * (by_first >> 31).to(tl.float64)
     bits_first = tl.zeros([BLOCK], tl.int64)
     bits_second = tl.zeros([BLOCK], tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
@@ -55,10 +56,10 @@ def fingerprint_kernel(
         inside = at < size
         offset = start + (at if ONE_RUN else at // length * run_stride + at % length)
         word = tl.load(words + offset, mask=inside, other=0).to(tl.int64)
-        low = word & ((1 << (8 * min(WIDTH, 4))) - 1)
+        low = word & LOW
         in_first = low * by_first
         in_second = low * by_second
-        if WIDTH == 8:
+        if WIDE:
             high = (word >> 32) & 0xFFFFFFFF
             in_first += high * multiplier(place + BLOCK, IN_FIRST)
             in_second += high * multiplier(place + BLOCK, IN_SECOND)
@@ -68,7 +69,8 @@ def fingerprint_kernel(
         value = tl.load(rows + offset, mask=inside, other=0).to(tl.float64)
         total += value
         squares += value * value
-        signed += value * signs * (1.0 - 2.0 * (of_first >> 31).to(tl.float64))
+        negative = multiplier(place + 8 * (of_first >> 25), IN_FIRST) >> 31
+        signed += tl.where(negative == 1, -value, value)
     tl.store(bits + slot * 2, tl.sum(bits_first))
     tl.store(bits + slot * 2 + 1, tl.sum(bits_second))
     tl.store(moments + slot * 3, tl.sum(total))
@@ -81,9 +83,10 @@ def why_not_fingerprint(rows: torch.Tensor) -> str | None:
     reason = support.why_not_device(rows)
     if reason is not None:
         return reason
-    reach = 2 * max(support.span(rows), rows[0].numel() if len(rows) else 0)
+    values = 2 if rows.is_complex() else 1
+    reach = values * max(support.span(rows), rows.numel() // max(1, len(rows)))
     if reach >= support.INDEX_LIMIT:
-        return f"one sample spans {reach // 2} elements, more than 32-bit offsets reach"
+        return f"one sample spans {reach} values, more than 32-bit offsets reach"
     return None
 
 
@@ -102,6 +105,7 @@ def fingerprint(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 tensor, tensor.view(_WORDS[width]), bits, moments,
                 size, chunks, length, sample_stride, run_stride,
                 *IN_BLOCK, *OF_BLOCK,
-                ONE_RUN=runs == 1, WIDTH=width, BLOCK=BLOCK, CHUNK_BLOCKS=CHUNK_BLOCKS,
+                ONE_RUN=runs == 1, LOW=2 ** (8 * min(width, 4)) - 1, WIDE=width == 8,
+                BLOCK=BLOCK, CHUNK_BLOCKS=CHUNK_BLOCKS, num_warps=8,
             )  # fmt: skip
     return (bits[:, 0], moments[:, 0]) if chunks == 1 else (bits.sum(1), moments.sum(1))
