@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from bench import report, table, work
 from bench.part import Part
-from bench.parts import accounting, dice, explain, noise, ops, regret, scaling, steps, trace
+from bench.parts import accounting, dice, explain, noise, ops, regret, scaling, steps, trace, trial
 
 _ROOT = Path(__file__).resolve().parents[1]
 #: seconds after which `all` stops what is running: `make bench` promises half an hour
@@ -35,6 +35,7 @@ PARTS: tuple[Part, ...] = (
     accounting.PART,
     scaling.PART,
     steps.PART,
+    trial.PART,
     trace.PART,
     explain.PART,
 )

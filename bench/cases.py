@@ -124,7 +124,8 @@ def labelled(shape: tuple[int, ...], classes: int, batch: int, generator: torch.
     return inputs, torch.randint(classes, (batch,), generator=generator)
 
 
-def _tokens(vocabulary: int, length: int, batch: int, generator: torch.Generator) -> Batch:
+def tokens(vocabulary: int, length: int, batch: int, generator: torch.Generator) -> Batch:
+    """Ids [B, T], and those of the next positions, [B, T]."""
     ids = torch.randint(vocabulary, (batch, length + 1), generator=generator)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -243,7 +244,7 @@ CASES = (
         "language model, T=128, d=256, vocabulary 2000, B=8",
         "cpu",
         partial(models.Decoder, 2000, 128, 256, 2, 4),
-        partial(_tokens, 2000, 128, 8),
+        partial(tokens, 2000, 128, 8),
     ),
     Case(
         "vit-32-b32",

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from bench import cases, models, rivals, timing
 from bench.rivals import Privacy
 
-#: steps end after this many or after these seconds
+#: steps end after this many, unless another number is asked for, or after these seconds
 _STEPS = 3
 _SECONDS = 5.0
 _MEGA = 1e6
@@ -28,15 +29,20 @@ _RETURNED_FROM = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
-def on_cpu(case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int) -> float | None:
+def on_cpu(
+    case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int, steps: int = _STEPS
+) -> float | None:
     """Growth of the resident set at its peak during the first steps, MB; None without /proc.
 
     The process is forked from a server that has imported everything and computed nothing; `case`
     and `rival` go to it by pickling.
+
+    Args:
+        steps: at most; a step that would begin after five seconds is left out.
     """
     if not _STATUS.exists():
         return None
-    return in_fresh_process(_measure, (case, rival, privacy, threads), _TIMEOUT_S)
+    return in_fresh_process(_measure, (case, rival, privacy, threads, steps), _TIMEOUT_S)
 
 
 def in_fresh_process(
@@ -103,7 +109,14 @@ def _set_allocator(settings: dict[int, int]) -> bool:
     return all(accepted)
 
 
-def _measure(sender, case: cases.Case, rival: rivals.Rival, privacy: Privacy, threads: int) -> None:
+def _measure(
+    sender: Connection,
+    case: cases.Case,
+    rival: rivals.Rival,
+    privacy: Privacy,
+    threads: int,
+    steps: int,
+) -> None:
     return_freed()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
@@ -111,7 +124,7 @@ def _measure(sender, case: cases.Case, rival: rivals.Rival, privacy: Privacy, th
     _touch_libraries(case, rival, privacy)
     growth = Growth()
     train = rival.prepare(workload, privacy)
-    timing.repeat(train, _STEPS, _SECONDS)
+    timing.repeat(train, steps, _SECONDS)
     sender.send(growth.peak_mb())
 
 

@@ -246,3 +246,20 @@ def of_monai(network: str, classes: int = 2, **options: Any) -> nn.Module:
 
     make = getattr(nets, network)
     return make(spatial_dims=3, in_channels=1, out_channels=classes, **options)
+
+
+class GPT2(nn.Module):
+    """GPT-2 of Hugging Face, with its dropout and its head tied to the embedding."""
+
+    def __init__(self, vocabulary: int, length: int, width: int, depth: int, heads: int):
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        sizes = {"vocab_size": vocabulary, "n_positions": length, "n_embd": width}
+        ends = {"bos_token_id": 0, "eos_token_id": 0}
+        config = GPT2Config(**sizes, **ends, n_layer=depth, n_head=heads, use_cache=False)
+        self.inner = GPT2LMHeadModel(config)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] int64 -> [B, vocabulary, T]."""
+        return self.inner(ids).logits.transpose(1, 2)
