@@ -42,6 +42,7 @@ class TrialBook:
         unable: kinds of poison that made the model raise an exception.
         harmless: names of attributes that keep data which no later pass reads.
         said: warnings given.
+        largest: samples of the largest batch that has passed a trial.
         differentiated: outputs of which kind, BATCHED or SCALAR, training differentiates.
     """
 
@@ -55,8 +56,7 @@ class TrialBook:
         self.harmless: set[str] = set()
         self.said: set[str] = set()
         self.differentiated: set[str] = set()
-        #: samples of the largest batch that has passed a trial
-        self._largest = 0
+        self.largest = 0
         #: batches of two samples or more
         self._batches = 0
         #: whether a batch at which a trial is due could not tell
@@ -75,7 +75,7 @@ class TrialBook:
         self._batches += 1
         doubled = self._batches & (self._batches - 1) == 0
         self._owed |= self.schedule == "every" or (self.schedule == "doubling" and doubled)
-        return self._owed or min(samples, 3) > max(self._largest, 1)
+        return self._owed or min(samples, 3) > max(self.largest, 1)
 
     @property
     def untold(self) -> bool:
@@ -103,7 +103,7 @@ class TrialBook:
         if told:
             self.turn += 1
             self._owed = False
-            self._largest = max(self._largest, samples)
+            self.largest = max(self.largest, samples)
 
     def check(self, layer: str, count: int, axes: int) -> None:
         """Raise :class:`Untried` where no trial has seen a layer on such an input.

@@ -127,8 +127,8 @@ class Comparison:
     """Two passes over a batch, compared tensor by tensor and sample by sample.
 
     Args:
-        first: the pass over the batch as it is.
-        second: the pass over the batch with some samples poisoned.
+        first: one pass.
+        second: another, with other values in samples that are not watched.
         watched: bool [samples]: those that may not move.
 
     Attributes:
@@ -136,8 +136,8 @@ class Comparison:
         parting: the layer from which the passes took different paths; None where they did not, and
             only then are there the other attributes.
         same_shapes: whether every tensor had the same shape in both.
-        moved: bool [seen, samples]: whether a watched sample is not finite any more, or has changed
-            by more than rounding.
+        moved: bool [seen, samples]: whether a watched sample is finite in one pass only, or has
+            changed by more than rounding.
         moves: float64 [seen, samples]: relative change of watched samples that are finite.
         bits_moved: bool [seen, samples]: of watched samples, where shapes are the same.
     """
@@ -169,8 +169,12 @@ class Comparison:
         self.moves = (changes / scales[:, None]).amax(2) * watched
         most = [tolerance(seen.dtype) for seen in first.seen]
         rounding = torch.tensor(most, dtype=torch.float64).reshape(-1, 1)
-        self.moved = (finite & ~still & watched) | (self.moves > rounding)
+        self.moved = ((finite != still) & watched) | (self.moves > rounding)
         self.bits_moved = (first.bits != second.bits).any(2) & watched & same
+
+    def differs(self) -> bool:
+        """Whether the passes went apart, or a watched sample moved."""
+        return self.parting is not None or bool(self.moved.any())
 
     def first_moved(self) -> int | None:
         """The place of the first tensor that moved."""

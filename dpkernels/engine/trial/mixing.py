@@ -9,6 +9,7 @@ pair of samples: the first trial takes one bit both ways, every later one anothe
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -72,6 +73,10 @@ def refuse_mixing(
     return told
 
 
+#: what was poisoned in a pass, and what was seen
+Watched = tuple[Poison | None, Fingerprints]
+
+
 class _Trial:
     """One trial of one batch."""
 
@@ -82,7 +87,11 @@ class _Trial:
         self.at, self.batch = passes.at, passes.batch
         self.warnings: list[str] = []
         self._together = together
-        self._clean: dict[str, Fingerprints] = {}
+        #: whether the trial is a first one: a pass over the batch as it is, both sides poisoned
+        self._whole = min(self.at.samples, 3) > max(self.book.largest, 1)
+        #: by what is differentiated, the poison of the pass that others are compared with, and what
+        #: the pass saw
+        self._base: dict[str, Watched] = {}
         self._finding: Finding | None = None
         #: by name of an attribute that keeps data, the poison that changed what is kept
         self._kept: dict[str, Poison] = {}
@@ -93,11 +102,10 @@ class _Trial:
         Raises:
             NotPerSample: samples mix.
         """
+        broken = self.at.not_finite(self.batch)
+        self._whole = self._any(self._whole or bool(broken.any()))
         kinds = self._kinds()
-        for outputs in self._outputs():
-            if outputs not in self._clean:
-                self._clean[outputs] = self.passes.watch(None, outputs)
-        if self._any(self._hidden()):
+        if self._any(self._hides(broken)):
             return False
         for outputs, poison in self._plan(kinds):
             self._judge(outputs, poison)
@@ -106,23 +114,21 @@ class _Trial:
         self._conclude(None, last=True)
         return True
 
-    def _hidden(self) -> bool:
+    def _hides(self, broken: torch.Tensor) -> bool:
         """Whether a sample that is not finite has spread to others, and hides what else mixes."""
-        broken = self.at.not_finite(self.batch)
         if not bool(broken.any()):
             return False
-        finite = next(iter(self._clean.values())).moments.isfinite().all(2).all(0)
+        finite = self._base[BATCHED][1].moments.isfinite().all(2).all(0)
         return int((~broken).sum()) < 2 or not bool((finite | broken).all())
 
     def _kinds(self) -> tuple[str, ...]:
-        """The kinds of poison that fit the batch, besides NAN; runs the first pass."""
+        """The kinds of poison that fit the batch, besides NAN; a first trial's first pass."""
         labels = label_places(self.batch, self.at)
         watch = IndexWatch([leaves_of(self.batch)[place] for place in labels])
-        if self.session.anchor.is_cuda:  # an index made from NaN would end the process there
-            with watch:
-                self._clean[BATCHED] = self.passes.watch(None)
-        else:
-            self._clean[BATCHED] = self.passes.watch(None)
+        if self._whole:
+            # on a GPU, an index made from NaN would end the process
+            with watch if self.session.anchor.is_cuda else contextlib.nullcontext():
+                self._base[BATCHED] = None, self.passes.watch(None)
         if self._any(watch.from_floats):
             self.book.unable |= {NAN, LARGE}
         if self._any(watch.from_labels):
@@ -139,29 +145,46 @@ class _Trial:
         used = [kind for kind in (BATCHED, SCALAR) if kind in self.book.differentiated]
         return used or [BATCHED, SCALAR]
 
+    def _compared_with(self, outputs: str, side: torch.Tensor) -> Fingerprints:
+        """What the pass saw that others over the same side are compared with.
+
+        In a first trial it is a pass over the batch as it is; later, to spare a pass, one with NaN
+        in the same side.
+        """
+        if outputs not in self._base:
+            nan = None if self._whole else Poison(side, (NAN,))
+            found = None if nan is None else self._try(outputs, nan)
+            if found is None:
+                nan, found = None, self.passes.watch(None, outputs)
+            self._base[outputs] = nan, found
+        return self._base[outputs][1]
+
     def _plan(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Poison]]:
         """Which outputs are differentiated and what is poisoned, pass by pass.
 
-        The first trial poisons both sides of a split by NaN and by the other kinds, and deals out
-        every kind of poison; a later one poisons one side by NaN and the other by the other kinds.
+        A first trial poisons both sides of a split, by NaN and by the other kinds, and deals out
+        every kind; a later one poisons one side, by the other kinds.
         """
-        turn, first = self.book.turn, self.book.turn == 0
+        turn = self.book.turn
         bits = max(1, (self.at.samples - 1).bit_length())
         ones = (torch.arange(self.at.samples) >> (turn % bits)) % 2 == 1
         side, other = (ones, ~ones) if (turn // bits) % 2 == 0 else (~ones, ones)
         outputs = self._outputs()
-        for samples in (side, other) if first else (side,):
+        if not self._whole:
+            yield from ((each, Poison(side, kinds, turn)) for each in outputs)
+            return
+        for samples in (side, other):
             yield outputs[-1], Poison(samples, (NAN,))
         for place, each in enumerate(outputs):
             dealt, last = 0, place == len(outputs) - 1
             for number, samples in enumerate([other, side] * len(kinds)):
                 yield each, Poison(samples, kinds, turn + dealt)
                 dealt += int(samples.sum())
-                if not first or (number > 0 and (dealt >= len(kinds) or not last)):
+                if number > 0 and (dealt >= len(kinds) or not last):
                     break
 
     def _judge(self, outputs: str, poison: Poison) -> None:
-        """One pass over a poisoned batch, compared with the pass over the batch as it is."""
+        """One pass over a poisoned batch, compared with another pass."""
         found = self._try(outputs, poison)
         finding = None if found is None else self._compare(outputs, poison, found)
         of_lengths = finding is not None and finding.of_shapes and self._has_lengths()
@@ -219,8 +242,12 @@ class _Trial:
         )
 
     def _compare(self, outputs: str, poison: Poison, found: Fingerprints) -> Finding | None:
-        clean, nan = self._clean[outputs], NAN in poison.kinds
-        compared = Comparison(clean, found, ~poison.samples)
+        before, base = self._compared_with(outputs, poison.samples)
+        compared = Comparison(base, found, ~poison.samples)
+        if compared.parting is not None and before is not None:
+            base = self._look_without_nan(outputs)
+            compared = Comparison(base, found, ~poison.samples)
+        nan = NAN in poison.kinds
         if compared.parting is not None:
             if nan:  # a model may look for NaN; poisons of their own show branches on magnitudes
                 return None
@@ -231,7 +258,7 @@ class _Trial:
         place = compared.first_moved()
         if place is not None:
             return self._explained(outputs, poison, compared, place)
-        for name in kept_moved(clean.left, found.left):
+        for name in kept_moved(base.left, found.left):
             if is_buffer(self.session.root, name):
                 return Finding.of_buffer(name, poison)
             if name not in self.book.harmless:
@@ -240,27 +267,43 @@ class _Trial:
             return self._small(outputs, poison)
         return None
 
+    def _compared_with(self, outputs: str, side: torch.Tensor) -> Watched:
+        """The pass that passes with poison in one side are compared with.
+
+        In a first trial it is a pass over the batch as it is; later, to spare a pass, one with NaN
+        in the same side.
+        """
+        if outputs not in self._base:
+            nan = Poison(side, (NAN,))
+            found = None if self._whole else self._try(outputs, nan)
+            if found is None:
+                self._look_without_nan(outputs)
+            else:
+                self._base[outputs] = nan, found
+        return self._base[outputs]
+
+    def _look_without_nan(self, outputs: str) -> Fingerprints:
+        """Compare from now on with a pass over the batch as it is."""
+        self._base[outputs] = None, self.passes.watch(None, outputs)
+        return self._base[outputs][1]
+
     def _explained(
         self, outputs: str, poison: Poison, compared: Comparison, place: int
     ) -> Finding:
         """The finding that a tensor moved."""
         seen, sample = compared.seen[place], int(compared.moved[place].nonzero()[0])
         layer = f"layer {seen.layer!r}" if seen.layer else "model"
-        if self._together is None:
-            again = self._repeated(outputs)
-            strays = None if again.parting is not None else again.first_moved()
-            if again.parting is not None or strays is not None:
-                what = f"{seen.kind} differ between two passes that ought to be equal"
-                return Finding(layer, what, Kind.UNREPEATABLE)
+        if self._together is None and self._repeated(outputs).differs():
+            what = f"{seen.kind} differ between two passes that ought to be equal"
+            return Finding(layer, what, Kind.UNREPEATABLE)
         what = f"the {seen.kind} of sample {sample} move when {poison} replaced"
-        of_shapes = not compared.same_shapes
         kind = Kind.of(seen, compared.same_input(seen.layer))
         if kind is Kind.STATISTICS and self._together is None and seen.layer:
             axis = self._axis(outputs, poison, place)
             if axis:
                 self.book.axes[seen.layer, seen.kind] = axis
                 kind = Kind.ROWS
-        return Finding(layer, what, kind, of_shapes)
+        return Finding(layer, what, kind, of_shapes=not compared.same_shapes)
 
     def _axis(self, outputs: str, poison: Poison, place: int) -> int | None:
         """The axis on which the values of poisoned samples stand in a tensor, and nothing else."""
@@ -282,10 +325,10 @@ class _Trial:
         return None
 
     def _repeated(self, outputs: str) -> Comparison:
-        """The pass over the batch as it is, compared with the same pass once more."""
-        everyone = torch.ones(self.at.samples, dtype=torch.bool)
-        again = self.passes.watch(None, outputs)
-        return Comparison(self._clean[outputs], again, everyone)
+        """A pass, compared with the same pass once more."""
+        poison, found = self._base[outputs]
+        watched = torch.ones(self.at.samples, dtype=torch.bool)
+        return Comparison(found, self.passes.watch(poison, outputs), watched)
 
     def _small(self, outputs: str, poison: Poison) -> Finding | None:
         """Whether a change as small as rounding is one that grows with the poison.
@@ -310,7 +353,7 @@ class _Trial:
             found = self._try(outputs, replace(poison.of(LARGE), factor=factor))
             if found is None:
                 return None
-            compared = Comparison(self._clean[outputs], found, ~poison.samples)
+            compared = Comparison(self._base[outputs][1], found, ~poison.samples)
             if compared.parting is not None:
                 return None
             moves.append(compared)
@@ -336,8 +379,7 @@ class _Trial:
             return None
         compared = Comparison(clean, other, everyone)
         names = ", ".join(repr(name) for name in sorted(self._kept))
-        reads = compared.parting is not None or compared.first_moved() is not None
-        if reads or bool(compared.bits_moved.any()):
+        if compared.differs() or bool(compared.bits_moved.any()):
             what = f"what a forward pass leaves there moves the next pass when {poison} replaced"
             return Finding(f"attribute {names}", what, Kind.STATE)
         self.book.harmless |= self._kept.keys()
