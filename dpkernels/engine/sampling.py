@@ -119,7 +119,7 @@ def warn_of_other_samplers(data_loader: DataLoader) -> None:
 
 def warn_of_another_dataset(counted: object, given: object) -> None:
     """Warn that the steps of an engine are counted for one dataset, where another one is given."""
-    if counted != given:
+    if counted is not given and counted != given:
         warnings.warn(
             "PrivacyEngine detected new dataset object: epsilon is counted for one dataset, so "
             "make a new PrivacyEngine unless this is the same data as before",

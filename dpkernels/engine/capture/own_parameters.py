@@ -68,7 +68,7 @@ class OwnParametersForward(UnitForward):
     def _find_layouts(self, call: UnitCall, slots: list[Slot]) -> dict[int, int]:
         """By parameter, the layout that stands the trial; empty if one parameter has none."""
         layouts: dict[int, int] = {}
-        pair = call.part(0, 2)
+        pair = call.part(0, 2).on_copies()
         for _, _, parameter in slots:
             if id(parameter) in layouts:
                 continue

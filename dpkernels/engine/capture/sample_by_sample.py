@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import _StopRecomputationError
 
+from dpkernels.engine.capture.argument_copies import argument_copy
 from dpkernels.engine.capture.layer import (
     CapturedForward,
     OncePerSample,
@@ -74,6 +75,10 @@ class UnitCall:
                 leaf = leaf.narrow(axis, start * each, samples * each)
             leaves.append(leaf)
         return replace(self, leaves=leaves, samples=samples)
+
+    def on_copies(self) -> UnitCall:
+        """The call as a trial makes it: without growing a cache among the arguments."""
+        return replace(self, run=lambda leaves: self.run([argument_copy(leaf) for leaf in leaves]))
 
     def inputs(self) -> list[torch.Tensor]:
         """The batched leaves, [samples, ..., rows per sample at the sample axis, ...]."""
@@ -255,7 +260,7 @@ class UnitForward(CapturedForward):
             for key, p in plain.items()
         }
         inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in call.leaves]
-        call = replace(call, leaves=inputs)
+        call = replace(call, leaves=inputs).on_copies()
         with torch.enable_grad(), deterministic(self.module), self.session.paused():
             with swapped((m, n, plain[id(p)]) for m, n, p in slots):
                 whole = [t for t in tree_leaves(call.run(call.leaves)) if torch.is_tensor(t)]

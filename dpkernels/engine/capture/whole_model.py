@@ -8,15 +8,20 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import SequenceKey, tree_flatten_with_path, tree_map
 
-from dpkernels.engine.capture.layer import CapturedForward, leaves_of
+from dpkernels.engine.capture.layer import CapturedForward, is_packed, leaves_of
 from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.capture.refusals import NotPerSample, Untried
 from dpkernels.engine.capture.session import Batch, Session
 from dpkernels.engine.capture.streams import refuse_graph_capture
 from dpkernels.engine.capture.trial_book import output_kind
 from dpkernels.layers.sequence import arguments_of
+
+_LIST = (
+    "model: its first tensor stands in a list, and the tensor's own axis is taken for the samples; "
+    "if every tensor of the list is one sample, pass torch.stack(list), one tensor [samples, ...]"
+)
 
 
 class WholeModelForward(CapturedForward):
@@ -57,6 +62,10 @@ class WholeModelForward(CapturedForward):
             except Untried:
                 session.trials.run(*trial)
                 output = self.original(*args, **kwargs)
+        except NotPerSample as error:
+            if _begins_with_list((args, kwargs), session.axis):
+                raise NotPerSample(f"{_LIST} ({error})") from error
+            raise
         finally:
             session.batch = None
         session.backward_batch = batch
@@ -106,6 +115,15 @@ class WholeModelForward(CapturedForward):
             return leaf
 
         return tree_map(one, output)
+
+
+def _begins_with_list(batch: tuple[tuple[Any, ...], dict[str, Any]], axis: int) -> bool:
+    """Whether the tensor that states the batch size stands in a list among the arguments."""
+    leaves, _ = tree_flatten_with_path(batch, is_leaf=is_packed)
+    for (_, _, *inside), leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
+            return bool(inside) and isinstance(inside[0], SequenceKey)
+    return False
 
 
 def _is_record(leaf: Any) -> bool:

@@ -76,7 +76,6 @@ class Kind(Enum):
         "state in attributes of modules, or try nothing with make_private(trial='off')"
     )
 
-
     @classmethod
     def of(cls, seen: Seen, same_input: bool) -> Kind:
         """The kind of a fault that shows first in a tensor.

@@ -287,9 +287,7 @@ class _Trial:
         self._base[outputs] = None, self.passes.watch(None, outputs)
         return self._base[outputs][1]
 
-    def _explained(
-        self, outputs: str, poison: Poison, compared: Comparison, place: int
-    ) -> Finding:
+    def _explained(self, outputs: str, poison: Poison, compared: Comparison, place: int) -> Finding:
         """The finding that a tensor moved."""
         seen, sample = compared.seen[place], int(compared.moved[place].nonzero()[0])
         layer = f"layer {seen.layer!r}" if seen.layer else "model"

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from dpkernels.engine.capture.argument_copies import argument_copy
 from dpkernels.engine.capture.layer import is_packed
 from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, output_kind
 from dpkernels.engine.trial.batch_rows import BatchRows
 from dpkernels.engine.trial.fingerprints import Fingerprints
 from dpkernels.engine.trial.poisons import NAN, Poison, poisoned
-from dpkernels.engine.trial.state import KeptState, argument_copy
+from dpkernels.engine.trial.state import KeptState
 
 
 class Passes:

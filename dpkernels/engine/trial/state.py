@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -186,8 +184,10 @@ def _equal(a: Any, b: Any) -> bool:
 def _state_of(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else (
-        generator.bit_generator.state
+    return (
+        generator.getstate()
+        if isinstance(generator, random.Random)
+        else (generator.bit_generator.state)
     )
 
 
@@ -198,45 +198,3 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.setstate(state)
     else:
         generator.bit_generator.state = state
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles all but tensors and modules, which it keeps."""
-
-    def __init__(self, stream: io.BytesIO):
-        super().__init__(stream)
-        self.kept: list[Any] = []
-
-    def persistent_id(self, one: Any) -> int | None:
-        if not isinstance(one, (torch.Tensor, nn.Module)):
-            return None
-        self.kept.append(one)
-        return len(self.kept) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, kept: list[Any]):
-        super().__init__(stream)
-        self.kept = kept
-
-    def persistent_load(self, number: int) -> Any:
-        one = self.kept[number]
-        if isinstance(one, nn.Module):
-            return one
-        return one.detach().clone().requires_grad_(one.requires_grad)
-
-
-def argument_copy(value: Any) -> Any:
-    """A copy of an argument that is no tensor, such as a cache that grows as the model runs.
-
-    The copy holds copies of tensors, and the modules themselves. What cannot be copied stays.
-    """
-    if isinstance(value, (torch.Tensor, nn.Module, str, bytes, *_NUMBERS)) or value is None:
-        return value
-    stream = io.BytesIO()
-    try:
-        pickler = _Pickler(stream)
-        pickler.dump(value)
-        return _Unpickler(io.BytesIO(stream.getvalue()), pickler.kept).load()
-    except Exception:  # an object may refuse in any way
-        return value

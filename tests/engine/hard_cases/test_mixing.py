@@ -100,18 +100,34 @@ def test_rows_that_are_not_samples_are_refused() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-24, 1.0, 1e24])
-def test_mixing_is_told_from_rounding_at_any_scale(scale: float) -> None:
-    """Squares of such values leave float32's range at either end."""
+@pytest.mark.parametrize("share", [1.0, 1e-3, 1e-6])
+def test_mixing_is_found_at_any_scale(scale: float, share: float) -> None:
+    """Squares of such values leave float32's range, and small shares are as small as rounding."""
 
-    def centred(layer: nn.Module, x: torch.Tensor, rounded_only: bool) -> torch.Tensor:
-        common = x.mean(0, keepdim=True)
-        mixed = (x + common) - common if rounded_only else x - common
+    def centred(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        mixed = x - share * x.mean(0, keepdim=True)
         return layer(scale * (mixed - mixed.mean(1, keepdim=True)))
 
     x = values(4, 6).float()
-    made_private(Call(nn.Linear(6, 3), lambda m, x: centred(m, x, True)), x)[1](x)
     with pytest.raises(ValueError, match=r"'module': the activations of sample \d move"):
-        made_private(Call(nn.Linear(6, 3), lambda m, x: centred(m, x, False)), x)[1](x)
+        made_private(Call(nn.Linear(6, 3), centred), x)[1](x)
+
+
+def test_products_of_another_number_of_rows_round_differently_and_mix_nobody() -> None:
+    """A mixture of experts that is exact for every sample, in products of the rows of one expert."""
+
+    def experts(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        first = x[:, 0] > 0
+        hidden = torch.empty(len(x), 64)
+        for rows, expert in ((first, 0), (~first, 1)):
+            hidden[rows] = x[rows] @ weights[expert]
+        return layer(hidden.tanh())
+
+    torch.manual_seed(0)
+    weights, x = torch.randn(2, 300, 64), torch.randn(33, 300)
+    wrapped = made_private(Call(nn.Linear(64, 3), experts), x, trial="every")[1]
+    for _ in range(4):
+        wrapped(torch.randn(33, 300))
 
 
 def test_a_trial_run_leaves_the_inputs_their_graph_and_gradients() -> None:
@@ -167,7 +183,7 @@ def test_statistics_over_a_quarter_of_the_batch_are_refused() -> None:
 
     x = values(8, 5).float()
     wrapped = made_private(Call(nn.Linear(5, 6), centred_in_quarters), x)[1]
-    with pytest.raises(ValueError, match=r"'module'.*sample \d move when sample"):
+    with pytest.raises(ValueError, match=r"values of output 0 of sample \d move when sample"):
         wrapped(x)
 
 
