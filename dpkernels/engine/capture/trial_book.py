@@ -42,6 +42,7 @@ class TrialBook:
         unable: kinds of poison that made the model raise an exception.
         harmless: names of attributes that keep data which no later pass reads.
         said: warnings given.
+        marks: by name, buffers and tensors in attributes as they were at the last trial.
         largest: samples of the largest batch that has passed a trial.
         differentiated: outputs of which kind, BATCHED or SCALAR, training differentiates.
     """
@@ -55,6 +56,7 @@ class TrialBook:
         self.unable: set[str] = set()
         self.harmless: set[str] = set()
         self.said: set[str] = set()
+        self.marks: dict[str, Any] = {}
         self.differentiated: set[str] = set()
         self.largest = 0
         #: batches of two samples or more

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture.layer import CapturedForward, is_packed, leaves_of
 from dpkernels.engine.capture.session import Session, Sink
+from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.engine.processes.collectives import Processes
 from dpkernels.engine.trial.mixing import refuse_mixing
 
@@ -65,7 +66,8 @@ class Lockstep:
     Before each training pass the processes tell each other whether the pass is the last of their
     logical batch. A process that has come to its last pass while others have not runs stand-in
     passes on a blank sample, so that the others can gather; the gradients of a stand-in pass are
-    dropped. The trial for mixed samples runs here too, as soon as every process has two samples.
+    dropped. Trials for mixed samples run here too, in all processes at once and with equally many
+    passes, where every process has two samples.
 
     Args:
         model: the FSDP2 root. Each training forward must be followed by one backward, always from
@@ -85,8 +87,9 @@ class Lockstep:
     ):
         self.model, self.session, self.processes, self.is_last = model, session, processes, is_last
         self._inside = False
-        self._tried = False
-        self._refuse_mixing = torch.compiler.disable(refuse_mixing)
+        self._trials = TrialBook(session.schedule)
+        self._trials.differentiated = session.trials.differentiated
+        self._trials.trial = torch.compiler.disable(refuse_mixing)
         #: indices of the model's outputs from which the last backward pass came
         self._used: set[int] = set()
         self._handles = [
@@ -124,11 +127,14 @@ class Lockstep:
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         rows = next((t.shape[axis] for t in tensors if t.ndim > axis), 0)
         while True:
-            last = self.is_last()
-            others_go_on, too_few = self.processes.largest([float(not last), rows < 2 * views])
-            if not self._tried and not too_few:
-                self._alone(self._refuse_mixing, self.session, self._outputs, (args, kwargs), rows)
-                self._tried = True
+            last, samples = self.is_last(), rows // views
+            due = self._trials.due(samples)
+            others_go_on, too_few, any_due = self.processes.largest(
+                [float(not last), samples < 2, due]
+            )
+            if any_due and not too_few:
+                passes = (self.session, self._outputs, (args, kwargs), rows)
+                self._alone(self._trials.run, samples, *passes, self._trials, self._any)
             if not (last and others_go_on):
                 return
             empty = tree_map(lambda leaf: _without_rows(leaf, axis, rows), (args, kwargs))
@@ -154,6 +160,10 @@ class Lockstep:
             run(*args)
         finally:
             self.session.sink, self._inside = sink, False
+
+    def _any(self, here: bool) -> bool:
+        """Whether any process says yes."""
+        return bool(self.processes.largest([here])[0])
 
     def _stand_in(self, batch: tuple[Any, Any]) -> None:
         self.session.sink = Sink()

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_map
 
 from dpkernels.engine.capture.argument_copies import argument_copy
 from dpkernels.engine.capture.layer import is_packed
+from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, output_kind
 from dpkernels.engine.trial.batch_rows import BatchRows
 from dpkernels.engine.trial.fingerprints import Fingerprints
-from dpkernels.engine.trial.poisons import NAN, Poison, poisoned
+from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, poisoned
 from dpkernels.engine.trial.state import KeptState
 
 
@@ -35,8 +36,12 @@ class Passes:
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
         batch: nested arguments of `run`.
         at: where the batch has its samples.
+        unable: kinds of poison that made the model raise an exception; grows.
+        together: where processes gather parameters in every pass: whether any of them says yes.
+            The processes then make equally many passes.
 
     Attributes:
+        state: what the model kept before the first pass.
         returned: kinds of outputs that the model has returned in the passes so far.
     """
 
@@ -46,11 +51,14 @@ class Passes:
         run: Callable[[Any], list[torch.Tensor]],
         batch: Any,
         at: BatchRows,
+        unable: set[str],
+        together: Callable[[bool], bool] | None = None,
     ):
         self.session, self.batch, self.at = session, batch, at
+        self.unable, self.together = unable, together
+        self.state = KeptState(session.root)
         self.returned: set[str] = set()
         self._run = run
-        self._state = KeptState(session.root)
         self._seed = int(torch.randint(2**31, ()))
         self._devices = devices_of(session.root)
 
@@ -85,11 +93,42 @@ class Passes:
             self._backward(found, returned, poison, outputs)
             if session.anchor.is_cuda:  # a model may work on streams of its own
                 torch.cuda.synchronize(session.anchor.device)
-            found.left = self._state.changed()
+            found.left = self.state.changed()
         finally:
             session.sink = sink
-            self._state.put_back()
+            self.state.put_back()
         return found
+
+    def attempt(self, poison: Poison, outputs: str) -> Fingerprints | None:
+        """A pass over a poisoned batch; None where the model raises an exception for any poison.
+
+        A model may refuse values, indices, or lengths out of order: no finding. The kinds of poison
+        that a model has refused are left out from then on.
+        """
+        kinds = [kind for kind in poison.kinds if kind not in self.unable]
+        while kinds or EXCHANGED in poison.kinds:
+            now = poison.of(*kinds) if kinds else poison.of(EXCHANGED).with_lengths()
+            found = None
+            try:
+                found = self.watch(now, outputs)
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except NotPerSample:
+                if now.kinds == (EXCHANGED,) and self.together is None:
+                    raise
+            except Exception:
+                found = None
+            if not self.any_says(found is None):
+                return found
+            if not kinds:
+                break
+            refused = kinds.pop()
+            self.unable |= {refused} - {EXCHANGED}
+        return None
+
+    def any_says(self, here: bool) -> bool:
+        """Whether any of the processes that go together says yes."""
+        return here if self.together is None else self.together(here)
 
     def _forward(self, poison: Poison | None) -> list[torch.Tensor]:
         self._seed_torch(self._seed)

@@ -53,6 +53,10 @@ class Poison:
         """The same samples, poisoned by other kinds."""
         return replace(self, kinds=kinds)
 
+    def with_lengths(self) -> Poison:
+        """The same, but a vector of one integer per sample stays."""
+        return replace(self, keep_lengths=True)
+
     def nobody(self) -> Poison:
         """A poison of nobody."""
         return replace(self, samples=torch.zeros_like(self.samples))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ _NUMBERS = (bool, int, float, complex, np.generic)
 _DEPTH = 4
 #: containers with more entries are data, and are not followed
 _LONGEST = 4096
+
+
+#: a tensor, and its version
+Mark = tuple[weakref.ref[torch.Tensor], int]
 
 
 class KeptState:
@@ -67,6 +72,14 @@ class KeptState:
                 found[name] = value
         return found
 
+    def marks(self) -> dict[str, Mark]:
+        """By name, what tells whether a tensor is still the same and was not written since."""
+        return {
+            name: (weakref.ref(value), _version(value))
+            for name, value in self._values.items()
+            if isinstance(value, torch.Tensor)
+        }
+
     def _note(self, container: Any) -> None:
         if isinstance(container, _GENERATORS):
             self._generators.append((container, _state_of(container)))
@@ -83,6 +96,15 @@ class KeptState:
                 if key not in _MODULES_OWN:
                     path = prefix if key == "_buffers" else f"{prefix}{key}"
                     yield from _leaves(path, value, note, seen, _DEPTH)
+
+
+def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
+    """Names of tensors that were written, or replaced by others, between two times."""
+    return {
+        name
+        for name, (tensor, version) in before.items()
+        if name in after and (tensor() is not after[name][0]() or version != after[name][1])
+    }
 
 
 def is_buffer(root: nn.Module, name: str) -> bool:

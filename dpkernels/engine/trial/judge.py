@@ -1,0 +1,191 @@
+"""What the passes of a trial differ in: whether that is a finding, and what explains it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dpkernels.engine.capture.trial_book import TrialBook
+from dpkernels.engine.trial.findings import Comparison, Finding, Kind, kept_moved
+from dpkernels.engine.trial.fingerprints import Fingerprints
+from dpkernels.engine.trial.passes import Passes
+from dpkernels.engine.trial.poisons import EXCHANGED, LARGE, NAN, Poison
+from dpkernels.engine.trial.state import is_buffer, written
+
+
+class Judge:
+    """Compares the passes of one trial.
+
+    Args:
+        book: what earlier trials have learned, and this one learns.
+        passes: the trial's passes.
+        nan_for_clean: compare with a pass that has NaN in the poisoned samples, which spares a
+            pass over the batch as it is.
+
+    Attributes:
+        warnings: what the trial has to say besides a finding.
+    """
+
+    def __init__(self, book: TrialBook, passes: Passes, nan_for_clean: bool) -> None:
+        self.book, self.passes = book, passes
+        self.warnings: list[str] = []
+        self._nan_for_clean = nan_for_clean
+        #: by what is differentiated, the pass that others are compared with, and its poison
+        self._base: dict[str, tuple[Poison | None, Fingerprints]] = {}
+        #: by name of an attribute that keeps data, the poison that changed what is kept
+        self._kept: dict[str, Poison] = {}
+
+    def clean(self, outputs: str) -> Fingerprints:
+        """A pass over the batch as it is, with which others are compared from now on."""
+        if self._base.get(outputs, (True,))[0] is not None:
+            self._base[outputs] = None, self.passes.watch(None, outputs)
+        return self._base[outputs][1]
+
+    def _compared_with(self, outputs: str, side: torch.Tensor) -> Fingerprints:
+        """The pass with which passes over a batch that is poisoned in one side are compared."""
+        if outputs not in self._base:
+            nan = Poison(side, (NAN,))
+            found = self.passes.attempt(nan, outputs) if self._nan_for_clean else None
+            if found is None:
+                return self.clean(outputs)
+            self._base[outputs] = nan, found
+        return self._base[outputs][1]
+
+    def compare(self, outputs: str, poison: Poison, found: Fingerprints) -> Finding | None:
+        """What a pass over a poisoned batch shows."""
+        base = self._compared_with(outputs, poison.samples)
+        compared = Comparison(base, found, ~poison.samples)
+        if self.passes.any_says(compared.parting is not None and self._nan_for_clean):
+            base = self.clean(outputs)
+            compared = Comparison(base, found, ~poison.samples)
+        nan = NAN in poison.kinds
+        if compared.parting is not None:
+            if nan:  # a model may look for NaN; poisons of their own show branches on magnitudes
+                return None
+            what = f"the model takes another path through its layers when {poison} replaced"
+            return Finding(f"layer {compared.parting!r}", what, Kind.BRANCH, of_shapes=True)
+        if nan:
+            self.book.axes.update(compared.axes())
+        place = compared.first_moved()
+        if place is not None:
+            return self._explained(outputs, poison, compared, place)
+        for name in kept_moved(base.left, found.left):
+            if is_buffer(self.passes.session.root, name):
+                return Finding.of_buffer(name, poison)
+            if name not in self.book.harmless:
+                self._kept.setdefault(name, poison.of(EXCHANGED))
+        if compared.same_shapes and not nan and bool(compared.bits_moved.any()):
+            return self._small(outputs, poison)
+        return None
+
+    def _explained(self, outputs: str, poison: Poison, compared: Comparison, place: int) -> Finding:
+        """The finding that a tensor moved."""
+        seen, sample = compared.seen[place], int(compared.moved[place].nonzero()[0])
+        layer = f"layer {seen.layer!r}" if seen.layer else "model"
+        if self.passes.together is None and self._repeated(outputs).differs():
+            what = f"{seen.kind} differ between two passes that ought to be equal"
+            return Finding(layer, what, Kind.UNREPEATABLE)
+        what = f"the {seen.kind} of sample {sample} move when {poison} replaced"
+        kind = Kind.of(seen, compared.same_input(seen.layer))
+        if kind is Kind.STATISTICS and self.passes.together is None and seen.layer:
+            axis = self._axis(outputs, poison, place)
+            if axis:
+                self.book.axes[seen.layer, seen.kind] = axis
+                kind = Kind.ROWS
+        return Finding(layer, what, kind, of_shapes=not compared.same_shapes)
+
+    def _axis(self, outputs: str, poison: Poison, place: int) -> int | None:
+        """The axis on which the values of poisoned samples stand in a tensor, and nothing else."""
+        try:
+            before, after = (
+                self.passes.watch(each, outputs, keep=place).kept for each in (None, poison)
+            )
+        except Exception:
+            return None
+        if before is None or after is None or before.shape != after.shape:
+            return None
+        changed = (before != after) & ~(before.isnan() & after.isnan())
+        for axis, size in enumerate(changed.shape):
+            if size % self.passes.at.samples == 0:
+                other = [n for n in range(changed.ndim) if n != axis]
+                expected = poison.samples.repeat_interleave(size // self.passes.at.samples)
+                if torch.equal(changed.any(other) if other else changed, expected):
+                    return axis
+        return None
+
+    def _repeated(self, outputs: str) -> Comparison:
+        """A pass, compared with the same pass once more."""
+        poison, found = self._base[outputs]
+        watched = torch.ones(self.passes.at.samples, dtype=torch.bool)
+        return Comparison(found, self.passes.watch(poison, outputs), watched)
+
+    def _small(self, outputs: str, poison: Poison) -> Finding | None:
+        """Whether a change as small as rounding is one that grows with the poison.
+
+        Products of another number of rows round differently, so equal shapes are asked for; kernels
+        that are not deterministic round differently in every pass.
+        """
+        if "rounding" in self.book.said or self.passes.together is not None:
+            return None
+        again = self._repeated(outputs)
+        if again.parting is not None or bool(again.bits_moved.any()):
+            self.book.said.add("rounding")
+            self.warnings.append(
+                "two equal passes of the model do not have equal bits, so the trial for mixed "
+                "samples takes what moves by no more than rounding for rounding (deterministic "
+                "kernels, as by torch.use_deterministic_algorithms(True), would be judged bit by "
+                "bit)"
+            )
+            return None
+        moves = []
+        for factor in (1.0, 1000.0):
+            found = self.passes.attempt(replace(poison.of(LARGE), factor=factor), outputs)
+            if found is None:
+                return None
+            compared = Comparison(self._base[outputs][1], found, ~poison.samples)
+            if compared.parting is not None:
+                return None
+            moves.append(compared)
+        grown = moves[1].grown_from(moves[0])
+        return None if grown is None else self._explained(outputs, poison, moves[1], grown)
+
+    def read_later(self, outputs: str) -> Finding | None:
+        """Whether a pass reads what another left in attributes, so that a record moves later steps.
+
+        What is kept and never read (attention maps for a picture) is left alone.
+        """
+        if not self.passes.any_says(bool(self._kept)):
+            return None
+        everyone = torch.ones(self.passes.at.samples, dtype=torch.bool)
+        poison = next(iter(self._kept.values()), None)
+        if poison is None:  # another process has found something
+            poison = Poison(torch.arange(self.passes.at.samples) % 2 == 1, (EXCHANGED,))
+        try:
+            clean = self.passes.watch(None, outputs, after=poison.nobody())
+            other = self.passes.watch(None, outputs, after=poison)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:
+            return None
+        compared = Comparison(clean, other, everyone)
+        names = ", ".join(repr(name) for name in sorted(self._kept))
+        if compared.differs() or bool(compared.bits_moved.any()):
+            what = f"what a forward pass leaves there moves the next pass when {poison} replaced"
+            return Finding(f"attribute {names}", what, Kind.STATE)
+        self.book.harmless |= self._kept.keys()
+        return None
+
+    def look_at_the_loop(self) -> None:
+        """Warn of what was written since the last trial, and that no forward pass writes."""
+        before, self.book.marks = self.book.marks, self.passes.state.marks()
+        of_passes = {name for _, found in self._base.values() for name in found.left}
+        names = written(before, self.book.marks) - of_passes - self.book.said
+        self.book.said |= names
+        if names:
+            self.warnings.append(
+                f"{', '.join(map(repr, sorted(names)))}: written between two training steps, not "
+                "by the forward pass, so nothing clips or adds noise to what is kept there. A queue "
+                "of features or prototypes lets a record move later steps, and epsilon does not hold; "
+                "a schedule (a temperature) or an average of released weights is fine"
+            )
