@@ -117,5 +117,5 @@ def test_a_network_that_mixes_patients_is_refused(cohort, tiny):
     cpu = torch.device("cpu")
     check_patients_do_not_mix(network, criterion, dataset, cpu)
     assert all(p.grad is None for p in network.parameters())
-    with pytest.raises(ValueError, match="couples samples"):
+    with pytest.raises(ValueError, match="Statistics over the batch"):
         check_patients_do_not_mix(BatchCentred(1, 3), criterion, dataset, cpu)

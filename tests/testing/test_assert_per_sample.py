@@ -301,7 +301,7 @@ class Centred(nn.Module):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (Centred, "without clipping: the engine raised NotPerSample.*sample 1 move"),
+        (Centred, "without clipping: the engine raised NotPerSample.*sample . move"),
         (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(4, 3)), "'0' .BatchNorm1d.*GroupNorm"),
     ],
 )

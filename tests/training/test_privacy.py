@@ -224,7 +224,7 @@ def test_a_network_that_mixes_patients_is_refused_before_the_first_step():
     cpu, loss = torch.device("cpu"), nn.CrossEntropyLoss()
     check_patients_do_not_mix(network, loss, dataset, cpu)
     assert all(p.grad is None for p in network.parameters())
-    with pytest.raises(ValueError, match="couples samples"):
+    with pytest.raises(ValueError, match="Statistics over the batch"):
         check_patients_do_not_mix(
             nn.Sequential(BatchCentred(), nn.Linear(FEATURES, 2)), loss, dataset, cpu
         )
@@ -239,5 +239,5 @@ class Broadcasting(nn.Module):
 
 def test_a_loss_that_mixes_labels_is_refused_before_the_first_step():
     network, _, dataset = parts(2)
-    with pytest.raises(ValueError, match="couples samples"):
+    with pytest.raises(ValueError, match="criterion couples samples"):
         check_patients_do_not_mix(network, Broadcasting(), dataset, torch.device("cpu"))

@@ -20,6 +20,9 @@ from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.layers.fold import rows_per_sample
 from dpkernels.layers.operands import Operand
 
+#: what the criterion hands back to the model, as :meth:`Sink.saw` is told
+CRITERION = "gradients of the criterion"
+
 
 class Sink:
     """Where contributions go. This one takes none: its passes do not train the model.

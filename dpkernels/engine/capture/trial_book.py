@@ -16,8 +16,11 @@ BATCHED, SCALAR = "batched", "scalar"
 
 
 def output_kind(output: torch.Tensor, axis: int) -> str:
-    """BATCHED or SCALAR: whether an output of the model has the sample axis `axis`."""
-    return BATCHED if output.ndim > axis and output.numel() > 1 else SCALAR
+    """BATCHED or SCALAR: whether an output of the model has the sample axis `axis`.
+
+    A vector of one value is a loss too.
+    """
+    return SCALAR if output.ndim <= axis or output.shape == (1,) else BATCHED
 
 
 class TrialBook:

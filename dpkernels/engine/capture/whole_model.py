@@ -13,7 +13,7 @@ from torch.utils._pytree import SequenceKey, tree_flatten_with_path, tree_map
 from dpkernels.engine.capture.layer import CapturedForward, is_packed, leaves_of
 from dpkernels.engine.capture.layer_in_parts import PartsForward
 from dpkernels.engine.capture.refusals import NotPerSample, Untried
-from dpkernels.engine.capture.session import Batch, Session
+from dpkernels.engine.capture.session import CRITERION, Batch, Session
 from dpkernels.engine.capture.streams import refuse_graph_capture
 from dpkernels.engine.capture.trial_book import output_kind
 from dpkernels.layers.sequence import arguments_of
@@ -180,7 +180,7 @@ class _OutputHook:
         sink.begin(batch.samples)
         rows = grad.movedim(axis, 0) if grad.ndim > axis else grad
         if rows.ndim and len(rows) and len(rows) % batch.samples == 0:
-            sink.saw("", "criterion", rows, batch.samples)
+            sink.saw("", CRITERION, rows, batch.samples)
 
 
 def _plain(leaf: Any) -> Any:

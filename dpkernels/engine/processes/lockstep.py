@@ -88,7 +88,6 @@ class Lockstep:
         self.model, self.session, self.processes, self.is_last = model, session, processes, is_last
         self._inside = False
         self._trials = TrialBook(session.schedule)
-        self._trials.differentiated = session.trials.differentiated
         self._trials.trial = torch.compiler.disable(refuse_mixing)
         #: indices of the model's outputs from which the last backward pass came
         self._used: set[int] = set()

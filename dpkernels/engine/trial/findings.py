@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpkernels.engine.capture.session import CRITERION
 from dpkernels.engine.capture.trial_book import SCALAR
 from dpkernels.engine.trial.fingerprints import Fingerprints, Seen
 from dpkernels.engine.trial.poisons import Poison
@@ -84,7 +85,7 @@ class Kind(Enum):
             seen: the tensor.
             same_input: whether the layer's input is the same whatever the samples are.
         """
-        if seen.kind == "criterion":
+        if seen.kind == CRITERION:
             return cls.CRITERION
         if same_input:
             return cls.ROWS

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpkernels import ops
-from dpkernels.engine.capture.session import Sink
+from dpkernels.engine.capture.session import CRITERION, Sink
 from dpkernels.layers.operands import Operand, StoredOperand
 
 
@@ -20,7 +20,8 @@ class Seen:
 
     Attributes:
         layer: name of the layer; "" for the model.
-        kind: "activations", "backprops", "gradient of ...", "values of output ..." or "criterion".
+        kind: "activations", "backprops", "gradient of ...", "values of output ..."
+            or CRITERION.
         backward: which outputs are differentiated, BATCHED or SCALAR; "" in the forward pass.
         shape: of the tensor, sample axis first.
     """
@@ -30,6 +31,13 @@ class Seen:
     backward: str
     shape: torch.Size
     dtype: torch.dtype
+
+    @property
+    def where(self) -> str:
+        """The subject of a sentence about the tensor."""
+        if self.kind == CRITERION:
+            return "criterion"
+        return f"layer {self.layer!r}" if self.layer else "model"
 
 
 class Fingerprints(Sink):

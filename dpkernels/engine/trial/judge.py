@@ -82,10 +82,9 @@ class Judge:
     def _explained(self, outputs: str, poison: Poison, compared: Comparison, place: int) -> Finding:
         """The finding that a tensor moved."""
         seen, sample = compared.seen[place], int(compared.moved[place].nonzero()[0])
-        layer = f"layer {seen.layer!r}" if seen.layer else "model"
         if self.passes.together is None and self._repeated(outputs).differs():
-            what = f"{seen.kind} differ between two passes that ought to be equal"
-            return Finding(layer, what, Kind.UNREPEATABLE)
+            what = f"the {seen.kind} differ between two passes that ought to be equal"
+            return Finding(seen.where, what, Kind.UNREPEATABLE)
         what = f"the {seen.kind} of sample {sample} move when {poison} replaced"
         kind = Kind.of(seen, compared.same_input(seen.layer))
         if kind is Kind.STATISTICS and self.passes.together is None and seen.layer:
@@ -93,7 +92,7 @@ class Judge:
             if axis:
                 self.book.axes[seen.layer, seen.kind] = axis
                 kind = Kind.ROWS
-        return Finding(layer, what, kind, of_shapes=not compared.same_shapes)
+        return Finding(seen.where, what, kind, of_shapes=not compared.same_shapes)
 
     def _axis(self, outputs: str, poison: Poison, place: int) -> int | None:
         """The axis on which the values of poisoned samples stand in a tensor, and nothing else."""
@@ -185,7 +184,7 @@ class Judge:
         if names:
             self.warnings.append(
                 f"{', '.join(map(repr, sorted(names)))}: written between two training steps, not "
-                "by the forward pass, so nothing clips or adds noise to what is kept there. A queue "
-                "of features or prototypes lets a record move later steps, and epsilon does not hold; "
-                "a schedule (a temperature) or an average of released weights is fine"
+                "by the forward pass, so nothing clips or adds noise to what is kept there. A "
+                "queue of features or prototypes lets a record move later steps, and epsilon does "
+                "not hold; a schedule (a temperature) or an average of released weights is fine"
             )

@@ -144,12 +144,17 @@ class Passes:
             torch.cuda.default_generators[device].manual_seed(seed)
 
     def _watch_outputs(self, found: Fingerprints, outputs: list[torch.Tensor]) -> None:
-        """Show what the model returned, where the sample axis is beyond doubt."""
+        """Show what the model returned for each sample."""
         at = self.at
         for place, output in enumerate(outputs):
-            if at.holds(output) and sum(size == at.rows for size in output.shape) == 1:
+            if self._is_batched(output):
                 rows = output.detach().movedim(at.axis, 0)
                 found.saw("", f"values of output {place}", rows, at.samples)
+
+    def _is_batched(self, output: torch.Tensor) -> bool:
+        """Whether an output has the samples on their axis: a hidden state [layers, samples, ...]
+        may have as many layers as there are samples."""
+        return self.at.holds(output) and sum(n == self.at.rows for n in output.shape) == 1
 
     def _backward(
         self, found: Fingerprints, outputs: list[torch.Tensor], poison: Poison | None, wanted: str
@@ -174,7 +179,7 @@ class Passes:
         if output_kind(output, self.at.axis) == SCALAR:
             return torch.ones_like(output)
         slopes = torch.rand_like(output).add_(output.detach().nan_to_num(0.0, 0.0, 0.0))
-        if poison is not None and poison.kinds == (NAN,) and self.at.holds(output):
+        if poison is not None and poison.kinds == (NAN,) and self._is_batched(output):
             rows = slopes.movedim(self.at.axis, 0).unflatten(0, (self.at.samples, self.at.views))
             rows[poison.samples.to(rows.device)] = torch.nan
         return slopes

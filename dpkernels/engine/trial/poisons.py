@@ -123,19 +123,22 @@ def poisoned(batch: Any, at: BatchRows, poison: Poison | None) -> Any:
     deal = None if poison is None else poison.deal()
     twins = []
     for place, (_, leaf) in enumerate(leaves):
-        if isinstance(leaf, (torch.Tensor, PackedSequence)):
-            packed = isinstance(leaf, PackedSequence)
-            tensor = leaf.data if packed else leaf
-            twin = tensor.detach().clone()
-            if deal is not None and packed:
-                _spoil(twin[:, None], deal.steps(leaf), is_labels=False)
-            elif deal is not None and at.holds(leaf):
-                rows = twin.movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
+        if isinstance(leaf, PackedSequence):
+            data = _copied(leaf.data)
+            if deal is not None:
+                _spoil(data.detach()[:, None], deal.steps(leaf), is_labels=False)
+            leaf = PackedSequence(data, *leaf[1:])
+        elif isinstance(leaf, torch.Tensor):
+            holds, leaf = at.holds(leaf), _copied(leaf)
+            if deal is not None and holds:
+                rows = leaf.detach().movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
                 _spoil(rows, deal, is_labels=place in labels)
-            twin.requires_grad_(tensor.requires_grad)
-            leaf = PackedSequence(twin, *leaf[1:]) if packed else twin
         twins.append(leaf)
     return tree_unflatten(twins, spec)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def label_places(batch: Any, at: BatchRows) -> list[int]:

@@ -65,9 +65,9 @@ class KeptState:
             was = self._values.get(name)
             if isinstance(value, torch.Tensor):
                 kept = self._copies.get(id(value))
-                if was is value and kept is not None and kept[1] == _version(value):
-                    continue
-                found[name] = value.detach().clone()
+                as_it_was = was is value and kept is not None and kept[1] == _version(kept[0])
+                if not as_it_was:
+                    found[name] = value.detach().clone()
             elif name not in self._values or not _equal(was, value):
                 found[name] = value
         return found
