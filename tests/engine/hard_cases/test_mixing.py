@@ -114,7 +114,7 @@ def test_mixing_is_found_at_any_scale(scale: float, share: float) -> None:
 
 
 def test_products_of_another_number_of_rows_round_differently_and_mix_nobody() -> None:
-    """A mixture of experts that is exact for every sample, in products of the rows of one expert."""
+    """A mixture of experts that is exact for every sample, in products of one expert's rows."""
 
     def experts(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         first = x[:, 0] > 0
