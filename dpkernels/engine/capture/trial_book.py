@@ -44,6 +44,7 @@ class TrialBook:
             sample stood; None where it stood nowhere, so that the tensor belongs to everybody.
         unable: kinds of poison that made the model raise an exception.
         harmless: names of attributes that keep data which no later pass reads.
+        of_passes: names of attributes that a forward pass of a trial has written.
         said: warnings given.
         marks: by name, buffers and tensors in attributes as they were at the last trial.
         largest: samples of the largest batch that has passed a trial.
@@ -58,6 +59,7 @@ class TrialBook:
         self.axes: dict[tuple[str, str], int | None] = {}
         self.unable: set[str] = set()
         self.harmless: set[str] = set()
+        self.of_passes: set[str] = set()
         self.said: set[str] = set()
         self.marks: dict[str, Any] = {}
         self.differentiated: set[str] = set()

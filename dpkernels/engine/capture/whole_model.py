@@ -41,7 +41,8 @@ class WholeModelForward(CapturedForward):
         session.refresh()
         session.guards.check_batch_norms()
         rows = self._rows(args, kwargs)
-        args, kwargs = tree_map(_plain, (args, kwargs))
+        if any(_plain(leaf) is not leaf for leaf in leaves_of((args, kwargs))):
+            args, kwargs = tree_map(_plain, (args, kwargs))  # new lists and dicts
         empty = rows == 0
         if empty:
             rows = session.views

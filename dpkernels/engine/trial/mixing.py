@@ -110,7 +110,8 @@ class _Trial:
         if broken is None:
             return False
         finite = self.judge.clean(BATCHED).moments.isfinite().all(2).all(0)
-        return int((~broken).sum()) < 2 or not bool((finite | broken).all())
+        apart = finite | ~broken  # an attention mask of 0 and -inf breaks nobody
+        return int(apart.sum()) < 2 or not bool((finite | broken).all())
 
     def _kinds(self) -> tuple[str, ...]:
         """The kinds of poison that fit the batch, besides NAN; a first trial's first pass."""

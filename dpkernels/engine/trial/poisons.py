@@ -138,7 +138,9 @@ def poisoned(batch: Any, at: BatchRows, poison: Poison | None) -> Any:
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    """A copy with no graph; where the tensor is no leaf, no leaf: a model may write into it."""
+    copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return copy if tensor.is_leaf else copy.clone()
 
 
 def label_places(batch: Any, at: BatchRows) -> list[int]:

@@ -6,6 +6,8 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,9 @@ from torch import nn
 #: attributes of every module that are no state of a model's own
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward"}
 _CONTAINERS = (list, tuple, dict, set, deque)
-_GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NUMBERS = (bool, int, float, complex, np.generic)
+_NO_STATE = (str, bytes, type, ModuleType, FunctionType, nn.Module, nn.Parameter)
 #: how deep containers and objects in attributes are followed
 _DEPTH = 4
 #: containers with more entries are data, and are not followed
@@ -31,7 +34,9 @@ class KeptState:
     """What a model keeps, as it was when this object was made; a trial puts it back.
 
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
-    lists, dicts, sets, deques, tuples, and inside objects that hold a tensor.
+    lists, dicts, sets, deques, tuples, partial functions, and inside objects that hold a tensor. Of
+    another object the numbers and generators are kept (an average of losses, for a log), and what
+    lies deeper is not: an object may lead to a whole data set.
     """
 
     def __init__(self, root: nn.Module):
@@ -120,7 +125,7 @@ def _leaves(
     path: str, value: Any, note: Callable[[Any], None], seen: set[int], depth: int
 ) -> Iterator[tuple[str, Any]]:
     """Tensors and numbers in an attribute, by name."""
-    if value is None or isinstance(value, (str, bytes, type, nn.Module, nn.Parameter)):
+    if value is None or isinstance(value, _NO_STATE):
         return
     if isinstance(value, (torch.Tensor, *_NUMBERS)):
         yield path, value
@@ -147,15 +152,19 @@ def _leaves(
             note(value)
         for place, below in enumerate(value):
             yield from _leaves(f"{path}[{place}]", below, note, seen, depth - 1)
-    elif _holds_tensors(value):
+    elif isinstance(value, partial):
+        yield from _leaves(path, [*value.args, value.keywords], note, seen, depth - 1)
+    elif hasattr(value, "__dict__"):
         note(vars(value))
+        whole = _holds_tensors(value)
         for key, below in list(vars(value).items()):
-            yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
+            if whole or isinstance(below, (*_NUMBERS, *_GENERATORS)):
+                yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
 
 
 def _holds_tensors(value: Any) -> bool:
     """Whether an object has a tensor among its attributes, or in a list or dict among them."""
-    for below in getattr(value, "__dict__", {}).values():
+    for below in vars(value).values():
         inner = below.values() if isinstance(below, dict) else below
         several = inner if isinstance(below, (dict, list, tuple, deque)) else [below]
         if any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several):
@@ -206,15 +215,15 @@ def _equal(a: Any, b: Any) -> bool:
 def _state_of(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    return (
-        generator.getstate()
-        if isinstance(generator, random.Random)
-        else (generator.bit_generator.state)
-    )
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.bit_generator.state
 
 
 def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
+    if isinstance(generator, (torch.Generator, np.random.RandomState)):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
         generator.setstate(state)
