@@ -19,7 +19,7 @@ _MODULES_OWN = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward"}
 _CONTAINERS = (list, tuple, dict, set, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NUMBERS = (bool, int, float, complex, np.generic)
-_NO_STATE = (str, bytes, type, ModuleType, FunctionType, nn.Module, nn.Parameter)
+_NO_STATE = (str, bytes, type, ModuleType, FunctionType, nn.Parameter)
 #: how deep containers and objects in attributes are followed
 _DEPTH = 4
 #: containers with more entries are data, and are not followed
@@ -94,13 +94,25 @@ class KeptState:
     def _walk(self, note: Callable[[Any], None]) -> Iterator[tuple[str, Any]]:
         """Tensors and numbers by name; `note` is called on every container and generator."""
         seen: set[int] = set()
-        for name, module in self.root.named_modules():
+        modules = dict(self.root.named_modules())
+        seen |= {id(module) for module in modules.values()}
+        while modules:
+            name = next(iter(modules))
+            module = modules.pop(name)
             prefix = f"{name}." if name else ""
             note(vars(module))
             for key, value in list(vars(module).items()):
-                if key not in _MODULES_OWN:
-                    path = prefix if key == "_buffers" else f"{prefix}{key}"
-                    yield from _leaves(path, value, note, seen, _DEPTH)
+                if key in _MODULES_OWN:
+                    continue
+                path = prefix if key == "_buffers" else f"{prefix}{key}"
+                for below, leaf in _leaves(path, value, note, seen, _DEPTH):
+                    if isinstance(leaf, nn.Module):  # in a list, say, unseen by parameters()
+                        inside = leaf.named_modules(prefix=below)
+                        new = {n: m for n, m in inside if m is leaf or id(m) not in seen}
+                        seen |= {id(m) for m in new.values()}
+                        modules |= new
+                    else:
+                        yield below, leaf
 
 
 def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
@@ -124,7 +136,7 @@ def is_buffer(root: nn.Module, name: str) -> bool:
 def _leaves(
     path: str, value: Any, note: Callable[[Any], None], seen: set[int], depth: int
 ) -> Iterator[tuple[str, Any]]:
-    """Tensors and numbers in an attribute, by name."""
+    """Tensors, numbers and modules in an attribute, by name."""
     if value is None or isinstance(value, _NO_STATE):
         return
     if isinstance(value, (torch.Tensor, *_NUMBERS)):
@@ -133,7 +145,9 @@ def _leaves(
     if depth == 0 or id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, _GENERATORS):
+    if isinstance(value, nn.Module):
+        yield path, value
+    elif isinstance(value, _GENERATORS):
         note(value)
     elif isinstance(value, np.ndarray):
         note(value)
