@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dpkernels.engine.capture.refusals import Untried
+from dpkernels.engine.capture.refusals import NotPerSample, Untried
 
 #: when trials run, see :class:`TrialBook`
 SCHEDULES = ("doubling", "first", "every", "off")
@@ -49,6 +49,7 @@ class TrialBook:
         marks: by name, buffers and tensors in attributes as they were at the last trial.
         largest: samples of the largest batch that has passed a trial.
         differentiated: outputs of which kind, BATCHED or SCALAR, training differentiates.
+        doubts: by kind of outputs, why training may not differentiate them.
     """
 
     def __init__(self, schedule: str = "doubling") -> None:
@@ -63,6 +64,7 @@ class TrialBook:
         self.said: set[str] = set()
         self.marks: dict[str, Any] = {}
         self.differentiated: set[str] = set()
+        self.doubts: dict[str, str] = {}
         self.largest = 0
         #: batches of two samples or more
         self._batches = 0
@@ -111,6 +113,16 @@ class TrialBook:
             self.turn += 1
             self._owed = False
             self.largest = max(self.largest, samples)
+
+    def differentiates(self, outputs: str) -> None:
+        """Training differentiates outputs of this kind, BATCHED or SCALAR.
+
+        Raises:
+            NotPerSample: a trial has found that these couple samples.
+        """
+        self.differentiated.add(outputs)
+        if outputs in self.doubts:
+            raise NotPerSample(self.doubts[outputs])
 
     def check(self, layer: str, count: int, axes: int) -> None:
         """Raise :class:`Untried` where no trial has seen a layer on such an input.

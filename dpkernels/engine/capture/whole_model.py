@@ -170,7 +170,7 @@ class _OutputHook:
             )
         under_way = torch._C._current_graph_task_id()
         if sink.trains:
-            session.trials.differentiated.add(output_kind(grad, axis))
+            session.trials.differentiates(output_kind(grad, axis))
         if self._pass not in (None, under_way) and sink.trains:
             raise NotPerSample(
                 "backward(): a second backward pass through the same forward pass would clip and "

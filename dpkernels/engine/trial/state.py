@@ -20,6 +20,8 @@ _CONTAINERS = (list, tuple, dict, set, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NUMBERS = (bool, int, float, complex, np.generic)
 _NO_STATE = (str, bytes, type, ModuleType, FunctionType, nn.Parameter)
+#: a module's dicts of hooks, which a model may add at its first forward pass
+_HOOKS = tuple(key for key in vars(nn.Module()) if "_hooks" in key and "state_dict" not in key)
 #: how deep containers and objects in attributes are followed
 _DEPTH = 4
 #: containers with more entries are data, and are not followed
@@ -36,7 +38,9 @@ class KeptState:
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
     lists, dicts, sets, deques, tuples, partial functions, and inside objects that hold a tensor. Of
     another object the numbers and generators are kept (an average of losses, for a log), and what
-    lies deeper is not: an object may lead to a whole data set.
+    lies deeper is not: an object may lead to a whole data set. Of frozen parameters those of a
+    teacher, which a forward pass may move after the trained: all, where they are no larger than
+    the trained.
     """
 
     def __init__(self, root: nn.Module):
@@ -47,6 +51,11 @@ class KeptState:
         self._values: dict[str, Any] = {}
         self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._generators: list[tuple[Any, Any]] = []
+        #: by name, frozen parameters, each with its tensor and a copy of its values
+        self._frozen = {
+            name: (parameter, parameter.detach(), parameter.detach().clone())
+            for name, parameter in _teachers(root)
+        }
         for name, value in self._walk(self._note):
             if isinstance(value, torch.Tensor):
                 self._copies.setdefault(id(value), (value, _version(value), value.detach().clone()))
@@ -60,6 +69,11 @@ class KeptState:
             for tensor, version, copy in self._copies.values():
                 if _version(tensor) != version:
                     tensor.detach().copy_(copy)
+            for parameter, tensor, copy in self._frozen.values():
+                if parameter.data_ptr() != tensor.data_ptr():
+                    parameter.data = tensor
+                if _moved(tensor, copy):
+                    tensor.copy_(copy)
         for generator, state in self._generators:
             _set_state(generator, state)
 
@@ -75,6 +89,9 @@ class KeptState:
                     found[name] = value.detach().clone()
             elif name not in self._values or not _equal(was, value):
                 found[name] = value
+        for name, (parameter, _, copy) in self._frozen.items():
+            if _moved(parameter, copy):
+                found[name] = parameter.detach().clone()
         return found
 
     def marks(self) -> dict[str, Mark]:
@@ -101,6 +118,9 @@ class KeptState:
             module = modules.pop(name)
             prefix = f"{name}." if name else ""
             note(vars(module))
+            for key in _HOOKS:
+                if vars(module).get(key) is not None:
+                    note(vars(module)[key])
             for key, value in list(vars(module).items()):
                 if key in _MODULES_OWN:
                     continue
@@ -125,12 +145,26 @@ def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
 
 
 def is_buffer(root: nn.Module, name: str) -> bool:
-    """Whether a name of :class:`KeptState` is a buffer's."""
+    """Whether a name of :class:`KeptState` is a buffer's or a frozen parameter's."""
     module, _, key = name.rpartition(".")
     try:
-        return key in root.get_submodule(module)._buffers
+        owner = root.get_submodule(module)
     except AttributeError:
         return False
+    return key in owner._buffers or key in owner._parameters
+
+
+def _teachers(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The frozen parameters, unless they are larger than the trained: a backbone's."""
+    parameters = list(root.named_parameters())
+    frozen = [(n, p) for n, p in parameters if not p.requires_grad and type(p.data) is torch.Tensor]
+    trained = sum(p.numel() for _, p in parameters if p.requires_grad)
+    return frozen if sum(p.numel() for _, p in frozen) <= trained else []
+
+
+def _moved(tensor: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Whether a tensor has other values than its copy."""
+    return tensor.shape != copy.shape or not torch.equal(tensor, copy)
 
 
 def _leaves(
