@@ -43,6 +43,7 @@ class TrialBook:
         axes: by layer and kind of tensor, the axis (samples' first) on which the NaN of a poisoned
             sample stood; None where it stood nowhere, so that the tensor belongs to everybody.
         unable: kinds of poison that made the model raise an exception.
+        shared: arguments of the model that are the same for all samples, by their place.
         harmless: names of attributes that keep data which no later pass reads.
         of_passes: names of attributes that a forward pass of a trial has written.
         said: warnings given.
@@ -59,6 +60,7 @@ class TrialBook:
         self.turn = 0
         self.axes: dict[tuple[str, str], int | None] = {}
         self.unable: set[str] = set()
+        self.shared: set[str] = set()
         self.harmless: set[str] = set()
         self.of_passes: set[str] = set()
         self.said: set[str] = set()

@@ -63,7 +63,7 @@ def refuse_mixing(
         NotPerSample: samples mix; the message names the layer, the kind of fault and a remedy.
     """
     book = book or session.trials
-    at = BatchRows(rows, session.views, session.axis)
+    at = BatchRows.of(batch, rows, session.views, session.axis, book.shared)
     if together is None and not at.can_tell(batch):
         return False
     with nothing_stays(session.root):
