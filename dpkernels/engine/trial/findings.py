@@ -31,8 +31,8 @@ class Kind(Enum):
 
     STATISTICS = (
         "Statistics over the batch, or another sample's values, enter the layer's input: a mean, "
-        "maximum, quantile or sort over the sample axis, a roll, a padding that follows the "
-        "longest sample. Take statistics of each sample by itself (GroupNorm or LayerNorm, "
+        "maximum, quantile or sort over the sample axis, a condition on one, a roll, a padding that "
+        "follows the longest sample. Take statistics of each sample by itself (GroupNorm or LayerNorm, "
         "x / x.flatten(1).amax(1)), or constants chosen before training"
     )
     ROWS = (
