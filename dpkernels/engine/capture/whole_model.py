@@ -162,7 +162,7 @@ class _OutputHook:
             return
         if batch.folded is not None:
             raise NotPerSample(
-                f"layer {batch.folded!r}: it has several rows for each sample, and no trial run "
+                f"layer {batch.folded!r}: it has several rows for each sample, and no trial "
                 "can tell which rows are whose, as the samples of the model's first tensor are all "
                 "alike, or not finite; pass the batch as the first tensor, and train on finite "
                 "samples that differ"
