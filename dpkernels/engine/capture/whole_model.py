@@ -78,9 +78,14 @@ class WholeModelForward(CapturedForward):
         return output
 
     def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
-        """The tensors that a forward pass over `batch` returns."""
+        """The tensors that a forward pass over `batch` returns, behind the model's hooks."""
         args, kwargs = batch
-        return list(_returned(self.original(*args, **kwargs)))
+        module, output = self.module, self.original(*args, **kwargs)
+        for key, hook in list(module._forward_hooks.items()):
+            named = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
+            changed = hook(module, args, *named, output)
+            output = output if changed is None else changed
+        return list(_returned(output))
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = self.session.axis
