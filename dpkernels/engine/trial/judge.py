@@ -86,6 +86,9 @@ class Judge:
             what = f"the {seen.kind} differ between two passes that ought to be equal"
             return Finding(seen.where, what, Kind.UNREPEATABLE)
         what = f"the {seen.kind} of sample {sample} move when {poison} replaced"
+        kept = self._read_now(outputs, poison)
+        if kept is not None:
+            return kept
         kind = Kind.of(seen, compared.same_input(seen.layer))
         if kind in (Kind.LOSS, Kind.BACKWARD):
             forward = self._the_other_way(outputs, poison)
@@ -196,6 +199,13 @@ class Judge:
             return Finding(f"attribute {names}", what, Kind.STATE)
         self.book.harmless |= self._kept.keys()
         return None
+
+    def _read_now(self, outputs: str, poison: Poison) -> Finding | None:
+        """Whether a pass reads now what no pass has read so far."""
+        if not self.book.harmless or self.passes.together is not None:
+            return None
+        self._kept = dict.fromkeys(self.book.harmless, poison.of(EXCHANGED))
+        return self.read_later(outputs)
 
     def look_at_the_loop(self) -> None:
         """Warn of what was written since the last trial, and that no forward pass writes."""
