@@ -229,7 +229,7 @@ def test_a_first_tensor_that_is_not_the_batch_is_refused() -> None:
 
 @pytest.mark.parametrize("number", [True, False])
 def test_a_state_that_is_read_only_later_is_found_later(number: bool) -> None:
-    """What is kept and not read is no fault, until it is read: the trial of the 8th batch sees it."""
+    """What is kept and not read is no fault until it is read, which a later trial sees."""
 
     class Centring(nn.Module):
         def __init__(self) -> None:
