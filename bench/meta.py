@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dpkernels
 from bench import cases, rivals, work
 from dpkernels import ops
-from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.engine.plan import planner, ridge_point
 from dpkernels.engine.release.pending import PendingGradients
 from dpkernels.layers import norm
@@ -231,7 +230,6 @@ def _engine_as_on_gpu(half: bool) -> contextlib.AbstractContextManager[None]:
         (planner, "kind_of_products", lambda _, *about: kind_of(_GPU, *about)),
         (planner, "ridge_point", lambda _, kind: ridge_point._TABLE["cuda"][kind]),
         (planner, "default_memory_budget", lambda _: int(_FREE * planner._BUDGET_SHARE)),
-        (TrialBook, "due", lambda *_: False),
         (PendingGradients, "refuse_not_finite", lambda *_: None),
         (norm, "_autocast", lambda _: half),
     ]
@@ -242,7 +240,7 @@ def private_step(case: cases.Case) -> Step:
     """The second step of a case with the engine, as the first one plans."""
     engine, step = dpkernels.PrivacyEngine(), Step()
     with _workload(case) as workload:
-        train = rivals.ours(workload, rivals.Privacy(1.0, 1.0), engine)
+        train = rivals.ours(workload, rivals.Privacy(1.0, 1.0), engine, trial="off")
         with as_gpu(step), _engine_as_on_gpu(case.precision == "bfloat16"):
             train()
             for counted in (step.launches, step.calls, step.operations):

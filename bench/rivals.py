@@ -144,11 +144,15 @@ def _with_engine(
 
 
 def ours(
-    workload: Workload, privacy: Privacy, engine: dpkernels.PrivacyEngine | None = None
+    workload: Workload,
+    privacy: Privacy,
+    engine: dpkernels.PrivacyEngine | None = None,
+    **options: Any,
 ) -> Trainer:
-    """Ours, by a new engine or by the one given."""
+    """Ours, by a new engine or by the one given; `options` are further ones of make_private."""
     engine, model = engine or dpkernels.PrivacyEngine(), workload.fresh_model()
-    return _with_engine(engine, model, dict(model.named_parameters()), workload, privacy)
+    parameters = dict(model.named_parameters())
+    return _with_engine(engine, model, parameters, workload, privacy, **options)
 
 
 def _opacus(mode: str, workload: Workload, privacy: Privacy) -> Trainer:

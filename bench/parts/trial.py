@@ -12,16 +12,13 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
-from unittest import mock
 
 from bench import cases, harness, memory, models, rivals, table, timing, work
 from bench.part import How, Only, Part, Row, Todo
 from bench.rivals import Privacy, Rival, Trainer
 from bench.table import number
-from dpkernels.engine.capture.trial_book import TrialBook
 
 PLAN = harness.Plan(seconds=8.0, least=3, most=15)
 #: what may be spent: ordinary steps at the first batch, per cent of a training run, memory
@@ -115,16 +112,7 @@ def of_cases(wanted: Sequence[cases.Case], how: How, plan: harness.Plan = PLAN) 
 
 def private(workload: cases.Workload, privacy: Privacy, trial: str) -> Trainer:
     """Our step by a new engine, with ``trial="doubling"`` (its default) or ``"off"``."""
-    trainer, steps = rivals.ours(workload, privacy), count(1)
-
-    def due(book: TrialBook, samples: int) -> bool:
-        return next(steps).bit_count() == 1 and trial == DEFAULT
-
-    def step() -> None:
-        with mock.patch.object(TrialBook, "due", due):
-            trainer.step()
-
-    return replace(trainer, step=step)
+    return rivals.ours(workload, privacy, trial=trial)
 
 
 def trials(steps: int) -> int:

@@ -139,6 +139,6 @@ class TrialBook:
         elif count > 1 or any(other == layer for other, _, _ in self.passed):
             raise Untried(
                 f"layer {layer!r}: it has {count} rows for each sample, in an input of {axes} "
-                "axes, which it had in no trial run, so which rows are whose is unknown; let it "
+                "axes, which it had in no trial, so which rows are whose is unknown; let it "
                 "see the same rows whenever it is called, and use checkpoint(use_reentrant=False)"
             )

@@ -88,9 +88,14 @@ class WholeModelForward(CapturedForward):
         return output
 
     def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
-        """The tensors that a forward pass over `batch` returns."""
+        """The tensors that a forward pass over `batch` returns, behind the model's hooks."""
         args, kwargs = batch
-        return list(_returned(self.original(*args, **kwargs)))
+        module, output = self.module, self.original(*args, **kwargs)
+        for key, hook in list(module._forward_hooks.items()):
+            named = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
+            changed = hook(module, args, *named, output)
+            output = output if changed is None else changed
+        return list(_returned(output))
 
     def _note_shared(self, batch: Any, rows: int) -> None:
         """Learn which arguments are the same for all: some batch has another length than they.
@@ -193,7 +198,7 @@ class _OutputHook:
             return
         if batch.folded is not None:
             raise NotPerSample(
-                f"layer {batch.folded!r}: it has several rows for each sample, and no trial run "
+                f"layer {batch.folded!r}: it has several rows for each sample, and no trial "
                 "can tell which rows are whose, as the samples of the model's first tensor are all "
                 "alike, or not finite; pass the batch as the first tensor, and train on finite "
                 "samples that differ"

@@ -31,9 +31,9 @@ class Kind(Enum):
 
     STATISTICS = (
         "Statistics over the batch, or another sample's values, enter the layer's input: a mean, "
-        "maximum, quantile or sort over the sample axis, a roll, a padding that follows the "
-        "longest sample. Take statistics of each sample by itself (GroupNorm or LayerNorm, "
-        "x / x.flatten(1).amax(1)), or constants chosen before training"
+        "maximum, quantile or sort over the sample axis, a condition on one, a roll, a padding "
+        "that follows the longest sample. Take statistics of each sample by itself (GroupNorm or "
+        "LayerNorm, x / x.flatten(1).amax(1)), or constants chosen before training"
     )
     ROWS = (
         "Rows of the layer's first axis are not the samples: its input is the same whatever the "

@@ -20,7 +20,7 @@ class Seen:
 
     Attributes:
         layer: name of the layer; "" for the model.
-        kind: "activations", "backprops", "gradient of ...", "values of output ..."
+        kind: "activations", "backprops", "gradients of ...", "values of output ..."
             or CRITERION.
         backward: which outputs are differentiated, BATCHED or SCALAR; "" in the forward pass.
         shape: of the tensor, sample axis first.
@@ -91,7 +91,7 @@ class Fingerprints(Sink):
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         if isinstance(operand, StoredOperand):
-            kind = f"gradient of {self._name_of(parameter)!r}"
+            kind = f"gradients of {self._name_of(parameter)!r}"
             self.saw(layer, kind, operand.grad_sample(), samples)
 
     @property

@@ -86,13 +86,38 @@ class Judge:
             what = f"the {seen.kind} differ between two passes that ought to be equal"
             return Finding(seen.where, what, Kind.UNREPEATABLE)
         what = f"the {seen.kind} of sample {sample} move when {poison} replaced"
+        kept = self._read_now(outputs, poison)
+        if kept is not None:
+            return kept
         kind = Kind.of(seen, compared.same_input(seen.layer))
+        if kind in (Kind.LOSS, Kind.BACKWARD):
+            forward = self._the_other_way(outputs, poison)
+            if forward is not None:
+                return forward
         if kind is Kind.STATISTICS and self.passes.together is None and seen.layer:
             axis = self._axis(outputs, poison, place)
             if axis:
                 self.book.axes[seen.layer, seen.kind] = axis
                 kind = Kind.ROWS
         return Finding(seen.where, what, kind, of_shapes=not compared.same_shapes)
+
+    def _the_other_way(self, outputs: str, poison: Poison) -> Finding | None:
+        """The finding that watched samples enter poisoned ones in the forward pass.
+
+        Where the forward pass takes sample i to sample j, the backward pass takes j's slopes to i,
+        and may be the first to show.
+        """
+        if self.passes.together is not None:
+            return None
+        other = replace(poison, samples=~poison.samples)
+        found = self.passes.attempt(other, outputs)
+        if found is None:
+            return None
+        compared = Comparison(self.clean(outputs), found, poison.samples)
+        place = None if compared.parting is not None else compared.first_moved()
+        if place is None or compared.seen[place].backward:
+            return None
+        return self._explained(outputs, other, compared, place)
 
     def _axis(self, outputs: str, poison: Poison, place: int) -> int | None:
         """The axis on which the values of poisoned samples stand in a tensor, and nothing else."""
@@ -174,6 +199,13 @@ class Judge:
             return Finding(f"attribute {names}", what, Kind.STATE)
         self.book.harmless |= self._kept.keys()
         return None
+
+    def _read_now(self, outputs: str, poison: Poison) -> Finding | None:
+        """Whether a pass reads now what no pass has read so far."""
+        if not self.book.harmless or self.passes.together is not None:
+            return None
+        self._kept = dict.fromkeys(self.book.harmless, poison.of(EXCHANGED))
+        return self.read_later(outputs)
 
     def look_at_the_loop(self) -> None:
         """Warn of what was written since the last trial, and that no forward pass writes."""

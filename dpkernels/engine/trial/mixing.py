@@ -67,7 +67,7 @@ def refuse_mixing(
     if together is None and not at.can_tell(batch):
         return False
     with nothing_stays(session.root):
-        trial = _Trial(book, Passes(session, run, batch, at, book.unable, together))
+        trial = _Trial(book, Passes(session, run, batch, at, book, together))
         told = trial.run()
     for warning in trial.judge.warnings:
         warnings.warn(warning, stacklevel=2)

@@ -17,7 +17,7 @@ from dpkernels.engine.capture.argument_copies import argument_copy
 from dpkernels.engine.capture.layer import is_packed
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
-from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, output_kind
+from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, TrialBook, output_kind
 from dpkernels.engine.trial.batch_rows import BatchRows
 from dpkernels.engine.trial.fingerprints import Fingerprints
 from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, poisoned
@@ -36,7 +36,7 @@ class Passes:
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
         batch: nested arguments of `run`.
         at: where the batch has its samples.
-        unable: kinds of poison that made the model raise an exception; grows.
+        book: what earlier trials have learned.
         together: where processes gather parameters in every pass: whether any of them says yes.
             The processes then make equally many passes.
 
@@ -51,11 +51,11 @@ class Passes:
         run: Callable[[Any], list[torch.Tensor]],
         batch: Any,
         at: BatchRows,
-        unable: set[str],
+        book: TrialBook,
         together: Callable[[bool], bool] | None = None,
     ):
         self.session, self.batch, self.at = session, batch, at
-        self.unable, self.together = unable, together
+        self.book, self.together = book, together
         self.state = KeptState(session.root)
         self.returned: set[str] = set()
         self._run = run
@@ -72,7 +72,8 @@ class Passes:
         """Fingerprints of one pass.
 
         Args:
-            poison: what is done to some samples; None: nothing.
+            poison: what is done to some samples; None: nothing. With NaN, attributes that have not
+                been read so far are NaN too.
             outputs: which outputs are differentiated; BATCHED differentiates a model's losses where
                 the model returns nothing else.
             after: runs a forward pass over the batch poisoned so before, and leaves what it left.
@@ -87,6 +88,8 @@ class Passes:
             if after is not None:
                 session.sink = Fingerprints(self.at.samples, lambda p: "?")
                 self._forward(after)
+            if poison is not None and NAN in poison.kinds:
+                self.state.spoil(self.book.harmless)
             session.sink = found
             returned = self._forward(poison)
             self._watch_outputs(found, returned)
@@ -105,7 +108,7 @@ class Passes:
         A model may refuse values, indices, or lengths out of order: no finding. The kinds of poison
         that a model has refused are left out from then on.
         """
-        kinds = [kind for kind in poison.kinds if kind not in self.unable]
+        kinds = [kind for kind in poison.kinds if kind not in self.book.unable]
         while kinds or EXCHANGED in poison.kinds:
             now = poison.of(*kinds) if kinds else poison.of(EXCHANGED).with_lengths()
             found = None
@@ -123,7 +126,7 @@ class Passes:
             if not kinds:
                 break
             refused = kinds.pop()
-            self.unable |= {refused} - {EXCHANGED}
+            self.book.unable |= {refused} - {EXCHANGED}
         return None
 
     def any_says(self, here: bool) -> bool:

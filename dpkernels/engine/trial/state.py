@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
@@ -93,6 +94,18 @@ class KeptState:
             if _moved(parameter, copy):
                 found[name] = parameter.detach().clone()
         return found
+
+    def spoil(self, names: Iterable[str]) -> None:
+        """Make floats that the model keeps NaN; a pass that reads them then shows it."""
+        for name in names:
+            value = self._values.get(name)
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                value.detach().fill_(torch.nan)
+            elif isinstance(value, float):
+                module, _, key = name.rpartition(".")
+                owner = dict(self.root.named_modules()).get(module)
+                if owner is not None:
+                    owner.__dict__[key] = math.nan
 
     def marks(self) -> dict[str, Mark]:
         """By name, what tells whether a tensor is still the same and was not written since."""
