@@ -157,14 +157,16 @@ def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
     }
 
 
-def is_buffer(root: nn.Module, name: str) -> bool:
-    """Whether a name of :class:`KeptState` is a buffer's or a frozen parameter's."""
+def kind_of_state(root: nn.Module, name: str) -> str:
+    """What a name of :class:`KeptState` names: "buffer", "frozen parameter" or "attribute"."""
     module, _, key = name.rpartition(".")
     try:
         owner = root.get_submodule(module)
     except AttributeError:
-        return False
-    return key in owner._buffers or key in owner._parameters
+        return "attribute"
+    if key in owner._parameters:
+        return "frozen parameter"
+    return "buffer" if key in owner._buffers else "attribute"
 
 
 def _teachers(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
