@@ -212,15 +212,15 @@ def _leaves_behind(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The leaves that a backward pass from outputs reaches."""
     leaves = [t for t in outputs if t.grad_fn is None]
     queue = [t.grad_fn for t in outputs]
-    seen = {None}
+    seen: set[Any] = set()
     while queue:
         node = queue.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         queue += [below for below, _ in node.next_functions]
         if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)
+            leaves.append(node.variable)  # type: ignore[attr-defined]
     return leaves
 
 
