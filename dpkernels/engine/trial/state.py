@@ -37,11 +37,9 @@ class KeptState:
     """What a model keeps, as it was when this object was made; a trial puts it back.
 
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
-    lists, dicts, sets, deques, tuples, partial functions, and inside objects that hold a tensor. Of
-    another object the numbers and generators are kept (an average of losses, for a log), and what
-    lies deeper is not: an object may lead to a whole data set. Of frozen parameters those of a
-    teacher, which a forward pass may move after the trained: all, where they are no larger than
-    the trained.
+    lists, dicts, sets, deques, tuples, partial functions, and inside objects that keep such data.
+    Frozen parameters belong to it where they are no larger than the trained: a teacher's, which a
+    forward pass may move after the trained.
     """
 
     def __init__(self, root: nn.Module):
@@ -217,22 +215,42 @@ def _leaves(
             yield from _leaves(f"{path}[{place}]", below, note, seen, depth - 1)
     elif isinstance(value, partial):
         yield from _leaves(path, [*value.args, value.keywords], note, seen, depth - 1)
-    elif hasattr(value, "__dict__"):
+    elif _is_record(value):
         note(vars(value))
-        whole = _holds_tensors(value)
         for key, below in list(vars(value).items()):
-            if whole or isinstance(below, (*_NUMBERS, *_GENERATORS)):
-                yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
+            yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
 
 
-def _holds_tensors(value: Any) -> bool:
-    """Whether an object has a tensor among its attributes, or in a list or dict among them."""
-    for below in vars(value).values():
-        inner = below.values() if isinstance(below, dict) else below
-        several = inner if isinstance(below, (dict, list, tuple, deque)) else [below]
-        if any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several):
-            return True
-    return False
+def _is_record(value: Any) -> bool:
+    """Whether an object keeps data: tensors beside other things, or numbers, containers and text.
+
+    Other objects (a trainer, a logger) lead far from the model, and are not followed.
+    """
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None:
+        return False
+    return all(map(_is_plain, attributes.values())) or any(map(_has_tensor, attributes.values()))
+
+
+def _is_plain(value: Any) -> bool:
+    plain = (
+        torch.Tensor,
+        np.ndarray,
+        str,
+        bytes,
+        type(None),
+        *_NUMBERS,
+        *_CONTAINERS,
+        *_GENERATORS,
+    )
+    return isinstance(value, plain)
+
+
+def _has_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or a container that has one."""
+    inner = value.values() if isinstance(value, dict) else value
+    several = inner if isinstance(value, (dict, list, tuple, deque)) else [value]
+    return any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several)
 
 
 def _content(container: Any) -> Any:
