@@ -81,22 +81,31 @@ class Judge:
 
     def _explained(self, outputs: str, poison: Poison, compared: Comparison, place: int) -> Finding:
         """The finding that a tensor moved."""
+        output = compared.output_beside_lengths()
+        place = place if output is None else output
         seen, sample = compared.seen[place], int(compared.moved[place].nonzero()[0])
         if self.passes.together is None and self._repeated(outputs).differs():
             what = f"the {seen.kind} differ between two passes that ought to be equal"
             return Finding(seen.where, what, Kind.UNREPEATABLE)
         what = f"the {seen.kind} of sample {sample} move when {poison} replaced"
-        kind = Kind.of(seen, compared.same_input(seen.layer))
-        if kind in (Kind.LOSS, Kind.BACKWARD):
+        same_input = compared.same_input(seen.layer)
+        if seen.backward and self.passes.together is None:
             forward = self._the_other_way(outputs, poison)
             if forward is not None:
                 return forward
+            if same_input and NAN in poison.kinds:  # no integer is NaN
+                others = self.passes.attempt(poison.of(EXCHANGED), outputs)
+                same_input = others is None or Comparison(
+                    self.clean(outputs), others, ~poison.samples
+                ).same_input(seen.layer)
+        kind = Kind.of(seen, same_input)
         if kind is Kind.STATISTICS and self.passes.together is None and seen.layer:
             axis = self._axis(outputs, poison, place)
             if axis:
                 self.book.axes[seen.layer, seen.kind] = axis
                 kind = Kind.ROWS
-        return Finding(seen.where, what, kind, of_shapes=not compared.same_shapes)
+        of_shapes = output is None and not compared.same_shapes
+        return Finding(seen.where, what, kind, of_shapes)
 
     def _the_other_way(self, outputs: str, poison: Poison) -> Finding | None:
         """The finding that watched samples enter poisoned ones in the forward pass.
@@ -104,17 +113,16 @@ class Judge:
         Where the forward pass takes sample i to sample j, the backward pass takes j's slopes to i,
         and may be the first to show.
         """
-        if self.passes.together is not None:
-            return None
         other = replace(poison, samples=~poison.samples)
-        found = self.passes.attempt(other, outputs)
-        if found is None:
-            return None
-        compared = Comparison(self.clean(outputs), found, poison.samples)
-        place = None if compared.parting is not None else compared.first_moved()
-        if place is None or compared.seen[place].backward:
-            return None
-        return self._explained(outputs, other, compared, place)
+        for kind in (NAN, EXCHANGED):
+            found = self.passes.attempt(other.of(kind), outputs)
+            if found is None:
+                continue
+            compared = Comparison(self.clean(outputs), found, poison.samples)
+            place = None if compared.parting is not None else compared.first_moved()
+            if place is not None and not compared.seen[place].backward:
+                return self._explained(outputs, other.of(kind), compared, place)
+        return None
 
     def _axis(self, outputs: str, poison: Poison, place: int) -> int | None:
         """The axis on which the values of poisoned samples stand in a tensor, and nothing else."""

@@ -89,6 +89,7 @@ class Passes:
                 self._forward(after)
             session.sink = found
             returned = self._forward(poison)
+            found.drawn = self._drawn()
             self._watch_outputs(found, returned)
             self._backward(found, returned, poison, outputs)
             if session.anchor.is_cuda:  # a model may work on streams of its own
@@ -142,6 +143,11 @@ class Passes:
         torch.default_generator.manual_seed(seed)
         for device in self._devices:
             torch.cuda.default_generators[device].manual_seed(seed)
+
+    def _drawn(self) -> tuple[Any, ...]:
+        """How far torch's generators have come."""
+        on_gpu = [torch.cuda.default_generators[device].get_offset() for device in self._devices]
+        return (bytes(torch.default_generator.get_state().numpy()), *on_gpu)
 
     def _watch_outputs(self, found: Fingerprints, outputs: list[torch.Tensor]) -> None:
         """Show what the model returned for each sample."""
