@@ -158,9 +158,12 @@ class Passes:
                 found.saw("", f"values of output {place}", rows, at.samples)
 
     def _is_batched(self, output: torch.Tensor) -> bool:
-        """Whether an output has the samples on their axis: a hidden state [layers, samples, ...]
-        may have as many layers as there are samples."""
-        return self.at.holds(output) and sum(n == self.at.rows for n in output.shape) == 1
+        """Whether an output has the samples on their axis.
+
+        Not so a hidden state [layers, samples, width] of as many layers as there are samples.
+        """
+        ambiguous = output.ndim == 3 and output.shape[0] == output.shape[1]
+        return self.at.holds(output) and not ambiguous
 
     def _backward(
         self, found: Fingerprints, outputs: list[torch.Tensor], poison: Poison | None, wanted: str
