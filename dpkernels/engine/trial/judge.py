@@ -73,8 +73,7 @@ class Judge:
         for name in kept_moved(base.left, found.left):
             if is_buffer(self.passes.session.root, name):
                 return Finding.of_buffer(name, poison)
-            if name not in self.book.harmless:
-                self._kept.setdefault(name, poison.of(EXCHANGED))
+            self._kept.setdefault(name, poison.of(EXCHANGED))
         if compared.same_shapes and not nan and bool(compared.bits_moved.any()):
             return self._small(outputs, poison)
         return None
@@ -182,7 +181,8 @@ class Judge:
     def read_later(self, outputs: str) -> Finding | None:
         """Whether a pass reads what another left in attributes, so that a record moves later steps.
 
-        What is kept and never read (attention maps for a picture) is left alone.
+        What is kept and not read (attention maps for a picture) is left alone, and tried again in
+        the next trial: a model may begin to read at a later step.
         """
         if not self.passes.any_says(bool(self._kept)):
             return None
@@ -202,7 +202,6 @@ class Judge:
         if compared.differs() or bool(compared.bits_moved.any()):
             what = f"what a forward pass leaves there moves the next pass when {poison} replaced"
             return Finding(f"attribute {names}", what, Kind.STATE)
-        self.book.harmless |= self._kept.keys()
         return None
 
     def look_at_the_loop(self) -> None:

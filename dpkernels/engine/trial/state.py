@@ -31,7 +31,7 @@ class KeptState:
     """What a model keeps, as it was when this object was made; a trial puts it back.
 
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
-    lists, dicts, sets, deques, tuples, and inside objects that hold a tensor.
+    lists, dicts, sets, deques, tuples, and inside objects that keep such data.
     """
 
     def __init__(self, root: nn.Module):
@@ -142,25 +142,39 @@ def _leaves(
             yield from _leaves(f"{dot}{key}", below, note, seen, depth - 1)
     elif isinstance(value, set):
         note(value)
+        yield path, frozenset(value)
     elif isinstance(value, (list, tuple, deque)):
         if not isinstance(value, tuple):
             note(value)
         for place, below in enumerate(value):
             yield from _leaves(f"{path}[{place}]", below, note, seen, depth - 1)
-    elif _holds_tensors(value):
+    elif _is_record(value):
         note(vars(value))
         for key, below in list(vars(value).items()):
             yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
 
 
-def _holds_tensors(value: Any) -> bool:
-    """Whether an object has a tensor among its attributes, or in a list or dict among them."""
-    for below in getattr(value, "__dict__", {}).values():
-        inner = below.values() if isinstance(below, dict) else below
-        several = inner if isinstance(below, (dict, list, tuple, deque)) else [below]
-        if any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several):
-            return True
-    return False
+def _is_record(value: Any) -> bool:
+    """Whether an object keeps data: tensors beside other things, or numbers, containers and text.
+
+    Other objects (a trainer, a logger) lead far from the model, and are not followed.
+    """
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None:
+        return False
+    return all(map(_is_plain, attributes.values())) or any(map(_has_tensor, attributes.values()))
+
+
+def _is_plain(value: Any) -> bool:
+    plain = (torch.Tensor, np.ndarray, str, bytes, type(None), *_NUMBERS, *_CONTAINERS)
+    return isinstance(value, plain)
+
+
+def _has_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or a container that has one."""
+    inner = value.values() if isinstance(value, dict) else value
+    several = inner if isinstance(value, (dict, list, tuple, deque)) else [value]
+    return any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several)
 
 
 def _content(container: Any) -> Any:
