@@ -43,7 +43,8 @@ class TrialBook:
         axes: by layer and kind of tensor, the axis (samples' first) on which the NaN of a poisoned
             sample stood; None where it stood nowhere, so that the tensor belongs to everybody.
         unable: kinds of poison that made the model raise an exception.
-        harmless: names of attributes that keep data which no later pass reads.
+        harmless: names of attributes that keep floats which no pass has read; they are NaN in passes
+            with NaN, so that a pass which reads them shows it.
         said: warnings given.
         marks: by name, buffers and tensors in attributes as they were at the last trial.
         largest: samples of the largest batch that has passed a trial.

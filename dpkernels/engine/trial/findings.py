@@ -181,6 +181,21 @@ class Comparison:
         places = self.moved.any(1).nonzero().flatten()
         return int(places[0]) if len(places) else None
 
+    def output_beside_lengths(self) -> int | None:
+        """The first output that moved though its own shape did not, where another shape did.
+
+        What is padded to the longest sample has other shapes, and may be masked later: then outputs
+        with a row for each sample stay, but for what kernels of other shapes round. Outputs of
+        passes that drew other random numbers, such as a dropout's of other shapes, tell nothing.
+        """
+        if self.same_shapes or self._first.drawn != self._second.drawn:
+            return None
+        for place, (a, b) in enumerate(zip(self._first.seen, self._second.seen)):
+            is_output = a.kind.startswith("values of output") and a.shape == b.shape
+            if is_output and bool((self.moves[place] > _COARSE_TOLERANCE).any()):
+                return place
+        return None
+
     def same_input(self, layer: str) -> bool:
         """Whether the activations of a layer did not change for anybody, poisoned or not."""
         places = [

@@ -50,6 +50,7 @@ class Fingerprints(Sink):
     Attributes:
         backward: which outputs are differentiated, as in :class:`Seen`.
         left: by name, what the pass changed of what the model keeps.
+        drawn: what tells how many random numbers of torch the forward pass drew.
         kept: the tensor at place `keep`, sample axis first.
 
     Args:
@@ -67,6 +68,7 @@ class Fingerprints(Sink):
         self.seen: list[Seen] = []
         self.backward = ""
         self.left: dict[str, Any] = {}
+        self.drawn: tuple[Any, ...] = ()
         self._name_of = name_of
         self._count = samples
         self._bits = torch.empty(0, samples, 2, dtype=torch.int64)

@@ -81,6 +81,8 @@ class Judge:
 
     def _explained(self, outputs: str, poison: Poison, compared: Comparison, place: int) -> Finding:
         """The finding that a tensor moved."""
+        output = compared.output_beside_lengths()
+        place = place if output is None else output
         seen, sample = compared.seen[place], int(compared.moved[place].nonzero()[0])
         if self.passes.together is None and self._repeated(outputs).differs():
             what = f"the {seen.kind} differ between two passes that ought to be equal"
@@ -89,17 +91,24 @@ class Judge:
         kept = self._read_now(outputs, poison)
         if kept is not None:
             return kept
-        kind = Kind.of(seen, compared.same_input(seen.layer))
-        if kind in (Kind.LOSS, Kind.BACKWARD):
+        same_input = compared.same_input(seen.layer)
+        if seen.backward and self.passes.together is None:
             forward = self._the_other_way(outputs, poison)
             if forward is not None:
                 return forward
+            if same_input and NAN in poison.kinds:  # no integer is NaN
+                others = self.passes.attempt(poison.of(EXCHANGED), outputs)
+                same_input = others is None or Comparison(
+                    self.clean(outputs), others, ~poison.samples
+                ).same_input(seen.layer)
+        kind = Kind.of(seen, same_input)
         if kind is Kind.STATISTICS and self.passes.together is None and seen.layer:
             axis = self._axis(outputs, poison, place)
             if axis:
                 self.book.axes[seen.layer, seen.kind] = axis
                 kind = Kind.ROWS
-        return Finding(seen.where, what, kind, of_shapes=not compared.same_shapes)
+        of_shapes = output is None and not compared.same_shapes
+        return Finding(seen.where, what, kind, of_shapes)
 
     def _the_other_way(self, outputs: str, poison: Poison) -> Finding | None:
         """The finding that watched samples enter poisoned ones in the forward pass.
@@ -107,17 +116,16 @@ class Judge:
         Where the forward pass takes sample i to sample j, the backward pass takes j's slopes to i,
         and may be the first to show.
         """
-        if self.passes.together is not None:
-            return None
         other = replace(poison, samples=~poison.samples)
-        found = self.passes.attempt(other, outputs)
-        if found is None:
-            return None
-        compared = Comparison(self.clean(outputs), found, poison.samples)
-        place = None if compared.parting is not None else compared.first_moved()
-        if place is None or compared.seen[place].backward:
-            return None
-        return self._explained(outputs, other, compared, place)
+        for kind in (NAN, EXCHANGED):
+            found = self.passes.attempt(other.of(kind), outputs)
+            if found is None:
+                continue
+            compared = Comparison(self.clean(outputs), found, poison.samples)
+            place = None if compared.parting is not None else compared.first_moved()
+            if place is not None and not compared.seen[place].backward:
+                return self._explained(outputs, other.of(kind), compared, place)
+        return None
 
     def _axis(self, outputs: str, poison: Poison, place: int) -> int | None:
         """The axis on which the values of poisoned samples stand in a tensor, and nothing else."""
@@ -177,7 +185,8 @@ class Judge:
     def read_later(self, outputs: str) -> Finding | None:
         """Whether a pass reads what another left in attributes, so that a record moves later steps.
 
-        What is kept and never read (attention maps for a picture) is left alone.
+        What is kept and not read (attention maps for a picture) is left alone. A model may begin to
+        read at a later step: what can be NaN is NaN in later trials, other things are tried again.
         """
         if not self.passes.any_says(bool(self._kept)):
             return None
@@ -197,7 +206,8 @@ class Judge:
         if compared.differs() or bool(compared.bits_moved.any()):
             what = f"what a forward pass leaves there moves the next pass when {poison} replaced"
             return Finding(f"attribute {names}", what, Kind.STATE)
-        self.book.harmless |= self._kept.keys()
+        if NAN not in self.book.unable:
+            self.book.harmless |= self.passes.state.floats(self._kept)
         return None
 
     def _read_now(self, outputs: str, poison: Poison) -> Finding | None:

@@ -92,6 +92,7 @@ class Passes:
                 self.state.spoil(self.book.harmless)
             session.sink = found
             returned = self._forward(poison)
+            found.drawn = self._drawn()
             self._watch_outputs(found, returned)
             self._backward(found, returned, poison, outputs)
             if session.anchor.is_cuda:  # a model may work on streams of its own
@@ -146,6 +147,11 @@ class Passes:
         for device in self._devices:
             torch.cuda.default_generators[device].manual_seed(seed)
 
+    def _drawn(self) -> tuple[Any, ...]:
+        """How far torch's generators have come."""
+        on_gpu = [torch.cuda.default_generators[device].get_offset() for device in self._devices]
+        return (bytes(torch.default_generator.get_state().numpy()), *on_gpu)
+
     def _watch_outputs(self, found: Fingerprints, outputs: list[torch.Tensor]) -> None:
         """Show what the model returned for each sample."""
         at = self.at
@@ -155,9 +161,12 @@ class Passes:
                 found.saw("", f"values of output {place}", rows, at.samples)
 
     def _is_batched(self, output: torch.Tensor) -> bool:
-        """Whether an output has the samples on their axis: a hidden state [layers, samples, ...]
-        may have as many layers as there are samples."""
-        return self.at.holds(output) and sum(n == self.at.rows for n in output.shape) == 1
+        """Whether an output has the samples on their axis.
+
+        Not so a hidden state [layers, samples, width] of as many layers as there are samples.
+        """
+        ambiguous = output.ndim == 3 and output.shape[0] == output.shape[1]
+        return self.at.holds(output) and not ambiguous
 
     def _backward(
         self, found: Fingerprints, outputs: list[torch.Tensor], poison: Poison | None, wanted: str

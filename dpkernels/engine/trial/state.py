@@ -32,7 +32,7 @@ class KeptState:
     """What a model keeps, as it was when this object was made; a trial puts it back.
 
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
-    lists, dicts, sets, deques, tuples, and inside objects that hold a tensor.
+    lists, dicts, sets, deques, tuples, and inside objects that keep such data.
     """
 
     def __init__(self, root: nn.Module):
@@ -73,17 +73,29 @@ class KeptState:
                 found[name] = value
         return found
 
+    def floats(self, names: Iterable[str]) -> set[str]:
+        """Those of some names that :meth:`spoil` can make NaN."""
+        return {
+            name
+            for name in names
+            if (isinstance(value := self._values.get(name), torch.Tensor) and _is_float(value))
+            or (isinstance(value, float) and self._owner(name) is not None)
+        }
+
     def spoil(self, names: Iterable[str]) -> None:
-        """Make floats that the model keeps NaN; a pass that reads them then shows it."""
-        for name in names:
-            value = self._values.get(name)
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
+        """Make floats that the model keeps NaN; a pass that reads them shows it."""
+        for name in self.floats(names):
+            value = self._values[name]
+            if isinstance(value, torch.Tensor):
                 value.detach().fill_(torch.nan)
-            elif isinstance(value, float):
-                module, _, key = name.rpartition(".")
-                owner = dict(self.root.named_modules()).get(module)
-                if owner is not None:
-                    owner.__dict__[key] = math.nan
+            else:
+                self._owner(name).__dict__[name.rpartition(".")[2]] = math.nan
+
+    def _owner(self, name: str) -> nn.Module | None:
+        """The module that has an attribute of this name."""
+        module, _, key = name.rpartition(".")
+        owner = dict(self.root.named_modules()).get(module)
+        return owner if owner is not None and key in vars(owner) else None
 
     def marks(self) -> dict[str, Mark]:
         """By name, what tells whether a tensor is still the same and was not written since."""
@@ -155,25 +167,39 @@ def _leaves(
             yield from _leaves(f"{dot}{key}", below, note, seen, depth - 1)
     elif isinstance(value, set):
         note(value)
+        yield path, frozenset(value)
     elif isinstance(value, (list, tuple, deque)):
         if not isinstance(value, tuple):
             note(value)
         for place, below in enumerate(value):
             yield from _leaves(f"{path}[{place}]", below, note, seen, depth - 1)
-    elif _holds_tensors(value):
+    elif _is_record(value):
         note(vars(value))
         for key, below in list(vars(value).items()):
             yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
 
 
-def _holds_tensors(value: Any) -> bool:
-    """Whether an object has a tensor among its attributes, or in a list or dict among them."""
-    for below in getattr(value, "__dict__", {}).values():
-        inner = below.values() if isinstance(below, dict) else below
-        several = inner if isinstance(below, (dict, list, tuple, deque)) else [below]
-        if any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several):
-            return True
-    return False
+def _is_record(value: Any) -> bool:
+    """Whether an object keeps data: tensors beside other things, or numbers, containers and text.
+
+    Other objects (a trainer, a logger) lead far from the model, and are not followed.
+    """
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None:
+        return False
+    return all(map(_is_plain, attributes.values())) or any(map(_has_tensor, attributes.values()))
+
+
+def _is_plain(value: Any) -> bool:
+    plain = (torch.Tensor, np.ndarray, str, bytes, type(None), *_NUMBERS, *_CONTAINERS)
+    return isinstance(value, plain)
+
+
+def _has_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or a container that has one."""
+    inner = value.values() if isinstance(value, dict) else value
+    several = inner if isinstance(value, (dict, list, tuple, deque)) else [value]
+    return any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several)
 
 
 def _content(container: Any) -> Any:
@@ -204,6 +230,10 @@ def _fill(container: Any, content: Any) -> None:
 def _is_of_module(container: dict[str, Any]) -> bool:
     """Whether a dict is the ``__dict__`` of a module."""
     return isinstance(container, dict) and "_parameters" in container and "_modules" in container
+
+
+def _is_float(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _version(tensor: torch.Tensor) -> int:
