@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import SequenceKey, tree_flatten_with_path, tree_map
+from torch.utils._pytree import SequenceKey, keystr, tree_flatten_with_path, tree_map
 
 from dpkernels.engine.capture.layer import CapturedForward, is_packed, leaves_of
 from dpkernels.engine.capture.layer_in_parts import PartsForward
@@ -18,6 +18,11 @@ from dpkernels.engine.capture.streams import refuse_graph_capture
 from dpkernels.engine.capture.trial_book import output_kind
 from dpkernels.layers.sequence import arguments_of
 
+#: a stranger among the arguments may have the batch's length by chance
+_SQUARE = (
+    "model: its argument {name} of shape {shape} is taken for one row of each sample, as it has as many rows as "
+    "the batch; if it is the same for every sample, pass it with an axis in front, mask[None]"
+)
 _LIST = (
     "model: its first tensor stands in a list, and the tensor's own axis is taken for the samples; "
     "if every tensor of the list is one sample, pass torch.stack(list), one tensor [samples, ...]"
@@ -41,7 +46,8 @@ class WholeModelForward(CapturedForward):
         session.refresh()
         session.guards.check_batch_norms()
         rows = self._rows(args, kwargs)
-        args, kwargs = tree_map(_plain, (args, kwargs))
+        if any(_plain(leaf) is not leaf for leaf in leaves_of((args, kwargs))):
+            args, kwargs = tree_map(_plain, (args, kwargs))  # new lists and dicts
         empty = rows == 0
         if empty:
             rows = session.views
@@ -51,6 +57,7 @@ class WholeModelForward(CapturedForward):
                 f"views_per_sample={session.views}: the model's input has {rows} rows, "
                 "expected a multiple of views_per_sample"
             )
+        self._note_shared((args, kwargs), rows)
         batch = session.batch = Batch(rows, rows // session.views, empty)
         trial = (batch.samples, session, self._trial, (args, kwargs), rows)
         try:
@@ -65,6 +72,9 @@ class WholeModelForward(CapturedForward):
         except NotPerSample as error:
             if _begins_with_list((args, kwargs), session.axis):
                 raise NotPerSample(f"{_LIST} ({error})") from error
+            square = self._square((args, kwargs), rows)
+            if square:
+                raise NotPerSample(f"{square} ({error})") from error
             raise
         finally:
             session.batch = None
@@ -86,6 +96,27 @@ class WholeModelForward(CapturedForward):
             changed = hook(module, args, *named, output)
             output = output if changed is None else changed
         return list(_returned(output))
+
+    def _note_shared(self, batch: Any, rows: int) -> None:
+        """Learn which arguments are the same for all: some batch has another length than they.
+
+        Remembered, because a [T, T] mask looks batched in a batch of T.
+        """
+        axis = self.session.axis
+        for path, leaf in tree_flatten_with_path(batch, is_leaf=is_packed)[0]:
+            if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
+                if leaf.shape[axis] not in (1, rows):
+                    self.session.trials.shared.add(keystr(path))
+
+    def _square(self, batch: Any, rows: int) -> str | None:
+        """What to say of a [rows, rows] tensor among the arguments, besides the first."""
+        leaves = tree_flatten_with_path(batch, is_leaf=is_packed)[0]
+        for path, leaf in leaves[1:]:
+            if isinstance(leaf, torch.Tensor) and leaf.shape[:2] == (rows, rows):
+                if keystr(path) not in self.session.trials.shared:
+                    name = ("args", "kwargs")[path[0].idx] + keystr(path[1:])
+                    return _SQUARE.format(name=name, shape=list(leaf.shape))
+        return None
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = self.session.axis
@@ -174,7 +205,7 @@ class _OutputHook:
             )
         under_way = torch._C._current_graph_task_id()
         if sink.trains:
-            session.trials.differentiated.add(output_kind(grad, axis))
+            session.trials.differentiates(output_kind(grad, axis))
         if self._pass not in (None, under_way) and sink.trains:
             raise NotPerSample(
                 "backward(): a second backward pass through the same forward pass would clip and "

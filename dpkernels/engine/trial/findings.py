@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import numpy as np
@@ -167,8 +167,9 @@ class Comparison:
         sums = torch.maximum(before[..., 0].abs().amax(1), norms)
         scales = torch.stack([sums, squares + _TINY**2, norms], 1)
         self.moves = (changes / scales[:, None]).amax(2) * watched
-        most = [tolerance(seen.dtype) for seen in first.seen]
-        rounding = torch.tensor(most, dtype=torch.float64).reshape(-1, 1)
+        # behind half precision (autocast), single precision is rounded alike
+        most = accumulate((tolerance(seen.dtype) for seen in first.seen), max)
+        rounding = torch.tensor(list(most), dtype=torch.float64).reshape(-1, 1)
         self.moved = ((finite != still) & watched) | (self.moves > rounding)
         self.bits_moved = (first.bits != second.bits).any(2) & watched & same
 

@@ -220,8 +220,9 @@ class Judge:
     def look_at_the_loop(self) -> None:
         """Warn of what was written since the last trial, and that no forward pass writes."""
         before, self.book.marks = self.book.marks, self.passes.state.marks()
-        of_passes = {name for _, found in self._base.values() for name in found.left}
-        names = written(before, self.book.marks) - of_passes - self.book.said
+        for _, found in self._base.values():
+            self.book.of_passes |= found.left.keys()
+        names = written(before, self.book.marks) - self.book.of_passes - self.book.said
         self.book.said |= names
         if names:
             self.warnings.append(

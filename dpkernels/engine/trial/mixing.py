@@ -63,7 +63,7 @@ def refuse_mixing(
         NotPerSample: samples mix; the message names the layer, the kind of fault and a remedy.
     """
     book = book or session.trials
-    at = BatchRows(rows, session.views, session.axis)
+    at = BatchRows.of(batch, rows, session.views, session.axis, book.shared)
     if together is None and not at.can_tell(batch):
         return False
     with nothing_stays(session.root):
@@ -98,7 +98,15 @@ class _Trial:
         if self.passes.any_says(self._hidden()):
             return False
         for outputs, poison in self._plan(kinds):
-            self._try(outputs, poison)
+            if outputs in self.book.doubts:
+                continue
+            try:
+                self._try(outputs, poison)
+            except NotPerSample as error:
+                if not self._unused(outputs):
+                    raise
+                self.book.doubts[outputs] = str(error)
+                self._try(BATCHED, poison)
         self._conclude(self.judge.read_later(self._outputs()[0]))
         self._conclude(None, last=True)
         self.judge.look_at_the_loop()
@@ -110,7 +118,8 @@ class _Trial:
         if broken is None:
             return False
         finite = self.judge.clean(BATCHED).moments.isfinite().all(2).all(0)
-        return int((~broken).sum()) < 2 or not bool((finite | broken).all())
+        apart = finite | ~broken  # an attention mask of 0 and -inf breaks nobody
+        return int(apart.sum()) < 2 or not bool((finite | broken).all())
 
     def _kinds(self) -> tuple[str, ...]:
         """The kinds of poison that fit the batch, besides NAN; a first trial's first pass."""
@@ -134,6 +143,11 @@ class _Trial:
         """The outputs to differentiate, each in passes of its own: losses drown beside logits."""
         kinds = self.book.differentiated or self.passes.returned or {BATCHED}
         return [kind for kind in (BATCHED, SCALAR) if kind in kinds]
+
+    def _unused(self, outputs: str) -> bool:
+        """Whether these may be losses that training leaves aside, and takes its own of outputs."""
+        known = self.book.differentiated or self.passes.together is not None
+        return not known and outputs == SCALAR and BATCHED in self.passes.returned
 
     def _plan(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Poison]]:
         """Which outputs are differentiated and what is poisoned, pass by pass.
@@ -180,9 +194,10 @@ class _Trial:
 
     def _conclude(self, finding: Finding | None, last: bool = False) -> None:
         """Raise where samples mix; where processes go together, in all of them at the end."""
-        self._finding = self._finding or finding
         if self.passes.together is None:
-            if self._finding is not None:
-                raise NotPerSample(str(self._finding))
-        elif last and self.passes.any_says(self._finding is not None):
+            if finding is not None:
+                raise NotPerSample(str(finding))
+            return
+        self._finding = self._finding or finding
+        if last and self.passes.any_says(self._finding is not None):
             raise NotPerSample(str(self._finding or "another process has found that samples mix"))

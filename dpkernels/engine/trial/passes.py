@@ -180,7 +180,8 @@ class Passes:
         self._seed_torch(self._seed + 1)
         chosen = [t for t in trained if output_kind(t, self.at.axis) == wanted]
         if chosen:
-            torch.autograd.backward(chosen, [self._slopes(t, poison) for t in chosen])
+            with _gradients_kept(chosen):
+                torch.autograd.backward(chosen, [self._slopes(t, poison) for t in chosen])
 
     def _slopes(self, output: torch.Tensor, poison: Poison | None) -> torch.Tensor:
         """The gradient of a stand-in loss: a sum over samples, with another slope everywhere.
@@ -195,6 +196,35 @@ class Passes:
             rows = slopes.movedim(self.at.axis, 0).unflatten(0, (self.at.samples, self.at.views))
             rows[poison.samples.to(rows.device)] = torch.nan
         return slopes
+
+
+@contextlib.contextmanager
+def _gradients_kept(outputs: list[torch.Tensor]) -> Iterator[None]:
+    """Give the leaves behind outputs their ``.grad`` back (a prompt of the user's, say)."""
+    kept = [(leaf, leaf.grad) for leaf in _leaves_behind(outputs)]
+    for leaf, _ in kept:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, gradient in kept:
+            leaf.grad = gradient
+
+
+def _leaves_behind(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaves that a backward pass from outputs reaches."""
+    leaves = [t for t in outputs if t.grad_fn is None]
+    queue = [t.grad_fn for t in outputs]
+    seen = {None}
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        queue += [below for below, _ in node.next_functions]
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaves.append(node.variable)
+    return leaves
 
 
 def devices_of(model: nn.Module) -> list[int]:

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from dpkernels.engine.capture.layer import is_packed, leaves_of
-from dpkernels.engine.trial.batch_rows import BatchRows, owners
+from dpkernels.engine.trial.batch_rows import BatchRows, dense, owners
 
 #: every float of the sample is NaN; in a pass without other poisons, as max(NaN, 1e6) > 10 is
 #: False, so that a NaN would hide a branch on magnitudes
@@ -129,16 +129,21 @@ def poisoned(batch: Any, at: BatchRows, poison: Poison | None) -> Any:
                 _spoil(data.detach()[:, None], deal.steps(leaf), is_labels=False)
             leaf = PackedSequence(data, *leaf[1:])
         elif isinstance(leaf, torch.Tensor):
-            holds, leaf = at.holds(leaf), _copied(leaf)
+            holds, layout, leaf = at.holds(leaf), leaf.layout, _copied(leaf)
             if deal is not None and holds:
-                rows = leaf.detach().movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
+                values = dense(leaf.detach())
+                rows = values.movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
                 _spoil(rows, deal, is_labels=place in labels)
+                if layout != torch.strided:
+                    leaf = values.to_sparse(layout=layout).requires_grad_(leaf.requires_grad)
         twins.append(leaf)
     return tree_unflatten(twins, spec)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    """A copy with no graph; where the tensor is no leaf, no leaf: a model may write into it."""
+    copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return copy if tensor.is_leaf else copy.clone()
 
 
 def label_places(batch: Any, at: BatchRows) -> list[int]:

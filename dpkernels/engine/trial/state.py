@@ -7,6 +7,8 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,11 @@ from torch import nn
 #: attributes of every module that are no state of a model's own
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward"}
 _CONTAINERS = (list, tuple, dict, set, deque)
-_GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NUMBERS = (bool, int, float, complex, np.generic)
+_NO_STATE = (str, bytes, type, ModuleType, FunctionType, nn.Parameter)
+#: a module's dicts of hooks, which a model may add at its first forward pass
+_HOOKS = tuple(key for key in vars(nn.Module()) if "_hooks" in key and "state_dict" not in key)
 #: how deep containers and objects in attributes are followed
 _DEPTH = 4
 #: containers with more entries are data, and are not followed
@@ -32,7 +37,11 @@ class KeptState:
     """What a model keeps, as it was when this object was made; a trial puts it back.
 
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
-    lists, dicts, sets, deques, tuples, and inside objects that keep such data.
+    lists, dicts, sets, deques, tuples, partial functions, and inside objects that keep nothing else
+    or hold a tensor. Of another object the numbers and generators are kept (an average of losses,
+    for a log), and what lies deeper is not: an object may lead to a whole data set. Of frozen
+    parameters those of a teacher, which a forward pass may move after the trained: all, where they
+    are no larger than the trained.
     """
 
     def __init__(self, root: nn.Module):
@@ -43,6 +52,11 @@ class KeptState:
         self._values: dict[str, Any] = {}
         self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._generators: list[tuple[Any, Any]] = []
+        #: by name, frozen parameters, each with its tensor and a copy of its values
+        self._frozen = {
+            name: (parameter, parameter.detach(), parameter.detach().clone())
+            for name, parameter in _teachers(root)
+        }
         for name, value in self._walk(self._note):
             if isinstance(value, torch.Tensor):
                 self._copies.setdefault(id(value), (value, _version(value), value.detach().clone()))
@@ -56,6 +70,11 @@ class KeptState:
             for tensor, version, copy in self._copies.values():
                 if _version(tensor) != version:
                     tensor.detach().copy_(copy)
+            for parameter, tensor, copy in self._frozen.values():
+                if parameter.data_ptr() != tensor.data_ptr():
+                    parameter.data = tensor
+                if _moved(tensor, copy):
+                    tensor.copy_(copy)
         for generator, state in self._generators:
             _set_state(generator, state)
 
@@ -71,6 +90,9 @@ class KeptState:
                     found[name] = value.detach().clone()
             elif name not in self._values or not _equal(was, value):
                 found[name] = value
+        for name, (parameter, _, copy) in self._frozen.items():
+            if _moved(parameter, copy):
+                found[name] = parameter.detach().clone()
         return found
 
     def floats(self, names: Iterable[str]) -> set[str]:
@@ -114,13 +136,28 @@ class KeptState:
     def _walk(self, note: Callable[[Any], None]) -> Iterator[tuple[str, Any]]:
         """Tensors and numbers by name; `note` is called on every container and generator."""
         seen: set[int] = set()
-        for name, module in self.root.named_modules():
+        modules = dict(self.root.named_modules())
+        seen |= {id(module) for module in modules.values()}
+        while modules:
+            name = next(iter(modules))
+            module = modules.pop(name)
             prefix = f"{name}." if name else ""
             note(vars(module))
+            for key in _HOOKS:
+                if vars(module).get(key) is not None:
+                    note(vars(module)[key])
             for key, value in list(vars(module).items()):
-                if key not in _MODULES_OWN:
-                    path = prefix if key == "_buffers" else f"{prefix}{key}"
-                    yield from _leaves(path, value, note, seen, _DEPTH)
+                if key in _MODULES_OWN:
+                    continue
+                path = prefix if key == "_buffers" else f"{prefix}{key}"
+                for below, leaf in _leaves(path, value, note, seen, _DEPTH):
+                    if isinstance(leaf, nn.Module):  # in a list, say, unseen by parameters()
+                        inside = leaf.named_modules(prefix=below)
+                        new = {n: m for n, m in inside if m is leaf or id(m) not in seen}
+                        seen |= {id(m) for m in new.values()}
+                        modules |= new
+                    else:
+                        yield below, leaf
 
 
 def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
@@ -133,19 +170,33 @@ def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
 
 
 def is_buffer(root: nn.Module, name: str) -> bool:
-    """Whether a name of :class:`KeptState` is a buffer's."""
+    """Whether a name of :class:`KeptState` is a buffer's or a frozen parameter's."""
     module, _, key = name.rpartition(".")
     try:
-        return key in root.get_submodule(module)._buffers
+        owner = root.get_submodule(module)
     except AttributeError:
         return False
+    return key in owner._buffers or key in owner._parameters
+
+
+def _teachers(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The frozen parameters, unless they are larger than the trained: a backbone's."""
+    parameters = list(root.named_parameters())
+    frozen = [(n, p) for n, p in parameters if not p.requires_grad and type(p.data) is torch.Tensor]
+    trained = sum(p.numel() for _, p in parameters if p.requires_grad)
+    return frozen if sum(p.numel() for _, p in frozen) <= trained else []
+
+
+def _moved(tensor: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Whether a tensor has other values than its copy."""
+    return tensor.shape != copy.shape or not torch.equal(tensor, copy)
 
 
 def _leaves(
     path: str, value: Any, note: Callable[[Any], None], seen: set[int], depth: int
 ) -> Iterator[tuple[str, Any]]:
-    """Tensors and numbers in an attribute, by name."""
-    if value is None or isinstance(value, (str, bytes, type, nn.Module, nn.Parameter)):
+    """Tensors, numbers and modules in an attribute, by name."""
+    if value is None or isinstance(value, _NO_STATE):
         return
     if isinstance(value, (torch.Tensor, *_NUMBERS)):
         yield path, value
@@ -153,7 +204,9 @@ def _leaves(
     if depth == 0 or id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, _GENERATORS):
+    if isinstance(value, nn.Module):
+        yield path, value
+    elif isinstance(value, _GENERATORS):
         note(value)
     elif isinstance(value, np.ndarray):
         note(value)
@@ -173,21 +226,23 @@ def _leaves(
             note(value)
         for place, below in enumerate(value):
             yield from _leaves(f"{path}[{place}]", below, note, seen, depth - 1)
-    elif _is_record(value):
+    elif isinstance(value, partial):
+        yield from _leaves(path, [*value.args, value.keywords], note, seen, depth - 1)
+    elif hasattr(value, "__dict__"):
         note(vars(value))
+        whole = _is_record(value)
         for key, below in list(vars(value).items()):
-            yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
+            if whole or isinstance(below, (*_NUMBERS, *_GENERATORS)):
+                yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
 
 
 def _is_record(value: Any) -> bool:
     """Whether an object keeps data: tensors beside other things, or numbers, containers and text.
 
-    Other objects (a trainer, a logger) lead far from the model, and are not followed.
+    Other objects (a trainer, a logger) lead far from the model.
     """
-    attributes = getattr(value, "__dict__", None)
-    if attributes is None:
-        return False
-    return all(map(_is_plain, attributes.values())) or any(map(_has_tensor, attributes.values()))
+    attributes = vars(value).values()
+    return all(map(_is_plain, attributes)) or any(map(_has_tensor, attributes))
 
 
 def _is_plain(value: Any) -> bool:
@@ -249,15 +304,15 @@ def _equal(a: Any, b: Any) -> bool:
 def _state_of(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    return (
-        generator.getstate()
-        if isinstance(generator, random.Random)
-        else (generator.bit_generator.state)
-    )
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.bit_generator.state
 
 
 def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
+    if isinstance(generator, (torch.Generator, np.random.RandomState)):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
         generator.setstate(state)
