@@ -38,13 +38,13 @@ class KeptState:
         self.root = root
         #: each container with its content
         self._contents: list[tuple[Any, Any]] = []
-        #: by name: number, or tensor with its version and a copy of its values
+        #: by name, a number or tensor
         self._values: dict[str, Any] = {}
-        self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._copies: dict[int, _Copy] = {}
         self._generators: list[tuple[Any, Any]] = []
         for name, value in self._walk(self._note):
             if isinstance(value, torch.Tensor):
-                self._copies.setdefault(id(value), (value, _version(value), value.detach().clone()))
+                self._copies.setdefault(id(value), _Copy(value))
             self._values[name] = value
 
     def put_back(self) -> None:
@@ -52,9 +52,8 @@ class KeptState:
         for container, content in self._contents:
             _fill(container, content)
         with torch.no_grad():
-            for tensor, version, copy in self._copies.values():
-                if _version(tensor) != version:
-                    tensor.detach().copy_(copy)
+            for copy in self._copies.values():
+                copy.put_back()
         for generator, state in self._generators:
             _set_state(generator, state)
 
@@ -65,8 +64,7 @@ class KeptState:
             was = self._values.get(name)
             if isinstance(value, torch.Tensor):
                 kept = self._copies.get(id(value))
-                as_it_was = was is value and kept is not None and kept[1] == _version(kept[0])
-                if not as_it_was:
+                if was is not value or kept is None or kept.written():
                     found[name] = value.detach().clone()
             elif name not in self._values or not _equal(was, value):
                 found[name] = value
@@ -96,6 +94,32 @@ class KeptState:
                 if key not in _MODULES_OWN:
                     path = prefix if key == "_buffers" else f"{prefix}{key}"
                     yield from _leaves(path, value, note, seen, _DEPTH)
+
+
+class _Copy:
+    """A tensor, its memory, and a copy of its values.
+
+    What is written through ``tensor.data``, or through an array that shares memory, does not count
+    in the tensor's version: values are compared.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor, self._memory = tensor, tensor.detach()
+        self._values, self._at = self._memory.clone(), _version(tensor)
+
+    def written(self) -> bool:
+        """Whether the tensor has other values, or other memory."""
+        if self._tensor.layout != torch.strided:  # sparse ones cannot be compared
+            return _version(self._tensor) != self._at
+        moved = self._tensor.data_ptr() != self._memory.data_ptr()
+        return moved or not torch.equal(self._tensor.detach(), self._values)
+
+    def put_back(self) -> None:
+        """Give the tensor its memory and values back."""
+        if self.written():
+            self._tensor.data = self._memory
+            self._memory.copy_(self._values)
+            self._at = _version(self._tensor)
 
 
 def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
