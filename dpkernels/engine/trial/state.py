@@ -48,18 +48,15 @@ class KeptState:
         self.root = root
         #: each container with its content
         self._contents: list[tuple[Any, Any]] = []
-        #: by name: number, or tensor with its version and a copy of its values
+        #: by name, a number or tensor
         self._values: dict[str, Any] = {}
-        self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._copies: dict[int, _Copy] = {}
         self._generators: list[tuple[Any, Any]] = []
-        #: by name, frozen parameters, each with its tensor and a copy of its values
-        self._frozen = {
-            name: (parameter, parameter.detach(), parameter.detach().clone())
-            for name, parameter in _teachers(root)
-        }
+        #: by name, frozen parameters
+        self._frozen = {name: _Copy(parameter) for name, parameter in _teachers(root)}
         for name, value in self._walk(self._note):
             if isinstance(value, torch.Tensor):
-                self._copies.setdefault(id(value), (value, _version(value), value.detach().clone()))
+                self._copies.setdefault(id(value), _Copy(value))
             self._values[name] = value
 
     def put_back(self) -> None:
@@ -67,14 +64,8 @@ class KeptState:
         for container, content in self._contents:
             _fill(container, content)
         with torch.no_grad():
-            for tensor, version, copy in self._copies.values():
-                if _version(tensor) != version:
-                    tensor.detach().copy_(copy)
-            for parameter, tensor, copy in self._frozen.values():
-                if parameter.data_ptr() != tensor.data_ptr():
-                    parameter.data = tensor
-                if _moved(tensor, copy):
-                    tensor.copy_(copy)
+            for copy in (*self._copies.values(), *self._frozen.values()):
+                copy.put_back()
         for generator, state in self._generators:
             _set_state(generator, state)
 
@@ -85,14 +76,13 @@ class KeptState:
             was = self._values.get(name)
             if isinstance(value, torch.Tensor):
                 kept = self._copies.get(id(value))
-                as_it_was = was is value and kept is not None and kept[1] == _version(kept[0])
-                if not as_it_was:
+                if was is not value or kept is None or kept.written():
                     found[name] = value.detach().clone()
             elif name not in self._values or not _equal(was, value):
                 found[name] = value
-        for name, (parameter, _, copy) in self._frozen.items():
-            if _moved(parameter, copy):
-                found[name] = parameter.detach().clone()
+        for name, copy in self._frozen.items():
+            if copy.written():
+                found[name] = copy.tensor.detach().clone()
         return found
 
     def floats(self, names: Iterable[str]) -> set[str]:
@@ -160,6 +150,32 @@ class KeptState:
                         yield below, leaf
 
 
+class _Copy:
+    """A tensor, its memory, and a copy of its values.
+
+    What is written through ``tensor.data``, or through an array that shares memory, does not count
+    in the tensor's version: values are compared.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self._memory = tensor, tensor.detach()
+        self._values, self._at = self._memory.clone(), _version(tensor)
+
+    def written(self) -> bool:
+        """Whether the tensor has other values, or other memory."""
+        if self.tensor.layout != torch.strided:  # sparse ones cannot be compared
+            return _version(self.tensor) != self._at
+        moved = self.tensor.data_ptr() != self._memory.data_ptr()
+        return moved or not torch.equal(self.tensor.detach(), self._values)
+
+    def put_back(self) -> None:
+        """Give the tensor its memory and values back."""
+        if self.written():
+            self.tensor.data = self._memory
+            self._memory.copy_(self._values)
+            self._at = _version(self.tensor)
+
+
 def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
     """Names of tensors that were written, or replaced by others, between two times."""
     return {
@@ -185,11 +201,6 @@ def _teachers(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
     frozen = [(n, p) for n, p in parameters if not p.requires_grad and type(p.data) is torch.Tensor]
     trained = sum(p.numel() for _, p in parameters if p.requires_grad)
     return frozen if sum(p.numel() for _, p in frozen) <= trained else []
-
-
-def _moved(tensor: torch.Tensor, copy: torch.Tensor) -> bool:
-    """Whether a tensor has other values than its copy."""
-    return tensor.shape != copy.shape or not torch.equal(tensor, copy)
 
 
 def _leaves(

@@ -151,7 +151,7 @@ def test_bare_parameters_are_refused(name: str) -> None:
     torch.manual_seed(0)
     batches = [(normal(7, 5, seed=seed),) for seed in range(4)]
     message = refusal(Scaled(COUPLED[name]), batches, trial="every")
-    assert_refused(message, "model: the gradient of 'scale' of sample", Kind.BACKWARD)
+    assert_refused(message, "model: the gradients of 'scale' of sample", Kind.BACKWARD)
 
 
 def test_a_bare_parameter_is_private() -> None:

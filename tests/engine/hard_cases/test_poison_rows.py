@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from dpkernels.engine.trial.findings import Kind
 from tests.engine.hard_cases.refusals import Around, assert_refused, normal, refusal
-from tests.engine.support import Call, ids, squared_loss, values
+from tests.engine.support import squared_loss, values
 from tests.engine.truth import assert_private
 
 

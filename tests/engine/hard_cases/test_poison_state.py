@@ -59,6 +59,10 @@ def in_place(model: Any, mean: torch.Tensor) -> None:
     model.kept.mul_(0.9).add_(mean, alpha=0.1)
 
 
+def through_data(model: Any, mean: torch.Tensor) -> None:
+    model.kept.data.mul_(0.9).add_(mean, alpha=0.1)
+
+
 def in_object(model: Any, mean: torch.Tensor) -> None:
     model.kept.mean = average(model.kept.mean, mean)
 
@@ -88,6 +92,7 @@ Keeper = tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any, torch.Ten
 KEEPERS: dict[str, Keeper] = {
     "attribute": (lambda: torch.zeros(5), lambda kept: kept, replace, "kept"),
     "in_place": (lambda: torch.zeros(5), lambda kept: kept, in_place, "kept"),
+    "data": (lambda: torch.zeros(5), lambda kept: kept.clone(), through_data, "kept"),
     "list": (lambda: [torch.zeros(5)], lambda kept: kept[0], put(0), "kept[0]"),
     "dict": (lambda: {"a": torch.zeros(5)}, lambda kept: kept["a"], put("a"), "kept.a"),
     "nested": (
@@ -95,7 +100,7 @@ KEEPERS: dict[str, Keeper] = {
         lambda model, mean: model.kept["a"][0].update(b=mean), "kept.a[0].b",
     ),
     "growing": (
-        lambda: [], lambda kept: sum(kept), lambda model, mean: model.kept.append(mean), "kept[0]",
+        list, lambda kept: sum(kept), lambda model, mean: model.kept.append(mean), "kept[0]",
     ),
     "deque": (
         lambda: deque([torch.zeros(5)], 2), lambda kept: sum(kept),
@@ -178,21 +183,31 @@ def test_a_queue_in_a_buffer_is_refused(read: bool) -> None:
 class Averaging(nn.Module):
     """A module that keeps a buffer of what passes by in training mode only."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(5))
+        self.write = write
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = x - self.mean
         if self.training:
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        return x - self.mean
+            self.write(self.mean, x.detach().mean(0))
+        return output
 
 
-def test_an_average_in_a_buffer_is_refused_and_in_eval_mode_is_private() -> None:
+@pytest.mark.parametrize("write", [
+    lambda mean, new: mean.mul_(0.9).add_(new), lambda mean, new: mean.copy_(new),
+    lambda mean, new: mean.data.mul_(0.9).add_(new), lambda mean, new: mean.lerp_(new, 1e-3),
+    lambda mean, new: setattr(mean, "data", new),
+])  # fmt: skip
+def test_an_average_in_a_buffer_is_refused_and_in_eval_mode_is_private(
+    write: Callable[[torch.Tensor, torch.Tensor], Any],
+) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 5), Averaging(), nn.Linear(5, 3)).double()
+    model = nn.Sequential(nn.Linear(5, 5), Averaging(write), nn.Linear(5, 3)).double()
     message = refusal(model, [(normal(7, 5).double(),)])
     assert_refused(message, "buffer '1.mean'", Kind.BUFFER)
+    assert not bool(model[1].mean.any())
     model[1].eval()
     assert_private(model, squared_loss, (values(6, 5),))
 
