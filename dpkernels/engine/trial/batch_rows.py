@@ -44,7 +44,10 @@ class BatchRows:
 
     def by_sample(self, leaf: torch.Tensor) -> torch.Tensor:
         """[samples, n]: the values of a batched tensor."""
-        return dense(leaf.detach()).movedim(self.axis, 0).reshape(self.samples, -1)
+        values = dense(leaf.detach())
+        if values.is_floating_point() and values.itemsize == 1:  # few operators know float8
+            values = values.float()
+        return values.movedim(self.axis, 0).reshape(self.samples, -1)
 
     def all_alike(self, batch: Any) -> bool:
         """Whether all samples are alike, such as the zeros of a forward pass by hand."""

@@ -193,7 +193,7 @@ class Comparison:
             return None
         for place, (a, b) in enumerate(zip(self._first.seen, self._second.seen)):
             is_output = a.kind.startswith("values of output") and a.shape == b.shape
-            if is_output and bool((self.moves[place] > _COARSE_TOLERANCE).any()):
+            if is_output and bool(self.moved[place].any()):
                 return place
         return None
 

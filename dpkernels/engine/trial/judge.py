@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from dpkernels.engine.capture.sample_by_sample import deterministic
 from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.engine.trial.findings import Comparison, Finding, Kind, kept_moved
 from dpkernels.engine.trial.fingerprints import Fingerprints
@@ -109,6 +110,21 @@ class Judge:
                 kind = Kind.ROWS
         of_shapes = output is None and not compared.same_shapes
         return Finding(seen.where, what, kind, of_shapes)
+
+    def follows_lengths(self, outputs: str, poison: Poison) -> Finding | None:
+        """The finding that outputs follow the longest sample, by passes that draw nothing."""
+        with deterministic(self.passes.session.root):
+            clean = self.passes.watch(None, outputs)
+            found = self.passes.attempt(poison, outputs)
+        if found is None:
+            return None
+        compared = Comparison(clean, found, ~poison.samples)
+        place = None if compared.parting is not None else compared.output_beside_lengths()
+        if place is None:
+            return None
+        sample = int(compared.moved[place].nonzero()[0])
+        what = f"the {compared.seen[place].kind} of sample {sample} move when {poison} replaced"
+        return Finding("model", what, Kind.STATISTICS)
 
     def _the_other_way(self, outputs: str, poison: Poison) -> Finding | None:
         """The finding that watched samples enter poisoned ones in the forward pass.

@@ -174,11 +174,16 @@ class _Trial:
                     break
 
     def _try(self, outputs: str, poison: Poison) -> None:
-        """One pass over a poisoned batch, judged; once more with its lengths where shapes moved."""
+        """One pass over a poisoned batch, judged.
+
+        Where shapes moved, as with lengths, two passes more: one in which lengths stay, and one
+        without random numbers, which shows whether outputs follow lengths.
+        """
         finding = self._found(outputs, poison)
         of_lengths = finding is not None and finding.of_shapes and self._has_lengths()
         if self.passes.any_says(of_lengths):
-            finding = self._found(outputs, poison.with_lengths())
+            follows = self.judge.follows_lengths(outputs, poison)
+            finding = follows or self._found(outputs, poison.with_lengths())
         self._conclude(finding)
 
     def _found(self, outputs: str, poison: Poison) -> Finding | None:
@@ -186,11 +191,9 @@ class _Trial:
         return None if found is None else self.judge.compare(outputs, poison, found)
 
     def _has_lengths(self) -> bool:
-        """Whether the batch has an integer for each sample, which may be a length."""
-        return any(
-            self.at.holds(leaf) and leaf.numel() == self.at.rows and not leaf.is_floating_point()
-            for leaf in leaves_of(self.batch)
-        )
+        """Whether the batch has integers or truths, which lengths may be told by."""
+        whole = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64)
+        return any(self.at.holds(leaf) and leaf.dtype in whole for leaf in leaves_of(self.batch))
 
     def _conclude(self, finding: Finding | None, last: bool = False) -> None:
         """Raise where samples mix; where processes go together, in all of them at the end."""

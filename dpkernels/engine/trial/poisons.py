@@ -39,8 +39,8 @@ class Poison:
         turn: the kind with which the deal begins, and how far from one another samples exchanged
             are.
         factor: LARGE values over the batch's largest.
-        keep_lengths: whether a vector of one integer per sample stays: a model may want lengths
-            sorted.
+        keep_lengths: whether integers and truths stay that equal the sample's first or last: a
+            length by itself, a mask of those that count, padding. A model may want lengths sorted.
     """
 
     samples: torch.Tensor
@@ -180,12 +180,11 @@ def _spoil(rows: torch.Tensor, deal: Deal, is_labels: bool) -> None:
         if floats:
             rows[deal.turns[NAN]] = torch.nan
         return
-    if deal.keep_lengths and rows[0].numel() == 1 and not floats:
-        return
+    lengths = deal.keep_lengths and not floats
     given = rows.clone()
     moved = torch.stack(list(deal.turns.values())).any(0)
     rows[moved] = given[deal.sources[moved]]
-    if BLANK in deal.turns:
+    if BLANK in deal.turns and not lengths:
         rows[deal.turns[BLANK]] = 0
     if LARGE in deal.turns and floats:
         large = deal.turns[LARGE]
@@ -198,3 +197,6 @@ def _spoil(rows: torch.Tensor, deal: Deal, is_labels: bool) -> None:
         flat = rows[deal.turns[IGNORED]].flatten(1)
         flat[:, flat.shape[1] // 2 :] = _IGNORE_INDEX
         rows[deal.turns[IGNORED]] = flat.view(-1, *rows.shape[1:])
+    if lengths:
+        still = (given == given[..., :1]) | (given == given[..., -1:])
+        rows.copy_(torch.where(still | still[deal.sources], given, rows))
