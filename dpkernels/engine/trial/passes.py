@@ -11,16 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture.argument_copies import argument_copy
-from dpkernels.engine.capture.layer import is_packed
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, output_kind
 from dpkernels.engine.trial.batch_rows import BatchRows
 from dpkernels.engine.trial.fingerprints import Fingerprints
-from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, poisoned
+from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, Twins
 from dpkernels.engine.trial.state import KeptState
 
 
@@ -58,7 +55,7 @@ class Passes:
         self.unable, self.together = unable, together
         self.state = KeptState(session.root)
         self.returned: set[str] = set()
-        self._run = run
+        self._run, self._twins = run, Twins(batch, at)
         self._seed = int(torch.randint(2**31, ()))
         self._devices = devices_of(session.root)
 
@@ -134,8 +131,7 @@ class Passes:
         self._seed_torch(self._seed)
         random.seed(self._seed)
         np.random.seed(self._seed)  # noqa: NPY002 - models use it
-        batch = poisoned(self.batch, self.at, poison)
-        return self._run(tree_map(argument_copy, batch, is_leaf=is_packed))
+        return self._run(self._twins.poisoned(poison))
 
     def _seed_torch(self, seed: int) -> None:
         """Seed the generators that :func:`nothing_stays` restores (torch.manual_seed: all)."""
