@@ -55,6 +55,8 @@ class Passes:
         self.unable, self.together = unable, together
         self.state = KeptState(session.root)
         self.returned: set[str] = set()
+        #: number of tensors that passed by in the last pass
+        self._seen = 0
         self._run, self._twins = run, Twins(batch, at)
         self._seed = int(torch.randint(2**31, ()))
         self._devices = devices_of(session.root)
@@ -78,7 +80,7 @@ class Passes:
         """
         session = self.session
         name_of = session.guards.names.get
-        found = Fingerprints(self.at.samples, lambda p: name_of(id(p), "?"), keep)
+        found = Fingerprints(self.at.samples, lambda p: name_of(id(p), "?"), keep, room=self._seen)
         sink = session.sink
         try:
             if after is not None:
@@ -91,6 +93,7 @@ class Passes:
             if session.anchor.is_cuda:  # a model may work on streams of its own
                 torch.cuda.synchronize(session.anchor.device)
             found.left = self.state.changed()
+            self._seen = len(found.seen)
         finally:
             session.sink = sink
             self.state.put_back()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class KeptState:
 
     def __init__(self, root: nn.Module):
         self.root = root
+        self._modules = list(root.modules())
         #: each container with its content
         self._contents: list[tuple[Any, Any]] = []
         #: by name: number, or tensor with its version and a copy of its values
@@ -61,6 +63,8 @@ class KeptState:
     def changed(self) -> dict[str, Any]:
         """By name, the tensors (detached copies) and numbers that are not as they were."""
         found: dict[str, Any] = {}
+        if self._untouched():
+            return found
         for name, value in self._walk(lambda container: None):
             was = self._values.get(name)
             if isinstance(value, torch.Tensor):
@@ -71,6 +75,17 @@ class KeptState:
             elif name not in self._values or not _equal(was, value):
                 found[name] = value
         return found
+
+    def _untouched(self) -> bool:
+        """Whether every container holds the very objects that it held, and no tensor was written.
+
+        Most passes touch nothing, and looking at what containers hold by name takes longer.
+        """
+        return (
+            _are_same(list(self.root.modules()), self._modules)
+            and all(_holds(container, content) for container, content in self._contents)
+            and all(_version(tensor) == version for tensor, version, _ in self._copies.values())
+        )
 
     def marks(self) -> dict[str, Mark]:
         """By name, what tells whether a tensor is still the same and was not written since."""
@@ -120,9 +135,12 @@ def _leaves(
     path: str, value: Any, note: Callable[[Any], None], seen: set[int], depth: int
 ) -> Iterator[tuple[str, Any]]:
     """Tensors and numbers in an attribute, by name."""
+    if isinstance(value, _NUMBERS):  # most attributes are
+        yield path, value
+        return
     if value is None or isinstance(value, (str, bytes, type, nn.Module, nn.Parameter)):
         return
-    if isinstance(value, (torch.Tensor, *_NUMBERS)):
+    if isinstance(value, torch.Tensor):
         yield path, value
         return
     if depth == 0 or id(value) in seen:
@@ -167,23 +185,34 @@ def _content(container: Any) -> Any:
     """What a container holds, to be filled in again by :func:`_fill`."""
     if isinstance(container, np.ndarray):
         return container.copy()
-    if _is_of_module(container):
-        return {key: value for key, value in container.items() if key not in _MODULES_OWN}
     return dict(container) if isinstance(container, dict) else list(container)
 
 
+def _holds(container: Any, content: Any) -> bool:
+    """Whether a container holds this content, in the same order."""
+    if isinstance(container, np.ndarray):
+        return _equal(container, content)
+    if isinstance(container, dict) and not _are_same(container.values(), content.values()):
+        return False
+    return _are_same(container, content)
+
+
+def _are_same(some: Collection[Any], others: Collection[Any]) -> bool:
+    """Whether two collections have the very same objects, in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def _fill(container: Any, content: Any) -> None:
+    if _holds(container, content):
+        return
     if isinstance(container, np.ndarray):
         container[...] = content
     elif isinstance(container, dict):
         own = _MODULES_OWN if _is_of_module(container) else ()
-        now = {key: value for key, value in container.items() if key not in own}
-        if list(now) == list(content) and all(now[key] is content[key] for key in now):
-            return
-        for key in now:
+        for key in [key for key in container if key not in own]:
             del container[key]
-        container.update(content)
-    elif len(container) != len(content) or any(a is not b for a, b in zip(container, content)):
+        container.update({key: value for key, value in content.items() if key not in own})
+    else:
         container.clear()
         (container.update if isinstance(container, set) else container.extend)(content)
 
