@@ -11,16 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture.argument_copies import argument_copy
-from dpkernels.engine.capture.layer import is_packed
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, TrialBook, output_kind
 from dpkernels.engine.trial.batch_rows import BatchRows
 from dpkernels.engine.trial.fingerprints import Fingerprints
-from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, poisoned
+from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, Twins
 from dpkernels.engine.trial.state import KeptState
 
 
@@ -58,7 +55,9 @@ class Passes:
         self.book, self.together = book, together
         self.state = KeptState(session.root)
         self.returned: set[str] = set()
-        self._run = run
+        #: number of tensors that passed by in the last pass
+        self._seen = 0
+        self._run, self._twins = run, Twins(batch, at)
         self._seed = int(torch.randint(2**31, ()))
         self._devices = devices_of(session.root)
 
@@ -82,7 +81,7 @@ class Passes:
         """
         session = self.session
         name_of = session.guards.names.get
-        found = Fingerprints(self.at.samples, lambda p: name_of(id(p), "?"), keep)
+        found = Fingerprints(self.at.samples, lambda p: name_of(id(p), "?"), keep, room=self._seen)
         sink = session.sink
         try:
             if after is not None:
@@ -98,6 +97,7 @@ class Passes:
             if session.anchor.is_cuda:  # a model may work on streams of its own
                 torch.cuda.synchronize(session.anchor.device)
             found.left = self.state.changed()
+            self._seen = len(found.seen)
         finally:
             session.sink = sink
             self.state.put_back()
@@ -138,8 +138,7 @@ class Passes:
         self._seed_torch(self._seed)
         random.seed(self._seed)
         np.random.seed(self._seed)  # noqa: NPY002 - models use it
-        batch = poisoned(self.batch, self.at, poison)
-        return self._run(tree_map(argument_copy, batch, is_leaf=is_packed))
+        return self._run(self._twins.poisoned(poison))
 
     def _seed_torch(self, seed: int) -> None:
         """Seed the generators that :func:`nothing_stays` restores (torch.manual_seed: all)."""

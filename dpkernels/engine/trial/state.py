@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
@@ -46,6 +47,7 @@ class KeptState:
 
     def __init__(self, root: nn.Module):
         self.root = root
+        self._modules = list(root.modules())
         #: each container with its content
         self._contents: list[tuple[Any, Any]] = []
         #: by name, a number or tensor
@@ -72,6 +74,8 @@ class KeptState:
     def changed(self) -> dict[str, Any]:
         """By name, the tensors (detached copies) and numbers that are not as they were."""
         found: dict[str, Any] = {}
+        if self._untouched():
+            return found
         for name, value in self._walk(lambda container: None):
             was = self._values.get(name)
             if isinstance(value, torch.Tensor):
@@ -108,6 +112,17 @@ class KeptState:
         module, _, key = name.rpartition(".")
         owner = dict(self.root.named_modules()).get(module)
         return owner if owner is not None and key in vars(owner) else None
+
+    def _untouched(self) -> bool:
+        """Whether every container holds the very objects that it held, and no tensor was written.
+
+        Most passes touch nothing, and looking at what containers hold by name takes longer.
+        """
+        return (
+            _are_same(list(self.root.modules()), self._modules)
+            and all(_holds(container, content) for container, content in self._contents)
+            and not any(copy.written() for copy in (*self._copies.values(), *self._frozen.values()))
+        )
 
     def marks(self) -> dict[str, Mark]:
         """By name, what tells whether a tensor is still the same and was not written since."""
@@ -207,9 +222,12 @@ def _leaves(
     path: str, value: Any, note: Callable[[Any], None], seen: set[int], depth: int
 ) -> Iterator[tuple[str, Any]]:
     """Tensors, numbers and modules in an attribute, by name."""
+    if isinstance(value, _NUMBERS):  # most attributes are
+        yield path, value
+        return
     if value is None or isinstance(value, _NO_STATE):
         return
-    if isinstance(value, (torch.Tensor, *_NUMBERS)):
+    if isinstance(value, torch.Tensor):
         yield path, value
         return
     if depth == 0 or id(value) in seen:
@@ -272,23 +290,34 @@ def _content(container: Any) -> Any:
     """What a container holds, to be filled in again by :func:`_fill`."""
     if isinstance(container, np.ndarray):
         return container.copy()
-    if _is_of_module(container):
-        return {key: value for key, value in container.items() if key not in _MODULES_OWN}
     return dict(container) if isinstance(container, dict) else list(container)
 
 
+def _holds(container: Any, content: Any) -> bool:
+    """Whether a container holds this content, in the same order."""
+    if isinstance(container, np.ndarray):
+        return _equal(container, content)
+    if isinstance(container, dict) and not _are_same(container.values(), content.values()):
+        return False
+    return _are_same(container, content)
+
+
+def _are_same(some: Collection[Any], others: Collection[Any]) -> bool:
+    """Whether two collections have the very same objects, in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def _fill(container: Any, content: Any) -> None:
+    if _holds(container, content):
+        return
     if isinstance(container, np.ndarray):
         container[...] = content
     elif isinstance(container, dict):
         own = _MODULES_OWN if _is_of_module(container) else ()
-        now = {key: value for key, value in container.items() if key not in own}
-        if list(now) == list(content) and all(now[key] is content[key] for key in now):
-            return
-        for key in now:
+        for key in [key for key in container if key not in own]:
             del container[key]
-        container.update(content)
-    elif len(container) != len(content) or any(a is not b for a, b in zip(container, content)):
+        container.update({key: value for key, value in content.items() if key not in own})
+    else:
         container.clear()
         (container.update if isinstance(container, set) else container.extend)(content)
 
