@@ -20,8 +20,9 @@ from dpkernels.layers.sequence import arguments_of
 
 #: a stranger among the arguments may have the batch's length by chance
 _SQUARE = (
-    "model: its argument {name} of shape {shape} is taken for one row of each sample, as it has as many rows as "
-    "the batch; if it is the same for every sample, pass it with an axis in front, mask[None]"
+    "model: its argument {name} of shape {shape} is taken for one row of each sample, as it has as "
+    "many rows as the batch; if it is the same for every sample, pass it with an axis in front "
+    "(mask[None])"
 )
 _LIST = (
     "model: its first tensor stands in a list, and the tensor's own axis is taken for the samples; "
@@ -104,18 +105,17 @@ class WholeModelForward(CapturedForward):
         """
         axis = self.session.axis
         for path, leaf in tree_flatten_with_path(batch, is_leaf=is_packed)[0]:
-            if isinstance(leaf, torch.Tensor) and leaf.ndim > axis:
-                if leaf.shape[axis] not in (1, rows):
-                    self.session.trials.shared.add(keystr(path))
+            tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > axis
+            if tensor and leaf.shape[axis] not in (1, rows):
+                self.session.trials.shared.add(keystr(path))
 
     def _square(self, batch: Any, rows: int) -> str | None:
         """What to say of a [rows, rows] tensor among the arguments, besides the first."""
         leaves = tree_flatten_with_path(batch, is_leaf=is_packed)[0]
         for path, leaf in leaves[1:]:
-            if isinstance(leaf, torch.Tensor) and leaf.shape[:2] == (rows, rows):
-                if keystr(path) not in self.session.trials.shared:
-                    name = ("args", "kwargs")[path[0].idx] + keystr(path[1:])
-                    return _SQUARE.format(name=name, shape=list(leaf.shape))
+            square = isinstance(leaf, torch.Tensor) and leaf.shape[:2] == (rows, rows)
+            if square and keystr(path) not in self.session.trials.shared:
+                return _SQUARE.format(name=keystr(path[1:]), shape=list(leaf.shape))
         return None
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

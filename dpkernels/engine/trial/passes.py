@@ -213,16 +213,15 @@ def _gradients_kept(outputs: list[torch.Tensor]) -> Iterator[None]:
 def _leaves_behind(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The leaves that a backward pass from outputs reaches."""
     leaves = [t for t in outputs if t.grad_fn is None]
-    queue = [t.grad_fn for t in outputs]
-    seen = {None}
+    queue: list[Any] = [t.grad_fn for t in outputs]
+    seen: set[Any] = {None}
     while queue:
         node = queue.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        queue += [below for below, _ in node.next_functions]
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)
+        if node not in seen:
+            seen.add(node)
+            queue += [below for below, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
     return leaves
 
 

@@ -16,14 +16,18 @@ from dpkernels.engine.trial.poisons import (
     LARGE,
     NAN,
     Poison,
+    Twins,
     has_floats,
     label_places,
-    poisoned,
 )
 
 KINDS = (EXCHANGED, BLANK, LARGE, IGNORED)
 SIDE = torch.tensor([False, True, True, False, True, False])
 AT = BatchRows(6, 1, 0)
+
+
+def poisoned(batch: Any, at: BatchRows, poison: Poison | None) -> Any:
+    return Twins(batch, at).poisoned(poison)
 
 
 def rows(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -68,10 +72,10 @@ def test_blank_is_zero(dtype: torch.dtype) -> None:
 def test_sources_of_an_exchange_are_not_poisoned(dtype: torch.dtype, turn: int) -> None:
     given = rows(dtype, 3)
     poison = Poison(SIDE, (EXCHANGED,), turn)
-    found, sources = poisoned(given, AT, poison), poison.deal().sources
-    assert not bool(SIDE[sources[SIDE]].any())
-    assert torch.equal(sources[~SIDE], torch.arange(6)[~SIDE])
-    assert torch.equal(found, given[sources])
+    found, deal = poisoned(given, AT, poison), poison.deal()
+    assert torch.equal(deal.moved, SIDE.nonzero().flatten())
+    assert not bool(SIDE[deal.sources].any())
+    assert torch.equal(found[SIDE], given[deal.sources])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -121,9 +125,9 @@ def test_every_kind_is_dealt_in_turn(count: int, turn: int) -> None:
     side = torch.arange(32) % 2 == 1
     deal = Poison(side, kinds, turn).deal()
     assert set(deal.turns) == set(kinds)
-    assert all(bool(rows.any()) for rows in deal.turns.values())
-    together = torch.stack(list(deal.turns.values())).sum(0)
-    assert torch.equal(together, side.long()), "everybody poisoned gets one kind, nobody else any"
+    assert all(len(rows) for rows in deal.turns.values())
+    together = torch.cat(list(deal.turns.values())).sort().values
+    assert torch.equal(together, side.nonzero().flatten()), "each gets one kind, nobody else any"
 
 
 def test_few_samples_get_other_kinds_in_other_turns() -> None:
@@ -132,7 +136,7 @@ def test_few_samples_get_other_kinds_in_other_turns() -> None:
         kind
         for turn in range(len(KINDS))
         for kind, rows in Poison(side, KINDS, turn).deal().turns.items()
-        if rows[1]
+        if len(rows)
     }
     assert got == set(KINDS)
 
@@ -173,7 +177,7 @@ def test_packed_sequences(kind: str, lengths: tuple[int, ...]) -> None:
 
 
 def test_lengths_stay_where_they_are_to_stay() -> None:
-    batch = (rows(torch.float32, 2), torch.arange(6), torch.arange(6.0), rows(torch.int64, 2))
+    batch = (rows(torch.float32, 2), torch.arange(6), torch.arange(6.0), rows(torch.int64, 4))
     kept = poisoned(batch, AT, Poison(SIDE, (EXCHANGED,)).with_lengths())
     assert torch.equal(kept[1], batch[1])
     assert not torch.equal(kept[2], batch[2])
@@ -188,11 +192,12 @@ def test_what_has_no_row_for_each_sample_stays() -> None:
     assert found["more"][1:] == batch["more"][1:]
 
 
-def test_copies_keep_whether_gradients_are_wanted_and_no_graph() -> None:
+def test_copies_keep_whether_gradients_are_wanted_and_not_the_graph() -> None:
     leaf = rows(torch.float32, 2).requires_grad_()
     found = poisoned([leaf * 2, leaf.detach()], AT, Poison(SIDE, (NAN,)))
     assert [t.requires_grad for t in found] == [True, False]
-    assert found[0].is_leaf
+    found[0].sum().backward()
+    assert leaf.grad is None
 
 
 def test_nobody_is_poisoned() -> None:
