@@ -43,6 +43,7 @@ class TrialBook:
         axes: by layer and kind of tensor, the axis (samples' first) on which the NaN of a poisoned
             sample stood; None where it stood nowhere, so that the tensor belongs to everybody.
         unable: kinds of poison that made the model raise an exception.
+        written: names of parameters that the model's own forward pass writes.
         said: warnings given.
         marks: by name, buffers and tensors in attributes as they were at the last trial.
         largest: samples of the largest batch that has passed a trial.
@@ -56,6 +57,7 @@ class TrialBook:
         self.turn = 0
         self.axes: dict[tuple[str, str], int | None] = {}
         self.unable: set[str] = set()
+        self.written: set[str] = set()
         self.said: set[str] = set()
         self.marks: dict[str, Any] = {}
         self.differentiated: set[str] = set()

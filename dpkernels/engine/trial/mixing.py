@@ -67,7 +67,7 @@ def refuse_mixing(
     if together is None and not at.can_tell(batch):
         return False
     with nothing_stays(session.root):
-        trial = _Trial(book, Passes(session, run, batch, at, book.unable, together))
+        trial = _Trial(book, Passes(session, run, batch, at, book.unable, book.written, together))
         told = trial.run()
     for warning in trial.judge.warnings:
         warnings.warn(warning, stacklevel=2)
@@ -120,7 +120,11 @@ class _Trial:
             # on a GPU, an index made from NaN would end the process
             on_gpu = self.passes.session.anchor.is_cuda
             with watch if on_gpu else contextlib.nullcontext():
-                self.judge.clean(BATCHED)
+                written = self.passes.find_written_parameters(
+                    lambda: self.judge.clean(BATCHED), self.book.written
+                )
+            if written:
+                self.judge.forget()
             if self.passes.any_says(watch.from_floats):
                 self.book.unable |= {NAN, LARGE}
             if self.passes.any_says(watch.from_labels):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from dpkernels import ops
 
 #: attributes of every module that are no state of a model's own
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward"}
@@ -32,10 +34,17 @@ class KeptState:
 
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
     lists, dicts, sets, deques, tuples, and inside objects that keep such data.
+
+    Args:
+        root: the model.
+        parameters: names of parameters that count as state, since forward passes write them. One
+            replaced by another parameter counts as well; None: no parameter does.
     """
 
-    def __init__(self, root: nn.Module):
+    def __init__(self, root: nn.Module, parameters: Collection[str] | None = None):
         self.root = root
+        self._parameters = parameters
+        self._held = dict(root.named_parameters(remove_duplicate=False))
         #: each container with its content
         self._contents: list[tuple[Any, Any]] = []
         #: by name, a number or tensor
@@ -90,10 +99,27 @@ class KeptState:
         for name, module in self.root.named_modules():
             prefix = f"{name}." if name else ""
             note(vars(module))
+            if self._parameters is not None:
+                note(module._parameters)
+                for key, parameter in module._parameters.items():
+                    path = f"{prefix}{key}"
+                    is_state = path in self._parameters or self._held.get(path) is not parameter
+                    if parameter is not None and is_state:
+                        yield path, parameter
             for key, value in list(vars(module).items()):
                 if key not in _MODULES_OWN:
                     path = prefix if key == "_buffers" else f"{prefix}{key}"
                     yield from _leaves(path, value, note, seen, _DEPTH)
+
+
+def parameter_fingerprints(root: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, sums of bit patterns that tell whether a parameter was written: its memory is not
+    copied, as a frozen backbone may be large."""
+    return {
+        name: ops.fingerprint(parameter.detach().reshape(1, -1))[0]
+        for name, parameter in root.named_parameters()
+        if parameter.numel() and parameter.layout == torch.strided
+    }
 
 
 class _Copy:
