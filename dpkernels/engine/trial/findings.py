@@ -54,6 +54,12 @@ class Kind(Enum):
         "each sample's gradient by itself (g.flatten(1).norm(dim=1)), or drop the hook: clipping "
         "bounds what every sample can do"
     )
+    OUTPUT = (
+        "The model returns a tensor that has no row for each sample, and in which samples meet (a "
+        "mean or a product over the batch, a softmax over all samples' tokens), or its backward "
+        "pass couples samples by a hook. Return outputs [batch, ...], each row of one sample, and "
+        "take means over samples in the loss"
+    )
     BRANCH = (
         "The model branches on its batch: a condition on all samples decides for each. Decide for "
         "every sample by itself (torch.where), or by a constant chosen before training"

@@ -43,6 +43,10 @@ class Judge:
             self._base[outputs] = None, self.passes.watch(None, outputs)
         return self._base[outputs][1]
 
+    def forget(self) -> None:
+        """Forget the passes so far: what they left is not put back."""
+        self._base.clear()
+
     def _compared_with(self, outputs: str, side: torch.Tensor) -> Fingerprints:
         """The pass with which passes over a batch that is poisoned in one side are compared."""
         if outputs not in self._base:
@@ -103,6 +107,8 @@ class Judge:
                     self.clean(outputs), others, ~poison.samples
                 ).same_input(seen.layer)
         kind = Kind.of(seen, same_input)
+        if kind is Kind.BACKWARD and self.passes.unwatched:
+            kind = Kind.OUTPUT
         if kind is Kind.STATISTICS and self.passes.together is None and seen.layer:
             axis = self._axis(outputs, poison, place)
             if axis:

@@ -129,7 +129,11 @@ class _Trial:
             # on a GPU, an index made from NaN would end the process
             on_gpu = self.passes.session.anchor.is_cuda
             with watch if on_gpu else contextlib.nullcontext():
-                self.judge.clean(BATCHED)
+                written = self.passes.find_written_parameters(
+                    lambda: self.judge.clean(BATCHED), self.book.written
+                )
+            if written:
+                self.judge.forget()
             if self.passes.any_says(watch.from_floats):
                 self.book.unable |= {NAN, LARGE}
             if self.passes.any_says(watch.from_labels):

@@ -18,7 +18,7 @@ from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, TrialBook, outp
 from dpkernels.engine.trial.batch_rows import BatchRows
 from dpkernels.engine.trial.fingerprints import Fingerprints
 from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, Twins
-from dpkernels.engine.trial.state import KeptState
+from dpkernels.engine.trial.state import KeptState, parameter_fingerprints
 
 
 class Passes:
@@ -40,6 +40,7 @@ class Passes:
     Attributes:
         state: what the model kept before the first pass.
         returned: kinds of outputs that the model has returned in the passes so far.
+        unwatched: whether an output is no loss, and has no row for each sample.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Passes:
     ):
         self.session, self.batch, self.at = session, batch, at
         self.book, self.together = book, together
-        self.state = KeptState(session.root)
+        self.state = KeptState(session.root, book.written if together is None else None)
         self.returned: set[str] = set()
+        self.unwatched = False
         #: number of tensors that passed by in the last pass
         self._seen = 0
         self._run, self._twins = run, Twins(batch, at)
@@ -130,6 +132,27 @@ class Passes:
             self.book.unable |= {refused} - {EXCHANGED}
         return None
 
+    def find_written_parameters(self, run: Callable[[], Any], written: set[str]) -> bool:
+        """Whether passes write parameters: their names are added, and are state from now on.
+
+        Args:
+            run: makes a pass over the batch as it is.
+            written: names of parameters; grows.
+        """
+        if self.together is not None:  # parameters are in shards
+            run()
+            return False
+        root = self.session.root
+        before = parameter_fingerprints(root)
+        run()
+        after = parameter_fingerprints(root)
+        found = {name for name in after if not torch.equal(after[name], before[name])}
+        if found - written:
+            written |= found
+            self.state = KeptState(root, written)
+            return True
+        return False
+
     def any_says(self, here: bool) -> bool:
         """Whether any of the processes that go together says yes."""
         return here if self.together is None else self.together(here)
@@ -173,6 +196,8 @@ class Passes:
         trained = [t for t in outputs if t.requires_grad]
         kinds = {output_kind(t, self.at.axis) for t in trained}
         self.returned |= kinds
+        rows = [t for t in trained if output_kind(t, self.at.axis) == BATCHED]
+        self.unwatched |= not all(map(self._is_batched, rows))
         if len(kinds) == 1:
             (wanted,) = kinds
         found.backward = wanted

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpkernels import ops
+
 #: attributes of every module that are no state of a model's own
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward"}
 _CONTAINERS = (list, tuple, dict, set, deque)
@@ -40,22 +42,25 @@ class KeptState:
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
     lists, dicts, sets, deques, tuples, partial functions, and inside objects that keep nothing else
     or hold a tensor. Of another object the numbers and generators are kept (an average of losses,
-    for a log), and what lies deeper is not: an object may lead to a whole data set. Of frozen
-    parameters those of a teacher, which a forward pass may move after the trained: all, where they
-    are no larger than the trained.
+    for a log), and what lies deeper is not: an object may lead to a whole data set.
+
+    Args:
+        root: the model.
+        parameters: names of parameters that count as state, since forward passes write them. One
+            replaced by another parameter counts as well; None: no parameter does.
     """
 
-    def __init__(self, root: nn.Module):
+    def __init__(self, root: nn.Module, parameters: Collection[str] | None = None):
         self.root = root
         self._modules = list(root.modules())
+        self._parameters = parameters
+        self._held = dict(root.named_parameters(remove_duplicate=False))
         #: each container with its content
         self._contents: list[tuple[Any, Any]] = []
         #: by name, a number or tensor
         self._values: dict[str, Any] = {}
         self._copies: dict[int, _Copy] = {}
         self._generators: list[tuple[Any, Any]] = []
-        #: by name, frozen parameters
-        self._frozen = {name: _Copy(parameter) for name, parameter in _teachers(root)}
         for name, value in self._walk(self._note):
             if isinstance(value, torch.Tensor):
                 self._copies.setdefault(id(value), _Copy(value))
@@ -66,7 +71,7 @@ class KeptState:
         for container, content in self._contents:
             _fill(container, content)
         with torch.no_grad():
-            for copy in (*self._copies.values(), *self._frozen.values()):
+            for copy in self._copies.values():
                 copy.put_back()
         for generator, state in self._generators:
             _set_state(generator, state)
@@ -84,9 +89,6 @@ class KeptState:
                     found[name] = value.detach().clone()
             elif name not in self._values or not _equal(was, value):
                 found[name] = value
-        for name, copy in self._frozen.items():
-            if copy.written():
-                found[name] = copy.tensor.detach().clone()
         return found
 
     def floats(self, names: Iterable[str]) -> set[str]:
@@ -121,7 +123,7 @@ class KeptState:
         return (
             _are_same(list(self.root.modules()), self._modules)
             and all(_holds(container, content) for container, content in self._contents)
-            and not any(copy.written() for copy in (*self._copies.values(), *self._frozen.values()))
+            and not any(copy.written() for copy in self._copies.values())
         )
 
     def marks(self) -> dict[str, Mark]:
@@ -148,6 +150,13 @@ class KeptState:
             module = modules.pop(name)
             prefix = f"{name}." if name else ""
             note(vars(module))
+            if self._parameters is not None:
+                note(module._parameters)
+                for key, parameter in module._parameters.items():
+                    path = f"{prefix}{key}"
+                    is_state = path in self._parameters or self._held.get(path) is not parameter
+                    if parameter is not None and is_state:
+                        yield path, parameter
             for key in _HOOKS:
                 if vars(module).get(key) is not None:
                     note(vars(module)[key])
@@ -163,6 +172,16 @@ class KeptState:
                         modules |= new
                     else:
                         yield below, leaf
+
+
+def parameter_fingerprints(root: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, sums of bit patterns that tell whether a parameter was written: its memory is not
+    copied, as a frozen backbone may be large."""
+    return {
+        name: ops.fingerprint(parameter.detach().reshape(1, -1))[0]
+        for name, parameter in root.named_parameters()
+        if parameter.numel() and parameter.layout == torch.strided
+    }
 
 
 class _Copy:
@@ -208,14 +227,6 @@ def is_buffer(root: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return key in owner._buffers or key in owner._parameters
-
-
-def _teachers(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The frozen parameters, unless they are larger than the trained: a backbone's."""
-    parameters = list(root.named_parameters())
-    frozen = [(n, p) for n, p in parameters if not p.requires_grad and type(p.data) is torch.Tensor]
-    trained = sum(p.numel() for _, p in parameters if p.requires_grad)
-    return frozen if sum(p.numel() for _, p in frozen) <= trained else []
 
 
 def _leaves(

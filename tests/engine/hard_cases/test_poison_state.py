@@ -155,63 +155,6 @@ def test_state_of_public_things_is_private(name: str) -> None:
     assert refusal(Keeping(start, read, write, private=False), batches, trial="every") is None
 
 
-class Memory(nn.Module):
-    """A queue of keys in a buffer, written by the forward pass; a running average in a buffer."""
-
-    def __init__(self, read: bool) -> None:
-        super().__init__()
-        self.layer, self.read = nn.Linear(5, 3), read
-        self.register_buffer("queue", normal(16, 3))
-        self.place = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        keys = self.layer(x)
-        output = torch.cat([keys, keys @ self.queue.clone().T], 1) if self.read else keys
-        places = (torch.arange(len(x)) + self.place) % 16
-        self.queue[places] = keys.detach()
-        self.place = (self.place + len(x)) % 16
-        return output
-
-
-@pytest.mark.parametrize("read", [False, True])
-def test_a_queue_in_a_buffer_is_refused(read: bool) -> None:
-    torch.manual_seed(0)
-    message = refusal(Memory(read), [(normal(7, 5),)])
-    assert_refused(message, "buffer 'queue'", Kind.BUFFER)
-
-
-class Averaging(nn.Module):
-    """A module that keeps a buffer of what passes by in training mode only."""
-
-    def __init__(self, write: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(5))
-        self.write = write
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = x - self.mean
-        if self.training:
-            self.write(self.mean, x.detach().mean(0))
-        return output
-
-
-@pytest.mark.parametrize("write", [
-    lambda mean, new: mean.mul_(0.9).add_(new), lambda mean, new: mean.copy_(new),
-    lambda mean, new: mean.data.mul_(0.9).add_(new), lambda mean, new: mean.lerp_(new, 1e-3),
-    lambda mean, new: setattr(mean, "data", new),
-])  # fmt: skip
-def test_an_average_in_a_buffer_is_refused_and_in_eval_mode_is_private(
-    write: Callable[[torch.Tensor, torch.Tensor], Any],
-) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 5), Averaging(write), nn.Linear(5, 3)).double()
-    message = refusal(model, [(normal(7, 5).double(),)])
-    assert_refused(message, "buffer '1.mean'", Kind.BUFFER)
-    assert not bool(model[1].mean.any())
-    model[1].eval()
-    assert_private(model, squared_loss, (values(6, 5),))
-
-
 class Recurrent(nn.Module):
     """A recurrent layer whose hidden state goes on with the next batch, or starts afresh."""
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpkernels.engine.trial.state import KeptState, is_buffer, written
+from dpkernels.engine.trial.state import KeptState, is_buffer, parameter_fingerprints, written
 
 
 class Keeper(nn.Module):
@@ -121,7 +121,24 @@ def test_nothing_changed_writes_nothing() -> None:
     assert versions == [b._version for b in model.buffers()] + [model.tensor._version]
 
 
-def test_parameters_are_no_state() -> None:
+def test_parameters_that_passes_write_are_state() -> None:
+    model = Keeper()
+    before = parameter_fingerprints(model)
+    kept, weight = model.layer.weight.detach().clone(), model.layer.weight
+    state = KeptState(model, {"layer.weight"})
+    weight.data.add_(1)
+    after = parameter_fingerprints(model)
+    assert [n for n in after if not torch.equal(before[n], after[n])] == ["layer.weight"]
+    assert set(state.changed()) == {"layer.weight"}
+    model.layer.bias = nn.Parameter(torch.zeros(2))
+    assert set(state.changed()) == {"layer.weight", "layer.bias"}, "replaced"
+    state.put_back()
+    assert model.layer.weight is weight
+    assert torch.equal(weight, kept)
+    assert state.changed() == {}
+
+
+def test_other_parameters_are_no_state() -> None:
     model = Keeper()
     state = KeptState(model)
     with torch.no_grad():
