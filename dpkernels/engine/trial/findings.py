@@ -120,13 +120,13 @@ class Finding:
         return f"{self.where}: {self.what}. {self.kind.value}"
 
     @classmethod
-    def of_buffer(cls, name: str, poison: Poison) -> Finding:
-        """What the forward pass leaves in a buffer depends on samples."""
+    def of_published(cls, where: str, poison: Poison) -> Finding:
+        """What the forward pass leaves in a buffer or parameter depends on samples."""
         what = (
             f"what the forward pass leaves in it moves when {poison} replaced, so it keeps private "
             "data that nothing clips or adds noise to"
         )
-        return cls(f"buffer {name!r}", what, Kind.BUFFER)
+        return cls(where, what, Kind.BUFFER)
 
 
 class Comparison:

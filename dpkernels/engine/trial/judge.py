@@ -12,7 +12,7 @@ from dpkernels.engine.trial.findings import Comparison, Finding, Kind, kept_move
 from dpkernels.engine.trial.fingerprints import Fingerprints
 from dpkernels.engine.trial.passes import Passes
 from dpkernels.engine.trial.poisons import EXCHANGED, LARGE, NAN, Poison
-from dpkernels.engine.trial.state import is_buffer, written
+from dpkernels.engine.trial.state import published_as, written
 
 
 class Judge:
@@ -76,8 +76,9 @@ class Judge:
         if place is not None:
             return self._explained(outputs, poison, compared, place)
         for name in kept_moved(base.left, found.left):
-            if is_buffer(self.passes.session.root, name):
-                return Finding.of_buffer(name, poison)
+            published = published_as(self.passes.session.root, name)
+            if published is not None:
+                return Finding.of_published(f"{published} {name!r}", poison)
             if name not in self.book.harmless:
                 self._kept.setdefault(name, poison.of(EXCHANGED))
         if compared.same_shapes and not nan and bool(compared.bits_moved.any()):

@@ -219,14 +219,16 @@ def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
     }
 
 
-def is_buffer(root: nn.Module, name: str) -> bool:
-    """Whether a name of :class:`KeptState` is a buffer's or a frozen parameter's."""
+def published_as(root: nn.Module, name: str) -> str | None:
+    """What a name of :class:`KeptState` is in the model's state dict, "buffer" or "parameter"."""
     module, _, key = name.rpartition(".")
     try:
         owner = root.get_submodule(module)
     except AttributeError:
-        return False
-    return key in owner._buffers or key in owner._parameters
+        return None
+    if key in owner._buffers:
+        return "buffer"
+    return "parameter" if key in owner._parameters else None
 
 
 def _leaves(

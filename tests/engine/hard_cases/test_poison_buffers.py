@@ -103,7 +103,7 @@ def test_frozen_parameters_that_keep_data_are_refused(
     torch.manual_seed(0)
     model = codebook(write, read_from)
     message = refusal(model, [(normal(7, 5, seed=seed),) for seed in range(8)])
-    assert_refused(message, "attribute '1.codes'", Kind.STATE)
+    assert_refused(message, "parameter '1.codes'", Kind.BUFFER)
     assert bool(model[1].codes.isfinite().all()), "no poison stays"
 
 
