@@ -115,7 +115,8 @@ class WholeModelForward(CapturedForward):
         for path, leaf in leaves[1:]:
             square = isinstance(leaf, torch.Tensor) and leaf.shape[:2] == (rows, rows)
             if square and keystr(path) not in self.session.trials.shared:
-                return _SQUARE.format(name=keystr(path[1:]), shape=list(leaf.shape))
+                name = ("kwargs" if path[0] == SequenceKey(1) else "args") + keystr(path[1:])
+                return _SQUARE.format(name=name, shape=list(leaf.shape))
         return None
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
