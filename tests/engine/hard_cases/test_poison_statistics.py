@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dpkernels.engine.trial.findings import Kind
 from tests.engine.hard_cases.refusals import Around, assert_refused, normal, refusal
@@ -167,6 +168,34 @@ def test_padding_to_the_longest_sample_is_refused() -> None:
         return model(*batch).square().sum(1).mean()
 
     assert_private(Padding(True).double(), loss, batch)
+
+
+class Packing(nn.Module):
+    """Runs a recurrent layer on sequences of their own lengths; mean over positions, or masked."""
+
+    def __init__(self, masked: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(5, 4, batch_first=True), nn.Linear(4, 3)
+        self.dropout, self.masked = nn.Dropout(dropout), masked
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        hidden, _ = pad_packed_sequence(self.layer(packed)[0], batch_first=True)
+        hidden = self.dropout(hidden)
+        if not self.masked:
+            return self.head(hidden.mean(1))
+        counts = (torch.arange(hidden.shape[1]) < lengths[:, None])[..., None]
+        return self.head((hidden * counts).sum(1) / lengths[:, None])
+
+
+def test_a_mean_over_padding_behind_a_packed_layer_is_refused() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([2, 6, 3, 1, 4, 3, 2])
+    batches = [(normal(7, 6, 5, seed=seed), lengths) for seed in range(4)]
+    message = refusal(Packing(masked=False), batches)
+    assert_refused(message, "model: the values of output 0 of sample", Kind.STATISTICS)
+    for dropout in (0.0, 0.3):
+        assert refusal(Packing(True, dropout), batches, trial="every") is None
 
 
 class Bags(nn.Module):

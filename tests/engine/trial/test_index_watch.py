@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dpkernels import ops
 from dpkernels.engine.trial.index_watch import IndexWatch
+from dpkernels.ops.fingerprints import reference
 
 LOGITS = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(0, 5, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -67,7 +69,6 @@ def test_labels_that_are_indices(program: Callable[[], object]) -> None:
     lambda: torch.searchsorted(torch.linspace(-1.0, 1.0, 4), LOGITS),
     lambda: torch.zeros(4, 6, 5, dtype=torch.long).copy_(LOGITS),
     lambda: LOGITS.kthvalue(2, -1),
-    lambda: LOGITS.view(torch.int32),
 ])  # fmt: skip
 def test_integers_made_from_floats(program: Callable[[], object]) -> None:
     assert watched(program).from_floats
@@ -77,8 +78,12 @@ def test_integers_made_from_floats(program: Callable[[], object]) -> None:
     lambda: LOGITS.argmax(-1), lambda: LOGITS.max(-1), lambda: LOGITS > 0,
     lambda: LOGITS.double().half(), lambda: LABELS.to(torch.int32), lambda: LABELS.sort(-1),
     lambda: LOGITS.view(4, -1), lambda: torch.zeros(4, 6, 5).copy_(LOGITS),
-    lambda: F.embedding(LABELS + 0, TABLE),
+    lambda: F.embedding(LABELS + 0, TABLE), lambda: LOGITS.view(torch.int32),
+    lambda: ops.fingerprint(LOGITS), lambda: reference.fingerprint(LOGITS),
 ])  # fmt: skip
 def test_what_stays_in_range_or_makes_no_integers(program: Callable[[], object]) -> None:
-    """The place of the largest value is in range also where all are NaN."""
+    """The place of the largest value is in range also where all are NaN.
+
+    Fingerprints, which a trial takes of every layer, make no integers that a model could use.
+    """
     assert not watched(program).from_floats
