@@ -57,8 +57,8 @@ class Passes:
         self.state = KeptState(session.root, book.written if together is None else None)
         self.returned: set[str] = set()
         self.unwatched = False
-        #: number of tensors that passed by in the last pass
-        self._seen = 0
+        #: number of tensors that passed by in the last pass, at first a guess
+        self._seen = 16
         self._run, self._twins = run, Twins(batch, at)
         self._seed = int(torch.randint(2**31, ()))
         self._devices = devices_of(session.root)
