@@ -121,7 +121,7 @@ def test_losses_beside_large_logits_are_refused(name: str, samples: int) -> None
     assert_refused(message, "layer '", Kind.LOSS)
 
 
-@pytest.mark.parametrize("name", sorted(COUPLED.keys() - {"contrastive", "attention"}))
+@pytest.mark.parametrize("name", sorted(COUPLED.keys() - {"contrastive"}))
 def test_losses_over_a_large_batch_are_refused(name: str) -> None:
     torch.manual_seed(0)
     message = refusal(WithLoss(COUPLED[name]), [batch(1000)], own_loss)

@@ -127,23 +127,23 @@ KEEPERS: dict[str, Keeper] = {
 
 
 @pytest.mark.parametrize("name", KEEPERS)
-@pytest.mark.parametrize("samples", [3, 300])
-def test_state_is_refused(name: str, samples: int) -> None:
+def test_state_is_refused_and_left_as_it_was(name: str) -> None:
     torch.manual_seed(0)
     start, read, write, where = KEEPERS[name]
-    message = refusal(Keeping(start, read, write), [(normal(samples, 5),)])
-    assert_refused(message, f"attribute '{where}'", Kind.STATE)
-
-
-@pytest.mark.parametrize("name", KEEPERS)
-def test_state_is_left_as_it_was(name: str) -> None:
-    torch.manual_seed(0)
-    start, read, write, _ = KEEPERS[name]
     model = Keeping(start, read, write)
     held = model.kept
-    refusal(model, [(normal(7, 5),)])
+    message = refusal(model, [(normal(7, 5),)])
+    assert_refused(message, f"attribute '{where}'", Kind.STATE)
     assert model.kept is held
     assert str(model.kept) == str(start())
+
+
+@pytest.mark.parametrize("samples", [3, 2000])
+def test_state_of_few_and_many_samples_is_refused(samples: int) -> None:
+    torch.manual_seed(0)
+    start, read, write, where = KEEPERS["in_place"]
+    message = refusal(Keeping(start, read, write), [(normal(samples, 5),)])
+    assert_refused(message, f"attribute '{where}'", Kind.STATE)
 
 
 @pytest.mark.parametrize("name", KEEPERS)
