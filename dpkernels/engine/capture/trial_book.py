@@ -44,8 +44,10 @@ class TrialBook:
             sample stood; None where it stood nowhere, so that the tensor belongs to everybody.
         unable: kinds of poison that made the model raise an exception.
         shared: arguments of the model that are the same for all samples, by their place.
-        harmless: names of attributes that keep data which no later pass reads.
+        harmless: names of attributes that keep floats which no pass has read; they are NaN in
+            passes with NaN, so that a pass which reads them shows it.
         of_passes: names of attributes that a forward pass of a trial has written.
+        written: names of parameters that the model's own forward pass writes.
         said: warnings given.
         marks: by name, buffers and tensors in attributes as they were at the last trial.
         largest: samples of the largest batch that has passed a trial.
@@ -63,6 +65,7 @@ class TrialBook:
         self.shared: set[str] = set()
         self.harmless: set[str] = set()
         self.of_passes: set[str] = set()
+        self.written: set[str] = set()
         self.said: set[str] = set()
         self.marks: dict[str, Any] = {}
         self.differentiated: set[str] = set()

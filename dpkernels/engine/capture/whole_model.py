@@ -21,8 +21,8 @@ from dpkernels.layers.sequence import arguments_of
 #: a stranger among the arguments may have the batch's length by chance
 _SQUARE = (
     "model: its argument {name} of shape {shape} is taken for one row of each sample, as it has as "
-    "many rows as the batch; if it is the same for every sample, pass it with an axis in front, "
-    "mask[None]"
+    "many rows as the batch; if it is the same for every sample, pass it with an axis in front "
+    "(mask[None])"
 )
 _LIST = (
     "model: its first tensor stands in a list, and the tensor's own axis is taken for the samples; "
@@ -105,8 +105,8 @@ class WholeModelForward(CapturedForward):
         """
         axis = self.session.axis
         for path, leaf in tree_flatten_with_path(batch, is_leaf=is_packed)[0]:
-            batched = isinstance(leaf, torch.Tensor) and leaf.ndim > axis
-            if batched and leaf.shape[axis] not in (1, rows):
+            tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > axis
+            if tensor and leaf.shape[axis] not in (1, rows):
                 self.session.trials.shared.add(keystr(path))
 
     def _square(self, batch: Any, rows: int) -> str | None:

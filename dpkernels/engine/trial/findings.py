@@ -54,6 +54,12 @@ class Kind(Enum):
         "each sample's gradient by itself (g.flatten(1).norm(dim=1)), or drop the hook: clipping "
         "bounds what every sample can do"
     )
+    OUTPUT = (
+        "The model returns a tensor that has no row for each sample, and in which samples meet (a "
+        "mean or a product over the batch, a softmax over all samples' tokens), or its backward "
+        "pass couples samples by a hook. Return outputs [batch, ...], each row of one sample, and "
+        "take means over samples in the loss"
+    )
     BRANCH = (
         "The model branches on its batch: a condition on all samples decides for each. Decide for "
         "every sample by itself (torch.where), or by a constant chosen before training"
@@ -114,8 +120,8 @@ class Finding:
         return f"{self.where}: {self.what}. {self.kind.value}"
 
     @classmethod
-    def of_buffer(cls, where: str, poison: Poison) -> Finding:
-        """What the forward pass leaves in a buffer or frozen parameter depends on samples."""
+    def of_published(cls, where: str, poison: Poison) -> Finding:
+        """What the forward pass leaves in a buffer or parameter depends on samples."""
         what = (
             f"what the forward pass leaves in it moves when {poison} replaced, so it keeps private "
             "data that nothing clips or adds noise to"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,8 +13,7 @@ from dpkernels.engine.capture.session import CRITERION, Sink
 from dpkernels.layers.operands import Operand, StoredOperand
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """One tensor that passed by.
 
     Attributes:
@@ -57,10 +55,15 @@ class Fingerprints(Sink):
         samples: number of samples.
         name_of: the name of a parameter.
         keep: place of a tensor to keep a copy of; None: none.
+        room: number of tensors for which there is room in the block at first.
     """
 
     def __init__(
-        self, samples: int, name_of: Callable[[nn.Parameter], str], keep: int | None = None
+        self,
+        samples: int,
+        name_of: Callable[[nn.Parameter], str],
+        keep: int | None = None,
+        room: int = 16,
     ) -> None:
         super().__init__()
         self.kept: torch.Tensor | None = None
@@ -71,25 +74,29 @@ class Fingerprints(Sink):
         self.drawn: tuple[Any, ...] = ()
         self._name_of = name_of
         self._count = samples
+        self._room = room
         self._bits = torch.empty(0, samples, 2, dtype=torch.int64)
         self._moments = torch.empty(0, samples, 3, dtype=torch.float64)
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
         if samples != self._count or rows.shape[0] % samples:
             return
-        by_sample = rows.detach()
-        if len(rows) != samples:
-            by_sample = by_sample.unflatten(0, (samples, -1))
-        bits, moments = ops.fingerprint(by_sample)
         place = len(self.seen)
         if place == self._keep:
             self.kept = rows.detach().clone()
-        if place >= len(self._bits):
-            more = max(place, 64)
-            self._bits = torch.cat([self._bits, self._bits.new_empty(more, samples, 2)])
-            self._moments = torch.cat([self._moments, self._moments.new_empty(more, samples, 3)])
-        self._bits[place], self._moments[place] = bits, moments
+        if place == len(self._bits):
+            self._grow(rows.device)
+        by_sample = rows if len(rows) == samples else rows.detach().unflatten(0, (samples, -1))
+        self._bits[place], self._moments[place] = ops.fingerprint(by_sample)
         self.seen.append(Seen(layer, kind, self.backward, rows.shape, rows.dtype))
+
+    def _grow(self, device: torch.device) -> None:
+        """Make room for more tensors, on the device where tensors are: nobody waits for it."""
+        more = max(len(self._bits), self._room)
+        self._bits, self._moments = (
+            torch.cat([block.to(device), block.new_empty(more, *block.shape[1:], device=device)])
+            for block in (self._bits, self._moments)
+        )
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         if isinstance(operand, StoredOperand):
@@ -99,9 +106,9 @@ class Fingerprints(Sink):
     @property
     def bits(self) -> torch.Tensor:
         """int64 [seen, samples, 2]."""
-        return self._bits[: len(self.seen)]
+        return self._bits[: len(self.seen)].cpu()
 
     @property
     def moments(self) -> torch.Tensor:
         """float64 [seen, samples, 3]: sum, sum of squares, sum with signs by position."""
-        return self._moments[: len(self.seen)]
+        return self._moments[: len(self.seen)].cpu()

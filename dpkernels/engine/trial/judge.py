@@ -12,7 +12,7 @@ from dpkernels.engine.trial.findings import Comparison, Finding, Kind, kept_move
 from dpkernels.engine.trial.fingerprints import Fingerprints
 from dpkernels.engine.trial.passes import Passes
 from dpkernels.engine.trial.poisons import EXCHANGED, LARGE, NAN, Poison
-from dpkernels.engine.trial.state import kind_of_state, written
+from dpkernels.engine.trial.state import published_as, written
 
 
 class Judge:
@@ -43,6 +43,10 @@ class Judge:
             self._base[outputs] = None, self.passes.watch(None, outputs)
         return self._base[outputs][1]
 
+    def forget(self) -> None:
+        """Forget the passes so far: what they left is not put back."""
+        self._base.clear()
+
     def _compared_with(self, outputs: str, side: torch.Tensor) -> Fingerprints:
         """The pass with which passes over a batch that is poisoned in one side are compared."""
         if outputs not in self._base:
@@ -72,9 +76,9 @@ class Judge:
         if place is not None:
             return self._explained(outputs, poison, compared, place)
         for name in kept_moved(base.left, found.left):
-            kind = kind_of_state(self.passes.session.root, name)
-            if kind != "attribute":
-                return Finding.of_buffer(f"{kind} {name!r}", poison)
+            published = published_as(self.passes.session.root, name)
+            if published is not None:
+                return Finding.of_published(f"{published} {name!r}", poison)
             if name not in self.book.harmless:
                 self._kept.setdefault(name, poison.of(EXCHANGED))
         if compared.same_shapes and not nan and bool(compared.bits_moved.any()):
@@ -104,6 +108,8 @@ class Judge:
                     self.clean(outputs), others, ~poison.samples
                 ).same_input(seen.layer)
         kind = Kind.of(seen, same_input)
+        if kind is Kind.BACKWARD and self.passes.unwatched:
+            kind = Kind.OUTPUT
         if kind is Kind.STATISTICS and self.passes.together is None and seen.layer:
             axis = self._axis(outputs, poison, place)
             if axis:
@@ -202,7 +208,8 @@ class Judge:
     def read_later(self, outputs: str) -> Finding | None:
         """Whether a pass reads what another left in attributes, so that a record moves later steps.
 
-        What is kept and never read (attention maps for a picture) is left alone.
+        What is kept and not read (attention maps for a picture) is left alone. A model may begin to
+        read at a later step: what can be NaN is NaN in later trials, other things are tried again.
         """
         if not self.passes.any_says(bool(self._kept)):
             return None
@@ -222,7 +229,8 @@ class Judge:
         if compared.differs() or bool(compared.bits_moved.any()):
             what = f"what a forward pass leaves there moves the next pass when {poison} replaced"
             return Finding(f"attribute {names}", what, Kind.STATE)
-        self.book.harmless |= self._kept.keys()
+        if NAN not in self.book.unable:
+            self.book.harmless |= self.passes.state.floats(self._kept)
         return None
 
     def _read_now(self, outputs: str, poison: Poison) -> Finding | None:

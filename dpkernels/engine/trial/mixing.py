@@ -129,7 +129,11 @@ class _Trial:
             # on a GPU, an index made from NaN would end the process
             on_gpu = self.passes.session.anchor.is_cuda
             with watch if on_gpu else contextlib.nullcontext():
-                self.judge.clean(BATCHED)
+                written = self.passes.find_written_parameters(
+                    lambda: self.judge.clean(BATCHED), self.book.written
+                )
+            if written:
+                self.judge.forget()
             if self.passes.any_says(watch.from_floats):
                 self.book.unable |= {NAN, LARGE}
             if self.passes.any_says(watch.from_labels):
@@ -153,23 +157,28 @@ class _Trial:
         """Which outputs are differentiated and what is poisoned, pass by pass.
 
         A first trial poisons both sides of a split, by NaN and by the other kinds, and deals out
-        every kind; a later one poisons one side.
+        every kind; a later one poisons one side. Every third trial poisons all samples but one:
+        other samples may agree on what one alone decides (``(x > 1).any()``).
         """
-        turn = self.book.turn
-        bits = max(1, (self.at.samples - 1).bit_length())
-        ones = (torch.arange(self.at.samples) >> (turn % bits)) % 2 == 1
-        side, other = (ones, ~ones) if (turn // bits) % 2 == 0 else (~ones, ones)
+        turn, samples = self.book.turn, self.at.samples
         outputs = self._outputs()
+        if not self._whole and turn % 3 == 2:
+            one = torch.arange(samples) == turn % samples
+            yield from ((each, Poison(~one, kinds, turn)) for each in outputs)
+            return
+        halves, bits = turn - turn // 3, max(1, (samples - 1).bit_length())
+        ones = (torch.arange(samples) >> (halves % bits)) % 2 == 1
+        side, other = (ones, ~ones) if (halves // bits) % 2 == 0 else (~ones, ones)
         if not self._whole:
             yield from ((each, Poison(side, kinds, turn)) for each in outputs)
             return
-        for samples in (side, other):
-            yield outputs[-1], Poison(samples, (NAN,))
+        for poisoned in (side, other):
+            yield outputs[-1], Poison(poisoned, (NAN,))
         for place, each in enumerate(outputs):
             dealt, last = 0, place == len(outputs) - 1
-            for number, samples in enumerate([other, side] * len(kinds)):
-                yield each, Poison(samples, kinds, turn + dealt)
-                dealt += int(samples.sum())
+            for number, poisoned in enumerate([other, side] * len(kinds)):
+                yield each, Poison(poisoned, kinds, turn + dealt)
+                dealt += int(poisoned.sum())
                 if not self.passes.any_says(number == 0 or (last and dealt < len(kinds))):
                     break
 

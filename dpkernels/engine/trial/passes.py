@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from dpkernels.engine.capture.argument_copies import argument_copy
-from dpkernels.engine.capture.layer import is_packed
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, TrialBook, output_kind
 from dpkernels.engine.trial.batch_rows import BatchRows
 from dpkernels.engine.trial.fingerprints import Fingerprints
-from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, poisoned
-from dpkernels.engine.trial.state import KeptState
+from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, Twins
+from dpkernels.engine.trial.state import KeptState, parameter_fingerprints
 
 
 class Passes:
@@ -43,6 +40,7 @@ class Passes:
     Attributes:
         state: what the model kept before the first pass.
         returned: kinds of outputs that the model has returned in the passes so far.
+        unwatched: whether an output is no loss, and has no row for each sample.
     """
 
     def __init__(
@@ -56,9 +54,12 @@ class Passes:
     ):
         self.session, self.batch, self.at = session, batch, at
         self.book, self.together = book, together
-        self.state = KeptState(session.root)
+        self.state = KeptState(session.root, book.written if together is None else None)
         self.returned: set[str] = set()
-        self._run = run
+        self.unwatched = False
+        #: number of tensors that passed by in the last pass, at first a guess
+        self._seen = 16
+        self._run, self._twins = run, Twins(batch, at)
         self._seed = int(torch.randint(2**31, ()))
         self._devices = devices_of(session.root)
 
@@ -82,7 +83,7 @@ class Passes:
         """
         session = self.session
         name_of = session.guards.names.get
-        found = Fingerprints(self.at.samples, lambda p: name_of(id(p), "?"), keep)
+        found = Fingerprints(self.at.samples, lambda p: name_of(id(p), "?"), keep, room=self._seen)
         sink = session.sink
         try:
             if after is not None:
@@ -98,6 +99,7 @@ class Passes:
             if session.anchor.is_cuda:  # a model may work on streams of its own
                 torch.cuda.synchronize(session.anchor.device)
             found.left = self.state.changed()
+            self._seen = len(found.seen)
         finally:
             session.sink = sink
             self.state.put_back()
@@ -130,6 +132,27 @@ class Passes:
             self.book.unable |= {refused} - {EXCHANGED}
         return None
 
+    def find_written_parameters(self, run: Callable[[], Any], written: set[str]) -> bool:
+        """Whether passes write parameters: their names are added, and are state from now on.
+
+        Args:
+            run: makes a pass over the batch as it is.
+            written: names of parameters; grows.
+        """
+        if self.together is not None:  # parameters are in shards
+            run()
+            return False
+        root = self.session.root
+        before = parameter_fingerprints(root)
+        run()
+        after = parameter_fingerprints(root)
+        found = {name for name in after if not torch.equal(after[name], before[name])}
+        if found - written:
+            written |= found
+            self.state = KeptState(root, written)
+            return True
+        return False
+
     def any_says(self, here: bool) -> bool:
         """Whether any of the processes that go together says yes."""
         return here if self.together is None else self.together(here)
@@ -138,8 +161,7 @@ class Passes:
         self._seed_torch(self._seed)
         random.seed(self._seed)
         np.random.seed(self._seed)  # noqa: NPY002 - models use it
-        batch = poisoned(self.batch, self.at, poison)
-        return self._run(tree_map(argument_copy, batch, is_leaf=is_packed))
+        return self._run(self._twins.poisoned(poison))
 
     def _seed_torch(self, seed: int) -> None:
         """Seed the generators that :func:`nothing_stays` restores (torch.manual_seed: all)."""
@@ -161,9 +183,12 @@ class Passes:
                 found.saw("", f"values of output {place}", rows, at.samples)
 
     def _is_batched(self, output: torch.Tensor) -> bool:
-        """Whether an output has the samples on their axis: a hidden state [layers, samples, ...]
-        may have as many layers as there are samples."""
-        return self.at.holds(output) and sum(n == self.at.rows for n in output.shape) == 1
+        """Whether an output has the samples on their axis.
+
+        Not so a hidden state [layers, samples, width] of as many layers as there are samples.
+        """
+        ambiguous = output.ndim == 3 and output.shape[0] == output.shape[1]
+        return self.at.holds(output) and not ambiguous
 
     def _backward(
         self, found: Fingerprints, outputs: list[torch.Tensor], poison: Poison | None, wanted: str
@@ -171,6 +196,8 @@ class Passes:
         trained = [t for t in outputs if t.requires_grad]
         kinds = {output_kind(t, self.at.axis) for t in trained}
         self.returned |= kinds
+        rows = [t for t in trained if output_kind(t, self.at.axis) == BATCHED]
+        self.unwatched |= not all(map(self._is_batched, rows))
         if len(kinds) == 1:
             (wanted,) = kinds
         found.backward = wanted
@@ -211,16 +238,15 @@ def _gradients_kept(outputs: list[torch.Tensor]) -> Iterator[None]:
 def _leaves_behind(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The leaves that a backward pass from outputs reaches."""
     leaves = [t for t in outputs if t.grad_fn is None]
-    queue = [t.grad_fn for t in outputs]
-    seen: set[Any] = set()
+    queue: list[Any] = [t.grad_fn for t in outputs]
+    seen: set[Any] = {None}
     while queue:
         node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        queue += [below for below, _ in node.next_functions]
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)  # type: ignore[attr-defined]
+        if node not in seen:
+            seen.add(node)
+            queue += [below for below, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
     return leaves
 
 

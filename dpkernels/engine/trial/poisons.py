@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_unflatten,
+)
 
+from dpkernels.engine.capture.argument_copies import argument_copy
 from dpkernels.engine.capture.layer import is_packed, leaves_of
 from dpkernels.engine.trial.batch_rows import BatchRows, dense, owners
 
@@ -70,74 +76,89 @@ class Poison:
         return f"samples {', '.join(map(str, poisoned[:3]))}{more} are"
 
     def deal(self) -> Deal:
-        """What becomes of each sample."""
-        place = self.samples.cumsum(0) - 1 + self.turn
-        clean = (~self.samples).nonzero().flatten()
-        sources = torch.where(self.samples, clean[place % len(clean)], torch.arange(len(place)))
+        """What becomes of the poisoned samples."""
+        moved, clean = (which.nonzero().flatten() for which in (self.samples, ~self.samples))
+        sources = clean[(torch.arange(len(moved)) + self.turn) % len(clean)]
+        kinds = len(self.kinds)
         turns = {
-            kind: self.samples & (place % len(self.kinds) == n) for n, kind in enumerate(self.kinds)
+            kind: moved[(number - self.turn) % kinds :: kinds]
+            for number, kind in enumerate(self.kinds)
         }
-        return Deal(turns, sources, self.factor, self.keep_lengths)
+        return Deal(moved, sources, turns, self.factor, self.keep_lengths)
 
 
 @dataclass(frozen=True)
 class Deal:
-    """What becomes of each row of a batch.
+    """What becomes of the rows of a batch that are poisoned, which are given by their places.
 
     Attributes:
-        turns: by kind, bool [rows]: the rows that get it.
-        sources: [rows]: the row whose values each row has.
+        moved: places of all poisoned rows.
+        sources: for each of them the place of the row whose values it gets, which is not poisoned.
+        turns: by kind, places of the rows that get it.
         factor, keep_lengths: see :class:`Poison`.
     """
 
-    turns: dict[str, torch.Tensor]
+    moved: torch.Tensor
     sources: torch.Tensor
+    turns: dict[str, torch.Tensor]
     factor: float
     keep_lengths: bool
-
-    def to(self, device: torch.device) -> Deal:
-        turns = {kind: rows.to(device) for kind, rows in self.turns.items()}
-        return replace(self, turns=turns, sources=self.sources.to(device))
 
     def steps(self, packed: PackedSequence) -> Deal:
         """The same for the steps of a packed sequence; an exchanged step is its source's first."""
         owner, count = owners(packed), int(packed.batch_sizes[0])
         first = torch.empty(count, dtype=torch.long)
         first[owner[:count]] = torch.arange(count)
-        turns = {kind: samples[owner] for kind, samples in self.turns.items()}
-        moved = torch.stack(list(turns.values())).any(0)
-        sources = torch.where(moved, first[self.sources[owner]], torch.arange(len(owner)))
-        return replace(self, turns=turns, sources=sources)
+        source = torch.arange(count)
+        source[self.moved] = self.sources
+        moved = torch.isin(owner, self.moved).nonzero().flatten()
+        turns = {
+            kind: torch.isin(owner, samples).nonzero().flatten()
+            for kind, samples in self.turns.items()
+        }
+        return replace(self, moved=moved, sources=first[source[owner[moved]]], turns=turns)
 
 
-def poisoned(batch: Any, at: BatchRows, poison: Poison | None) -> Any:
-    """A copy of a batch with some samples poisoned; all tensors are detached copies.
+class Twins:
+    """Copies of a batch, poisoned.
 
     Args:
         batch: nested arguments of a model.
         at: where the batch has its samples.
-        poison: None copies only.
     """
-    leaves, spec = tree_flatten_with_path(batch, is_leaf=is_packed)
-    labels = label_places(batch, at)
-    deal = None if poison is None else poison.deal()
-    twins = []
-    for place, (_, leaf) in enumerate(leaves):
+
+    def __init__(self, batch: Any, at: BatchRows) -> None:
+        self._leaves, self._spec = tree_flatten(batch, is_leaf=is_packed)
+        self._labels = label_places(batch, at)
+        self._at = at
+
+    def poisoned(self, poison: Poison | None) -> Any:
+        """A copy of the batch: tensors are detached, the rest as by :func:`argument_copy`.
+
+        Args:
+            poison: None copies only.
+        """
+        deal = None if poison is None else poison.deal()
+        twins = [self._twin(place, leaf, deal) for place, leaf in enumerate(self._leaves)]
+        return tree_unflatten(twins, self._spec)
+
+    def _twin(self, place: int, leaf: Any, deal: Deal | None) -> Any:
+        at = self._at
         if isinstance(leaf, PackedSequence):
             data = _copied(leaf.data)
             if deal is not None:
                 _spoil(data.detach()[:, None], deal.steps(leaf), is_labels=False)
-            leaf = PackedSequence(data, *leaf[1:])
-        elif isinstance(leaf, torch.Tensor):
-            holds, layout, leaf = at.holds(leaf), leaf.layout, _copied(leaf)
-            if deal is not None and holds:
-                values = dense(leaf.detach())
-                rows = values.movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
-                _spoil(rows, deal, is_labels=place in labels)
-                if layout != torch.strided:
-                    leaf = values.to_sparse(layout=layout).requires_grad_(leaf.requires_grad)
-        twins.append(leaf)
-    return tree_unflatten(twins, spec)
+            return PackedSequence(data, *leaf[1:])
+        if not isinstance(leaf, torch.Tensor):
+            return argument_copy(leaf)
+        twin = _copied(leaf)
+        if deal is not None and at.holds(leaf):
+            values = dense(twin.detach())
+            rows = values.movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
+            _spoil(rows, deal, is_labels=place in self._labels)
+            if leaf.layout != torch.strided:
+                twin = values.to_sparse(layout=leaf.layout).requires_grad_(leaf.requires_grad)
+        return twin
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,28 +196,31 @@ def _spoil(rows: torch.Tensor, deal: Deal, is_labels: bool) -> None:
     if not rows.numel():
         return
     floats = rows.is_floating_point() or rows.is_complex()
-    deal = deal.to(rows.device)
     if NAN in deal.turns:
         if floats:
-            rows[deal.turns[NAN]] = torch.nan
+            rows[deal.moved] = torch.nan
         return
     lengths = deal.keep_lengths and not floats
-    given = rows.clone()
-    moved = torch.stack(list(deal.turns.values())).any(0)
-    rows[moved] = given[deal.sources[moved]]
+    given = rows.clone() if lengths else rows
+    large = deal.turns.get(LARGE) if floats else None
+    scale = 1.0 if large is None else _largest(rows)
+    rows[deal.moved] = rows[deal.sources]
     if BLANK in deal.turns and not lengths:
         rows[deal.turns[BLANK]] = 0
-    if LARGE in deal.turns and floats:
-        large = deal.turns[LARGE]
-        scale = given.abs().nan_to_num(0.0, 0.0, 0.0).max().double()
-        scale = scale.where(scale > 0, 1.0)
+    if large is not None:
         values = rows[large].to(torch.promote_types(rows.dtype, torch.float64)) + scale
         top = torch.finfo(rows.dtype).max / 8
-        rows[large] = (values * min(deal.factor, float(top / scale))).to(rows.dtype)
+        rows[large] = (values * min(deal.factor, top / scale)).to(rows.dtype)
     if IGNORED in deal.turns and is_labels:
         flat = rows[deal.turns[IGNORED]].flatten(1)
         flat[:, flat.shape[1] // 2 :] = _IGNORE_INDEX
         rows[deal.turns[IGNORED]] = flat.view(-1, *rows.shape[1:])
     if lengths:
         still = (given == given[..., :1]) | (given == given[..., -1:])
-        rows.copy_(torch.where(still | still[deal.sources], given, rows))
+        stays = still[deal.moved] | still[deal.sources]
+        rows[deal.moved] = torch.where(stays, given[deal.moved], rows[deal.moved])
+
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest size of a finite value; 1 where all are zero."""
+    return float(values.abs().nan_to_num_(0.0, 0.0, 0.0).max()) or 1.0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from dpkernels import ops
 
 #: attributes of every module that are no state of a model's own
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward"}
@@ -37,27 +40,30 @@ class KeptState:
     """What a model keeps, as it was when this object was made; a trial puts it back.
 
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
-    lists, dicts, sets, deques, tuples, partial functions, and inside objects that keep such data.
-    Frozen parameters belong to it where they are no larger than the trained: a teacher's, which a
-    forward pass may move after the trained.
+    lists, dicts, sets, deques, tuples, partial functions, and inside objects that keep nothing else
+    or hold a tensor. Other objects are left alone: one may lead to a whole data set, and FSDP keeps
+    in its own that parameters are sharded.
+
+    Args:
+        root: the model.
+        parameters: names of parameters that count as state, since forward passes write them. One
+            replaced by another parameter counts as well; None: no parameter does.
     """
 
-    def __init__(self, root: nn.Module):
+    def __init__(self, root: nn.Module, parameters: Collection[str] | None = None):
         self.root = root
+        self._modules = list(root.modules())
+        self._parameters = parameters
+        self._held = dict(root.named_parameters(remove_duplicate=False))
         #: each container with its content
         self._contents: list[tuple[Any, Any]] = []
-        #: by name: number, or tensor with its version and a copy of its values
+        #: by name, a number or tensor
         self._values: dict[str, Any] = {}
-        self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._copies: dict[int, _Copy] = {}
         self._generators: list[tuple[Any, Any]] = []
-        #: by name, frozen parameters, each with its tensor and a copy of its values
-        self._frozen = {
-            name: (parameter, parameter.detach(), parameter.detach().clone())
-            for name, parameter in _teachers(root)
-        }
         for name, value in self._walk(self._note):
             if isinstance(value, torch.Tensor):
-                self._copies.setdefault(id(value), (value, _version(value), value.detach().clone()))
+                self._copies.setdefault(id(value), _Copy(value))
             self._values[name] = value
 
     def put_back(self) -> None:
@@ -65,45 +71,60 @@ class KeptState:
         for container, content in self._contents:
             _fill(container, content)
         with torch.no_grad():
-            for tensor, version, copy in self._copies.values():
-                if _version(tensor) != version:
-                    tensor.detach().copy_(copy)
-            for parameter, tensor, copy in self._frozen.values():
-                if parameter.data_ptr() != tensor.data_ptr():
-                    parameter.data = tensor
-                if _moved(tensor, copy):
-                    tensor.copy_(copy)
+            for copy in self._copies.values():
+                copy.put_back()
         for generator, state in self._generators:
             _set_state(generator, state)
 
     def changed(self) -> dict[str, Any]:
         """By name, the tensors (detached copies) and numbers that are not as they were."""
         found: dict[str, Any] = {}
+        if self._untouched():
+            return found
         for name, value in self._walk(lambda container: None):
             was = self._values.get(name)
             if isinstance(value, torch.Tensor):
                 kept = self._copies.get(id(value))
-                as_it_was = was is value and kept is not None and kept[1] == _version(kept[0])
-                if not as_it_was:
+                if was is not value or kept is None or kept.written():
                     found[name] = value.detach().clone()
             elif name not in self._values or not _equal(was, value):
                 found[name] = value
-        for name, (parameter, _, copy) in self._frozen.items():
-            if _moved(parameter, copy):
-                found[name] = parameter.detach().clone()
         return found
 
+    def floats(self, names: Iterable[str]) -> set[str]:
+        """Those of some names that :meth:`spoil` can make NaN."""
+        return {
+            name
+            for name in names
+            if (isinstance(value := self._values.get(name), torch.Tensor) and _is_float(value))
+            or (isinstance(value, float) and self._owner(name) is not None)
+        }
+
     def spoil(self, names: Iterable[str]) -> None:
-        """Make floats that the model keeps NaN; a pass that reads them then shows it."""
-        for name in names:
-            value = self._values.get(name)
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
+        """Make floats that the model keeps NaN; a pass that reads them shows it."""
+        for name in self.floats(names):
+            value = self._values[name]
+            if isinstance(value, torch.Tensor):
                 value.detach().fill_(torch.nan)
-            elif isinstance(value, float):
-                module, _, key = name.rpartition(".")
-                owner = dict(self.root.named_modules()).get(module)
-                if owner is not None:
-                    owner.__dict__[key] = math.nan
+            else:
+                self._owner(name).__dict__[name.rpartition(".")[2]] = math.nan
+
+    def _owner(self, name: str) -> nn.Module | None:
+        """The module that has an attribute of this name."""
+        module, _, key = name.rpartition(".")
+        owner = dict(self.root.named_modules()).get(module)
+        return owner if owner is not None and key in vars(owner) else None
+
+    def _untouched(self) -> bool:
+        """Whether every container holds the very objects that it held, and no tensor was written.
+
+        Most passes touch nothing, and looking at what containers hold by name takes longer.
+        """
+        return (
+            _are_same(list(self.root.modules()), self._modules)
+            and all(_holds(container, content) for container, content in self._contents)
+            and not any(copy.written() for copy in self._copies.values())
+        )
 
     def marks(self) -> dict[str, Mark]:
         """By name, what tells whether a tensor is still the same and was not written since."""
@@ -129,6 +150,13 @@ class KeptState:
             module = modules.pop(name)
             prefix = f"{name}." if name else ""
             note(vars(module))
+            if self._parameters is not None:
+                note(module._parameters)
+                for key, parameter in module._parameters.items():
+                    path = f"{prefix}{key}"
+                    is_state = path in self._parameters or self._held.get(path) is not parameter
+                    if parameter is not None and is_state:
+                        yield path, parameter
             for key in _HOOKS:
                 if vars(module).get(key) is not None:
                     note(vars(module)[key])
@@ -146,6 +174,42 @@ class KeptState:
                         yield below, leaf
 
 
+def parameter_fingerprints(root: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, sums of bit patterns that tell whether a parameter was written: its memory is not
+    copied, as a frozen backbone may be large."""
+    return {
+        name: ops.fingerprint(parameter.detach().reshape(1, -1))[0]
+        for name, parameter in root.named_parameters()
+        if parameter.numel() and parameter.layout == torch.strided
+    }
+
+
+class _Copy:
+    """A tensor, its memory, and a copy of its values.
+
+    What is written through ``tensor.data``, or through an array that shares memory, does not count
+    in the tensor's version: values are compared.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self._memory = tensor, tensor.detach()
+        self._values, self._at = self._memory.clone(), _version(tensor)
+
+    def written(self) -> bool:
+        """Whether the tensor has other values, or other memory."""
+        if self.tensor.layout != torch.strided:  # sparse ones cannot be compared
+            return _version(self.tensor) != self._at
+        moved = self.tensor.data_ptr() != self._memory.data_ptr()
+        return moved or not torch.equal(self.tensor.detach(), self._values)
+
+    def put_back(self) -> None:
+        """Give the tensor its memory and values back."""
+        if self.written():
+            self.tensor.data = self._memory
+            self._memory.copy_(self._values)
+            self._at = _version(self.tensor)
+
+
 def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
     """Names of tensors that were written, or replaced by others, between two times."""
     return {
@@ -155,38 +219,28 @@ def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
     }
 
 
-def kind_of_state(root: nn.Module, name: str) -> str:
-    """What a name of :class:`KeptState` names: "buffer", "frozen parameter" or "attribute"."""
+def published_as(root: nn.Module, name: str) -> str | None:
+    """What a name of :class:`KeptState` is in the model's state dict, "buffer" or "parameter"."""
     module, _, key = name.rpartition(".")
     try:
         owner = root.get_submodule(module)
     except AttributeError:
-        return "attribute"
-    if key in owner._parameters:
-        return "frozen parameter"
-    return "buffer" if key in owner._buffers else "attribute"
-
-
-def _teachers(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The frozen parameters, unless they are larger than the trained: a backbone's."""
-    parameters = list(root.named_parameters())
-    frozen = [(n, p) for n, p in parameters if not p.requires_grad and type(p.data) is torch.Tensor]
-    trained = sum(p.numel() for _, p in parameters if p.requires_grad)
-    return frozen if sum(p.numel() for _, p in frozen) <= trained else []
-
-
-def _moved(tensor: torch.Tensor, copy: torch.Tensor) -> bool:
-    """Whether a tensor has other values than its copy."""
-    return tensor.shape != copy.shape or not torch.equal(tensor, copy)
+        return None
+    if key in owner._buffers:
+        return "buffer"
+    return "parameter" if key in owner._parameters else None
 
 
 def _leaves(
     path: str, value: Any, note: Callable[[Any], None], seen: set[int], depth: int
 ) -> Iterator[tuple[str, Any]]:
     """Tensors, numbers and modules in an attribute, by name."""
+    if isinstance(value, _NUMBERS):  # most attributes are
+        yield path, value
+        return
     if value is None or isinstance(value, _NO_STATE):
         return
-    if isinstance(value, (torch.Tensor, *_NUMBERS)):
+    if isinstance(value, torch.Tensor):
         yield path, value
         return
     if depth == 0 or id(value) in seen:
@@ -208,6 +262,7 @@ def _leaves(
             yield from _leaves(f"{dot}{key}", below, note, seen, depth - 1)
     elif isinstance(value, set):
         note(value)
+        yield path, frozenset(value)
     elif isinstance(value, (list, tuple, deque)):
         if not isinstance(value, tuple):
             note(value)
@@ -233,17 +288,8 @@ def _is_record(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    plain = (
-        torch.Tensor,
-        np.ndarray,
-        str,
-        bytes,
-        type(None),
-        *_NUMBERS,
-        *_CONTAINERS,
-        *_GENERATORS,
-    )
-    return isinstance(value, plain)
+    plain = (torch.Tensor, np.ndarray, str, bytes, type(None))
+    return isinstance(value, (*plain, *_NUMBERS, *_CONTAINERS, *_GENERATORS))
 
 
 def _has_tensor(value: Any) -> bool:
@@ -257,23 +303,34 @@ def _content(container: Any) -> Any:
     """What a container holds, to be filled in again by :func:`_fill`."""
     if isinstance(container, np.ndarray):
         return container.copy()
-    if _is_of_module(container):
-        return {key: value for key, value in container.items() if key not in _MODULES_OWN}
     return dict(container) if isinstance(container, dict) else list(container)
 
 
+def _holds(container: Any, content: Any) -> bool:
+    """Whether a container holds this content, in the same order."""
+    if isinstance(container, np.ndarray):
+        return _equal(container, content)
+    if isinstance(container, dict) and not _are_same(container.values(), content.values()):
+        return False
+    return _are_same(container, content)
+
+
+def _are_same(some: Collection[Any], others: Collection[Any]) -> bool:
+    """Whether two collections have the very same objects, in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def _fill(container: Any, content: Any) -> None:
+    if _holds(container, content):
+        return
     if isinstance(container, np.ndarray):
         container[...] = content
     elif isinstance(container, dict):
         own = _MODULES_OWN if _is_of_module(container) else ()
-        now = {key: value for key, value in container.items() if key not in own}
-        if list(now) == list(content) and all(now[key] is content[key] for key in now):
-            return
-        for key in now:
+        for key in [key for key in container if key not in own]:
             del container[key]
-        container.update(content)
-    elif len(container) != len(content) or any(a is not b for a, b in zip(container, content)):
+        container.update({key: value for key, value in content.items() if key not in own})
+    else:
         container.clear()
         (container.update if isinstance(container, set) else container.extend)(content)
 
@@ -281,6 +338,10 @@ def _fill(container: Any, content: Any) -> None:
 def _is_of_module(container: dict[str, Any]) -> bool:
     """Whether a dict is the ``__dict__`` of a module."""
     return isinstance(container, dict) and "_parameters" in container and "_modules" in container
+
+
+def _is_float(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from dpkernels.engine.trial.findings import Kind
 from tests.engine.hard_cases.refusals import Around, assert_refused, normal, refusal
-from tests.engine.support import squared_loss, values
+from tests.engine.support import Call, squared_loss, values
 from tests.engine.truth import assert_private
 
 
@@ -206,6 +206,32 @@ def test_sequence_first_in_the_place_of_batch_first_is_refused(name: str, sample
 def test_batch_first_is_private(name: str) -> None:
     torch.manual_seed(0)
     assert_private(Sequences(SEQUENCES[name](True)).double(), squared_loss, (values(4, 4, 5),))
+
+
+UNROWED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": lambda y: y.mean(0),
+    "kept_mean": lambda y: y.mean(0, keepdim=True),
+    "covariance": lambda y: y.flatten(0, 1).T @ y.flatten(0, 1),
+    "tokens": lambda y: y.flatten(0, 1).softmax(0),
+    "centred_tokens": lambda y: y.flatten(0, 1) - y.mean((0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", UNROWED)
+def test_outputs_without_a_row_for_each_sample(name: str) -> None:
+    torch.manual_seed(0)
+    model = Call(nn.Linear(5, 4), lambda layer, x: UNROWED[name](layer(x)))
+    message = refusal(model, [(normal(7, 6, 5),)], lambda m, b: m(*b).square().sum())
+    assert_refused(message, "layer 'module': the backprops", Kind.OUTPUT)
+
+
+def test_tokens_of_all_samples_in_one_axis_are_private() -> None:
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return model(*batch).square().sum(1).mean()
+
+    torch.manual_seed(0)
+    model = Call(nn.Linear(5, 4), lambda layer, x: layer(x).flatten(0, 1)).double()
+    assert_private(model, loss, (values(7, 6, 5),))
 
 
 def centred(h: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dpkernels.engine.trial.findings import Kind
 from tests.engine.hard_cases.refusals import Around, assert_refused, normal, refusal
@@ -93,7 +94,7 @@ STATISTICS: dict[str, Program] = {
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-@pytest.mark.parametrize("samples", [3, 64])
+@pytest.mark.parametrize("samples", [3, 7])
 def test_statistics_are_refused(name: str, samples: int) -> None:
     torch.manual_seed(0)
     batches = [(normal(samples, 5, seed=seed),) for seed in range(4)]
@@ -101,7 +102,22 @@ def test_statistics_are_refused(name: str, samples: int) -> None:
     assert_refused(message, "layer 'second': the activations of sample", Kind.STATISTICS)
 
 
-@pytest.mark.parametrize("name", STATISTICS)
+#: in which one sample of many counts for little
+LITTLE = (
+    "max",
+    "mean",
+    "std",
+    "median",
+    "quantile",
+    "sum",
+    "batch_norm",
+    "softmax",
+    "count",
+    "gram",
+)
+
+
+@pytest.mark.parametrize("name", LITTLE)
 def test_statistics_of_a_large_batch_are_refused(name: str) -> None:
     torch.manual_seed(0)
     message = refusal(Around(STATISTICS[name]), [(normal(2000, 5),)])
@@ -167,6 +183,34 @@ def test_padding_to_the_longest_sample_is_refused() -> None:
         return model(*batch).square().sum(1).mean()
 
     assert_private(Padding(True).double(), loss, batch)
+
+
+class Packing(nn.Module):
+    """Runs a recurrent layer on sequences of their own lengths; mean over positions, or masked."""
+
+    def __init__(self, masked: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(5, 4, batch_first=True), nn.Linear(4, 3)
+        self.dropout, self.masked = nn.Dropout(dropout), masked
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        hidden, _ = pad_packed_sequence(self.layer(packed)[0], batch_first=True)
+        hidden = self.dropout(hidden)
+        if not self.masked:
+            return self.head(hidden.mean(1))
+        counts = (torch.arange(hidden.shape[1]) < lengths[:, None])[..., None]
+        return self.head((hidden * counts).sum(1) / lengths[:, None])
+
+
+def test_a_mean_over_padding_behind_a_packed_layer_is_refused() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([2, 6, 3, 1, 4, 3, 2])
+    batches = [(normal(7, 6, 5, seed=seed), lengths) for seed in range(4)]
+    message = refusal(Packing(masked=False), batches)
+    assert_refused(message, "model: the values of output 0 of sample", Kind.STATISTICS)
+    for dropout in (0.0, 0.3):
+        assert refusal(Packing(True, dropout), batches, trial="every") is None
 
 
 class Bags(nn.Module):

@@ -251,3 +251,19 @@ def test_a_state_that_is_read_only_later_is_found_later(number: bool) -> None:
         model(x)
     with pytest.raises(ValueError, match="attribute 'centre': .* moves the next pass"):
         model(x)
+
+
+def test_a_decision_on_which_each_half_agrees_is_found() -> None:
+    """Many samples are above 1, so that no half of the batch changes what any() says."""
+
+    def scaled(layers: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        return layers["second"](layers["first"](x) * (2.0 if bool((x > 1).any()) else 1.0))
+
+    torch.manual_seed(0)
+    x = torch.rand(16, 5)
+    x[3:] += 1.5
+    model = made_private(Call(_two_layers(), scaled), x, trial="every")[1]
+    model(x)
+    model(x)
+    with pytest.raises(ValueError, match="'module.second': the activations of sample . move"):
+        model(x)
