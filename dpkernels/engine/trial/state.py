@@ -44,6 +44,8 @@ class KeptState:
         self._values: dict[str, Any] = {}
         self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._generators: list[tuple[Any, Any]] = []
+        #: objects that hold no tensor, and are not looked into
+        self._others: list[Any] = []
         for name, value in self._walk(self._note):
             if isinstance(value, torch.Tensor):
                 self._copies.setdefault(id(value), (value, _version(value), value.detach().clone()))
@@ -54,9 +56,10 @@ class KeptState:
         for container, content in self._contents:
             _fill(container, content)
         with torch.no_grad():
-            for tensor, version, copy in self._copies.values():
+            for key, (tensor, version, copy) in self._copies.items():
                 if _version(tensor) != version:
                     tensor.detach().copy_(copy)
+                    self._copies[key] = (tensor, _version(tensor), copy)
         for generator, state in self._generators:
             _set_state(generator, state)
 
@@ -85,6 +88,7 @@ class KeptState:
             _are_same(list(self.root.modules()), self._modules)
             and all(_holds(container, content) for container, content in self._contents)
             and all(_version(tensor) == version for tensor, version, _ in self._copies.values())
+            and not any(map(_holds_tensors, self._others))
         )
 
     def marks(self) -> dict[str, Mark]:
@@ -98,11 +102,13 @@ class KeptState:
     def _note(self, container: Any) -> None:
         if isinstance(container, _GENERATORS):
             self._generators.append((container, _state_of(container)))
-        else:
+        elif isinstance(container, (np.ndarray, *_CONTAINERS)):
             self._contents.append((container, _content(container)))
+        else:
+            self._others.append(container)
 
     def _walk(self, note: Callable[[Any], None]) -> Iterator[tuple[str, Any]]:
-        """Tensors and numbers by name; `note` is called on every container and generator."""
+        """Tensors and numbers by name; `note` is called on all else that may change."""
         seen: set[int] = set()
         for name, module in self.root.named_modules():
             prefix = f"{name}." if name else ""
@@ -169,6 +175,8 @@ def _leaves(
         note(vars(value))
         for key, below in list(vars(value).items()):
             yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
+    else:
+        note(value)
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -203,10 +211,10 @@ def _are_same(some: Collection[Any], others: Collection[Any]) -> bool:
 
 
 def _fill(container: Any, content: Any) -> None:
-    if _holds(container, content):
-        return
     if isinstance(container, np.ndarray):
         container[...] = content
+    elif _holds(container, content):
+        return
     elif isinstance(container, dict):
         own = _MODULES_OWN if _is_of_module(container) else ()
         for key in [key for key in container if key not in own]:
