@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 #: what a copy shares with the original; functions and classes also where they are local
 _SHARED = (nn.Module, type, FunctionType, BuiltinFunctionType)
-_PLAIN = (torch.Tensor, str, bytes, bool, int, float, complex, type(None))
+_PLAIN = (torch.Tensor, PackedSequence, str, bytes, bool, int, float, complex, type(None))
 
 
 class _Pickler(pickle.Pickler):

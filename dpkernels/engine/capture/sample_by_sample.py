@@ -208,7 +208,8 @@ class UnitForward(CapturedForward):
             def run(values: list[Any]) -> Any:
                 return self.original(**tree_unflatten(values, spec))
 
-        return UnitCall(leaves, axes, run, self.session.samples_for(rows, self.name))
+        ndim = next(t.ndim for t, a in zip(leaves, axes) if a is not None)
+        return UnitCall(leaves, axes, run, self.session.samples_for(rows, self.name, ndim))
 
     def _axis_of(self, leaf: Any, rows: int, place: tuple[int, int]) -> int | None:
         """The sample axis of an argument; None for one that is the same for every sample."""

@@ -28,7 +28,7 @@ class Sink:
     """Where contributions go. This one takes none: its passes do not train the model.
 
     Attributes:
-        trains: whether passes that end here train the model; not so in a trial run or a stand-in
+        trains: whether passes that end here train the model; not so in a trial or a stand-in
             pass, for which layers that have rules make no operands.
         samples: number of samples of the backward pass under way, None outside one.
     """
@@ -191,7 +191,7 @@ class Session:
         if samples is None:
             self.guards.check_batch_norms()
             warnings.warn(
-                f"layer {layer!r} was called outside the model's forward, where no trial run can "
+                f"layer {layer!r} was called outside the model's forward, where no trial can "
                 "tell whether samples mix: its rows are taken for samples. Call the model instead",
                 stacklevel=2,
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dpkernels.engine.capture.refusals import Untried
+from dpkernels.engine.capture.refusals import NotPerSample, Untried
 
 #: when trials run, see :class:`TrialBook`
 SCHEDULES = ("doubling", "first", "every", "off")
@@ -43,11 +43,16 @@ class TrialBook:
         axes: by layer and kind of tensor, the axis (samples' first) on which the NaN of a poisoned
             sample stood; None where it stood nowhere, so that the tensor belongs to everybody.
         unable: kinds of poison that made the model raise an exception.
-        harmless: names of attributes that keep data which no later pass reads.
+        shared: arguments of the model that are the same for all samples, by their place.
+        harmless: names of attributes that keep floats which no pass has read; they are NaN in
+            passes with NaN, so that a pass which reads them shows it.
+        of_passes: names of attributes that a forward pass of a trial has written.
+        written: names of parameters that the model's own forward pass writes.
         said: warnings given.
         marks: by name, buffers and tensors in attributes as they were at the last trial.
         largest: samples of the largest batch that has passed a trial.
         differentiated: outputs of which kind, BATCHED or SCALAR, training differentiates.
+        doubts: by kind of outputs, why training may not differentiate them.
     """
 
     def __init__(self, schedule: str = "doubling") -> None:
@@ -57,10 +62,14 @@ class TrialBook:
         self.turn = 0
         self.axes: dict[tuple[str, str], int | None] = {}
         self.unable: set[str] = set()
+        self.shared: set[str] = set()
         self.harmless: set[str] = set()
+        self.of_passes: set[str] = set()
+        self.written: set[str] = set()
         self.said: set[str] = set()
         self.marks: dict[str, Any] = {}
         self.differentiated: set[str] = set()
+        self.doubts: dict[str, str] = {}
         self.largest = 0
         #: batches of two samples or more
         self._batches = 0
@@ -110,6 +119,16 @@ class TrialBook:
             self._owed = False
             self.largest = max(self.largest, samples)
 
+    def differentiates(self, outputs: str) -> None:
+        """Training differentiates outputs of this kind, BATCHED or SCALAR.
+
+        Raises:
+            NotPerSample: a trial has found that these couple samples.
+        """
+        self.differentiated.add(outputs)
+        if outputs in self.doubts:
+            raise NotPerSample(self.doubts[outputs])
+
     def check(self, layer: str, count: int, axes: int) -> None:
         """Raise :class:`Untried` where no trial has seen a layer on such an input.
 
@@ -123,6 +142,6 @@ class TrialBook:
         elif count > 1 or any(other == layer for other, _, _ in self.passed):
             raise Untried(
                 f"layer {layer!r}: it has {count} rows for each sample, in an input of {axes} "
-                "axes, which it had in no trial run, so which rows are whose is unknown; let it "
+                "axes, which it had in no trial, so which rows are whose is unknown; let it "
                 "see the same rows whenever it is called, and use checkpoint(use_reentrant=False)"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import SequenceKey, tree_flatten_with_path, tree_map
+from torch.utils._pytree import SequenceKey, keystr, tree_flatten_with_path, tree_map
 
 from dpkernels.engine.capture.layer import CapturedForward, is_packed, leaves_of
 from dpkernels.engine.capture.layer_in_parts import PartsForward
@@ -18,6 +18,12 @@ from dpkernels.engine.capture.streams import refuse_graph_capture
 from dpkernels.engine.capture.trial_book import output_kind
 from dpkernels.layers.sequence import arguments_of
 
+#: a stranger among the arguments may have the batch's length by chance
+_SQUARE = (
+    "model: its argument {name} of shape {shape} is taken for one row of each sample, as it has as "
+    "many rows as the batch; if it is the same for every sample, pass it with an axis in front "
+    "(mask[None])"
+)
 _LIST = (
     "model: its first tensor stands in a list, and the tensor's own axis is taken for the samples; "
     "if every tensor of the list is one sample, pass torch.stack(list), one tensor [samples, ...]"
@@ -41,7 +47,8 @@ class WholeModelForward(CapturedForward):
         session.refresh()
         session.guards.check_batch_norms()
         rows = self._rows(args, kwargs)
-        args, kwargs = tree_map(_plain, (args, kwargs))
+        if any(_plain(leaf) is not leaf for leaf in leaves_of((args, kwargs))):
+            args, kwargs = tree_map(_plain, (args, kwargs))  # new lists and dicts
         empty = rows == 0
         if empty:
             rows = session.views
@@ -51,6 +58,7 @@ class WholeModelForward(CapturedForward):
                 f"views_per_sample={session.views}: the model's input has {rows} rows, "
                 "expected a multiple of views_per_sample"
             )
+        self._note_shared((args, kwargs), rows)
         batch = session.batch = Batch(rows, rows // session.views, empty)
         trial = (batch.samples, session, self._trial, (args, kwargs), rows)
         try:
@@ -65,6 +73,9 @@ class WholeModelForward(CapturedForward):
         except NotPerSample as error:
             if _begins_with_list((args, kwargs), session.axis):
                 raise NotPerSample(f"{_LIST} ({error})") from error
+            square = self._square((args, kwargs), rows)
+            if square:
+                raise NotPerSample(f"{square} ({error})") from error
             raise
         finally:
             session.batch = None
@@ -78,9 +89,35 @@ class WholeModelForward(CapturedForward):
         return output
 
     def _trial(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> list[torch.Tensor]:
-        """The tensors that a forward pass over `batch` returns."""
+        """The tensors that a forward pass over `batch` returns, behind the model's hooks."""
         args, kwargs = batch
-        return list(_returned(self.original(*args, **kwargs)))
+        module, output = self.module, self.original(*args, **kwargs)
+        for key, hook in list(module._forward_hooks.items()):
+            named = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
+            changed = hook(module, args, *named, output)
+            output = output if changed is None else changed
+        return list(_returned(output))
+
+    def _note_shared(self, batch: Any, rows: int) -> None:
+        """Learn which arguments are the same for all: some batch has another length than they.
+
+        Remembered, because a [T, T] mask looks batched in a batch of T.
+        """
+        axis = self.session.axis
+        for path, leaf in tree_flatten_with_path(batch, is_leaf=is_packed)[0]:
+            tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > axis
+            if tensor and leaf.shape[axis] not in (1, rows):
+                self.session.trials.shared.add(keystr(path))
+
+    def _square(self, batch: Any, rows: int) -> str | None:
+        """What to say of a [rows, rows] tensor among the arguments, besides the first."""
+        leaves = tree_flatten_with_path(batch, is_leaf=is_packed)[0]
+        for path, leaf in leaves[1:]:
+            square = isinstance(leaf, torch.Tensor) and leaf.shape[:2] == (rows, rows)
+            if square and keystr(path) not in self.session.trials.shared:
+                name = ("kwargs" if path[0] == SequenceKey(1) else "args") + keystr(path[1:])
+                return _SQUARE.format(name=name, shape=list(leaf.shape))
+        return None
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         axis = self.session.axis
@@ -162,14 +199,14 @@ class _OutputHook:
             return
         if batch.folded is not None:
             raise NotPerSample(
-                f"layer {batch.folded!r}: it has several rows for each sample, and no trial run "
+                f"layer {batch.folded!r}: it has several rows for each sample, and no trial "
                 "can tell which rows are whose, as the samples of the model's first tensor are all "
                 "alike, or not finite; pass the batch as the first tensor, and train on finite "
                 "samples that differ"
             )
         under_way = torch._C._current_graph_task_id()
         if sink.trains:
-            session.trials.differentiated.add(output_kind(grad, axis))
+            session.trials.differentiates(output_kind(grad, axis))
         if self._pass not in (None, under_way) and sink.trains:
             raise NotPerSample(
                 "backward(): a second backward pass through the same forward pass would clip and "

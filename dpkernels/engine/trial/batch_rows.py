@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from dpkernels.engine.capture.layer import is_packed, leaves_of
 
@@ -15,12 +17,21 @@ from dpkernels.engine.capture.layer import is_packed, leaves_of
 class BatchRows:
     """Where a batch has its samples: `rows` rows on `axis`, each sample `views` adjacent ones.
 
-    A tensor of the batch is batched if and only if it has `rows` rows on `axis`.
+    A tensor of the batch is batched if it has `rows` rows on `axis`, and is none of `shared`: ids
+    of tensors that are the same for all samples, a mask [T, T] in a batch of T.
     """
 
     rows: int
     views: int
     axis: int
+    shared: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, batch: Any, rows: int, views: int, axis: int, shared: Collection[str]) -> BatchRows:
+        """The same, where `shared` names tensors by their places among nested arguments."""
+        leaves, _ = tree_flatten_with_path(batch, is_leaf=is_packed)
+        ids = frozenset(id(leaf) for path, leaf in leaves if keystr(path) in shared)
+        return cls(rows, views, axis, ids)
 
     @property
     def samples(self) -> int:
@@ -29,11 +40,14 @@ class BatchRows:
     def holds(self, leaf: Any) -> bool:
         """Whether a leaf of the batch is a batched tensor."""
         tensor = isinstance(leaf, torch.Tensor) and leaf.ndim > self.axis
-        return tensor and leaf.shape[self.axis] == self.rows
+        return tensor and leaf.shape[self.axis] == self.rows and id(leaf) not in self.shared
 
     def by_sample(self, leaf: torch.Tensor) -> torch.Tensor:
         """[samples, n]: the values of a batched tensor."""
-        return leaf.detach().movedim(self.axis, 0).reshape(self.samples, -1)
+        values = dense(leaf.detach())
+        if values.is_floating_point() and values.itemsize == 1:  # few operators know float8
+            values = values.float()
+        return values.movedim(self.axis, 0).reshape(self.samples, -1)
 
     def all_alike(self, batch: Any) -> bool:
         """Whether all samples are alike, such as the zeros of a forward pass by hand."""
@@ -59,6 +73,11 @@ class BatchRows:
     def can_tell(self, batch: Any) -> bool:
         """Whether poisoning some samples can show that samples mix: two samples that differ."""
         return self.samples > 1 and not self.all_alike(batch)
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without the layout of a sparse one."""
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def owners(packed: PackedSequence) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,9 @@ class Kind(Enum):
 
     STATISTICS = (
         "Statistics over the batch, or another sample's values, enter the layer's input: a mean, "
-        "maximum, quantile or sort over the sample axis, a roll, a padding that follows the "
-        "longest sample. Take statistics of each sample by itself (GroupNorm or LayerNorm, "
-        "x / x.flatten(1).amax(1)), or constants chosen before training"
+        "maximum, quantile or sort over the sample axis, a condition on one, a roll, a padding "
+        "that follows the longest sample. Take statistics of each sample by itself (GroupNorm or "
+        "LayerNorm, x / x.flatten(1).amax(1)), or constants chosen before training"
     )
     ROWS = (
         "Rows of the layer's first axis are not the samples: its input is the same whatever the "
@@ -53,6 +53,12 @@ class Kind(Enum):
         "centres the batch's gradient, or an autograd.Function that normalises over rows. Bound "
         "each sample's gradient by itself (g.flatten(1).norm(dim=1)), or drop the hook: clipping "
         "bounds what every sample can do"
+    )
+    OUTPUT = (
+        "The model returns a tensor that has no row for each sample, and in which samples meet (a "
+        "mean or a product over the batch, a softmax over all samples' tokens), or its backward "
+        "pass couples samples by a hook. Return outputs [batch, ...], each row of one sample, and "
+        "take means over samples in the loss"
     )
     BRANCH = (
         "The model branches on its batch: a condition on all samples decides for each. Decide for "
@@ -114,13 +120,13 @@ class Finding:
         return f"{self.where}: {self.what}. {self.kind.value}"
 
     @classmethod
-    def of_buffer(cls, name: str, poison: Poison) -> Finding:
-        """What the forward pass leaves in a buffer depends on samples."""
+    def of_published(cls, where: str, poison: Poison) -> Finding:
+        """What the forward pass leaves in a buffer or parameter depends on samples."""
         what = (
             f"what the forward pass leaves in it moves when {poison} replaced, so it keeps private "
             "data that nothing clips or adds noise to"
         )
-        return cls(f"buffer {name!r}", what, Kind.BUFFER)
+        return cls(where, what, Kind.BUFFER)
 
 
 class Comparison:
@@ -167,8 +173,9 @@ class Comparison:
         sums = torch.maximum(before[..., 0].abs().amax(1), norms)
         scales = torch.stack([sums, squares + _TINY**2, norms], 1)
         self.moves = (changes / scales[:, None]).amax(2) * watched
-        most = [tolerance(seen.dtype) for seen in first.seen]
-        rounding = torch.tensor(most, dtype=torch.float64).reshape(-1, 1)
+        # behind half precision (autocast), single precision is rounded alike
+        most = accumulate((tolerance(seen.dtype) for seen in first.seen), max)
+        rounding = torch.tensor(list(most), dtype=torch.float64).reshape(-1, 1)
         self.moved = ((finite != still) & watched) | (self.moves > rounding)
         self.bits_moved = (first.bits != second.bits).any(2) & watched & same
 
@@ -180,6 +187,21 @@ class Comparison:
         """The place of the first tensor that moved."""
         places = self.moved.any(1).nonzero().flatten()
         return int(places[0]) if len(places) else None
+
+    def output_beside_lengths(self) -> int | None:
+        """The first output that moved though its own shape did not, where another shape did.
+
+        What is padded to the longest sample has other shapes, and may be masked later: then outputs
+        with a row for each sample stay, but for what kernels of other shapes round. Outputs of
+        passes that drew other random numbers, such as a dropout's of other shapes, tell nothing.
+        """
+        if self.same_shapes or self._first.drawn != self._second.drawn:
+            return None
+        for place, (a, b) in enumerate(zip(self._first.seen, self._second.seen)):
+            is_output = a.kind.startswith("values of output") and a.shape == b.shape
+            if is_output and bool(self.moved[place].any()):
+                return place
+        return None
 
     def same_input(self, layer: str) -> bool:
         """Whether the activations of a layer did not change for anybody, poisoned or not."""

@@ -18,7 +18,7 @@ class Seen(NamedTuple):
 
     Attributes:
         layer: name of the layer; "" for the model.
-        kind: "activations", "backprops", "gradient of ...", "values of output ..."
+        kind: "activations", "backprops", "gradients of ...", "values of output ..."
             or CRITERION.
         backward: which outputs are differentiated, BATCHED or SCALAR; "" in the forward pass.
         shape: of the tensor, sample axis first.
@@ -48,6 +48,7 @@ class Fingerprints(Sink):
     Attributes:
         backward: which outputs are differentiated, as in :class:`Seen`.
         left: by name, what the pass changed of what the model keeps.
+        drawn: what tells how many random numbers of torch the forward pass drew.
         kept: the tensor at place `keep`, sample axis first.
 
     Args:
@@ -62,7 +63,7 @@ class Fingerprints(Sink):
         samples: int,
         name_of: Callable[[nn.Parameter], str],
         keep: int | None = None,
-        room: int = 0,
+        room: int = 16,
     ) -> None:
         super().__init__()
         self.kept: torch.Tensor | None = None
@@ -70,10 +71,12 @@ class Fingerprints(Sink):
         self.seen: list[Seen] = []
         self.backward = ""
         self.left: dict[str, Any] = {}
+        self.drawn: tuple[Any, ...] = ()
         self._name_of = name_of
         self._count = samples
-        self._bits = torch.empty(room, samples, 2, dtype=torch.int64)
-        self._moments = torch.empty(room, samples, 3, dtype=torch.float64)
+        self._room = room
+        self._bits = torch.empty(0, samples, 2, dtype=torch.int64)
+        self._moments = torch.empty(0, samples, 3, dtype=torch.float64)
 
     def saw(self, layer: str, kind: str, rows: torch.Tensor, samples: int) -> None:
         if samples != self._count or rows.shape[0] % samples:
@@ -82,30 +85,30 @@ class Fingerprints(Sink):
         if place == self._keep:
             self.kept = rows.detach().clone()
         if place == len(self._bits):
-            self._grow()
+            self._grow(rows.device)
         by_sample = rows if len(rows) == samples else rows.detach().unflatten(0, (samples, -1))
         self._bits[place], self._moments[place] = ops.fingerprint(by_sample)
         self.seen.append(Seen(layer, kind, self.backward, rows.shape, rows.dtype))
 
-    def _grow(self) -> None:
-        """Make room for more tensors."""
-        more = max(len(self._bits), 16)
+    def _grow(self, device: torch.device) -> None:
+        """Make room for more tensors, on the device where tensors are: nobody waits for it."""
+        more = max(len(self._bits), self._room)
         self._bits, self._moments = (
-            torch.cat([block, block.new_empty(more, *block.shape[1:])])
+            torch.cat([block.to(device), block.new_empty(more, *block.shape[1:], device=device)])
             for block in (self._bits, self._moments)
         )
 
     def add(self, parameter: nn.Parameter, operand: Operand, samples: int, layer: str) -> None:
         if isinstance(operand, StoredOperand):
-            kind = f"gradient of {self._name_of(parameter)!r}"
+            kind = f"gradients of {self._name_of(parameter)!r}"
             self.saw(layer, kind, operand.grad_sample(), samples)
 
     @property
     def bits(self) -> torch.Tensor:
         """int64 [seen, samples, 2]."""
-        return self._bits[: len(self.seen)]
+        return self._bits[: len(self.seen)].cpu()
 
     @property
     def moments(self) -> torch.Tensor:
         """float64 [seen, samples, 3]: sum, sum of squares, sum with signs by position."""
-        return self._moments[: len(self.seen)]
+        return self._moments[: len(self.seen)].cpu()

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 #: operators whose integers come from floats, and do not stay in range where these are NaN
 _TO_INDICES = ("sort", "topk", "bucketize", "searchsorted", "argsort", "kthvalue", "histc")
-_CONVERSIONS = ("_to_copy", "copy_", "floor_divide", "view")
+#: (not a view of a float's bits: fingerprints take such views of every tensor)
+_CONVERSIONS = ("_to_copy", "copy_", "floor_divide")
 #: operators that read at places which a tensor of integers states
 _INDEXED = ("index", "embedding", "gather", "scatter", "take", "one_hot", "put")
 

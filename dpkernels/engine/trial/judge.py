@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import torch
 
+from dpkernels.engine.capture.sample_by_sample import deterministic
 from dpkernels.engine.capture.trial_book import TrialBook
 from dpkernels.engine.trial.findings import Comparison, Finding, Kind, kept_moved
 from dpkernels.engine.trial.fingerprints import Fingerprints
 from dpkernels.engine.trial.passes import Passes
 from dpkernels.engine.trial.poisons import EXCHANGED, LARGE, NAN, Poison
-from dpkernels.engine.trial.state import is_buffer, written
+from dpkernels.engine.trial.state import published_as, written
 
 
 class Judge:
@@ -42,6 +43,10 @@ class Judge:
             self._base[outputs] = None, self.passes.watch(None, outputs)
         return self._base[outputs][1]
 
+    def forget(self) -> None:
+        """Forget the passes so far: what they left is not put back."""
+        self._base.clear()
+
     def _compared_with(self, outputs: str, side: torch.Tensor) -> Fingerprints:
         """The pass with which passes over a batch that is poisoned in one side are compared."""
         if outputs not in self._base:
@@ -71,8 +76,9 @@ class Judge:
         if place is not None:
             return self._explained(outputs, poison, compared, place)
         for name in kept_moved(base.left, found.left):
-            if is_buffer(self.passes.session.root, name):
-                return Finding.of_buffer(name, poison)
+            published = published_as(self.passes.session.root, name)
+            if published is not None:
+                return Finding.of_published(f"{published} {name!r}", poison)
             if name not in self.book.harmless:
                 self._kept.setdefault(name, poison.of(EXCHANGED))
         if compared.same_shapes and not nan and bool(compared.bits_moved.any()):
@@ -81,18 +87,68 @@ class Judge:
 
     def _explained(self, outputs: str, poison: Poison, compared: Comparison, place: int) -> Finding:
         """The finding that a tensor moved."""
+        output = compared.output_beside_lengths()
+        place = place if output is None else output
         seen, sample = compared.seen[place], int(compared.moved[place].nonzero()[0])
         if self.passes.together is None and self._repeated(outputs).differs():
             what = f"the {seen.kind} differ between two passes that ought to be equal"
             return Finding(seen.where, what, Kind.UNREPEATABLE)
         what = f"the {seen.kind} of sample {sample} move when {poison} replaced"
-        kind = Kind.of(seen, compared.same_input(seen.layer))
+        kept = self._read_now(outputs, poison)
+        if kept is not None:
+            return kept
+        same_input = compared.same_input(seen.layer)
+        if seen.backward and self.passes.together is None:
+            forward = self._the_other_way(outputs, poison)
+            if forward is not None:
+                return forward
+            if same_input and NAN in poison.kinds:  # no integer is NaN
+                others = self.passes.attempt(poison.of(EXCHANGED), outputs)
+                same_input = others is None or Comparison(
+                    self.clean(outputs), others, ~poison.samples
+                ).same_input(seen.layer)
+        kind = Kind.of(seen, same_input)
+        if kind is Kind.BACKWARD and self.passes.unwatched:
+            kind = Kind.OUTPUT
         if kind is Kind.STATISTICS and self.passes.together is None and seen.layer:
             axis = self._axis(outputs, poison, place)
             if axis:
                 self.book.axes[seen.layer, seen.kind] = axis
                 kind = Kind.ROWS
-        return Finding(seen.where, what, kind, of_shapes=not compared.same_shapes)
+        of_shapes = output is None and not compared.same_shapes
+        return Finding(seen.where, what, kind, of_shapes)
+
+    def follows_lengths(self, outputs: str, poison: Poison) -> Finding | None:
+        """The finding that outputs follow the longest sample, by passes that draw nothing."""
+        with deterministic(self.passes.session.root):
+            clean = self.passes.watch(None, outputs)
+            found = self.passes.attempt(poison, outputs)
+        if found is None:
+            return None
+        compared = Comparison(clean, found, ~poison.samples)
+        place = None if compared.parting is not None else compared.output_beside_lengths()
+        if place is None:
+            return None
+        sample = int(compared.moved[place].nonzero()[0])
+        what = f"the {compared.seen[place].kind} of sample {sample} move when {poison} replaced"
+        return Finding("model", what, Kind.STATISTICS)
+
+    def _the_other_way(self, outputs: str, poison: Poison) -> Finding | None:
+        """The finding that watched samples enter poisoned ones in the forward pass.
+
+        Where the forward pass takes sample i to sample j, the backward pass takes j's slopes to i,
+        and may be the first to show.
+        """
+        other = replace(poison, samples=~poison.samples)
+        for kind in (NAN, EXCHANGED):
+            found = self.passes.attempt(other.of(kind), outputs)
+            if found is None:
+                continue
+            compared = Comparison(self.clean(outputs), found, poison.samples)
+            place = None if compared.parting is not None else compared.first_moved()
+            if place is not None and not compared.seen[place].backward:
+                return self._explained(outputs, other.of(kind), compared, place)
+        return None
 
     def _axis(self, outputs: str, poison: Poison, place: int) -> int | None:
         """The axis on which the values of poisoned samples stand in a tensor, and nothing else."""
@@ -152,7 +208,8 @@ class Judge:
     def read_later(self, outputs: str) -> Finding | None:
         """Whether a pass reads what another left in attributes, so that a record moves later steps.
 
-        What is kept and never read (attention maps for a picture) is left alone.
+        What is kept and not read (attention maps for a picture) is left alone. A model may begin to
+        read at a later step: what can be NaN is NaN in later trials, other things are tried again.
         """
         if not self.passes.any_says(bool(self._kept)):
             return None
@@ -172,14 +229,23 @@ class Judge:
         if compared.differs() or bool(compared.bits_moved.any()):
             what = f"what a forward pass leaves there moves the next pass when {poison} replaced"
             return Finding(f"attribute {names}", what, Kind.STATE)
-        self.book.harmless |= self._kept.keys()
+        if NAN not in self.book.unable:
+            self.book.harmless |= self.passes.state.floats(self._kept)
         return None
+
+    def _read_now(self, outputs: str, poison: Poison) -> Finding | None:
+        """Whether a pass reads now what no pass has read so far."""
+        if not self.book.harmless or self.passes.together is not None:
+            return None
+        self._kept = dict.fromkeys(self.book.harmless, poison.of(EXCHANGED))
+        return self.read_later(outputs)
 
     def look_at_the_loop(self) -> None:
         """Warn of what was written since the last trial, and that no forward pass writes."""
         before, self.book.marks = self.book.marks, self.passes.state.marks()
-        of_passes = {name for _, found in self._base.values() for name in found.left}
-        names = written(before, self.book.marks) - of_passes - self.book.said
+        for _, found in self._base.values():
+            self.book.of_passes |= found.left.keys()
+        names = written(before, self.book.marks) - self.book.of_passes - self.book.said
         self.book.said |= names
         if names:
             self.warnings.append(

@@ -63,11 +63,11 @@ def refuse_mixing(
         NotPerSample: samples mix; the message names the layer, the kind of fault and a remedy.
     """
     book = book or session.trials
-    at = BatchRows(rows, session.views, session.axis)
+    at = BatchRows.of(batch, rows, session.views, session.axis, book.shared)
     if together is None and not at.can_tell(batch):
         return False
     with nothing_stays(session.root):
-        trial = _Trial(book, Passes(session, run, batch, at, book.unable, together))
+        trial = _Trial(book, Passes(session, run, batch, at, book, together))
         told = trial.run()
     for warning in trial.judge.warnings:
         warnings.warn(warning, stacklevel=2)
@@ -98,7 +98,15 @@ class _Trial:
         if self.passes.any_says(self._hidden()):
             return False
         for outputs, poison in self._plan(kinds):
-            self._try(outputs, poison)
+            if outputs in self.book.doubts:
+                continue
+            try:
+                self._try(outputs, poison)
+            except NotPerSample as error:
+                if not self._unused(outputs):
+                    raise
+                self.book.doubts[outputs] = str(error)
+                self._try(BATCHED, poison)
         self._conclude(self.judge.read_later(self._outputs()[0]))
         self._conclude(None, last=True)
         self.judge.look_at_the_loop()
@@ -110,7 +118,8 @@ class _Trial:
         if broken is None:
             return False
         finite = self.judge.clean(BATCHED).moments.isfinite().all(2).all(0)
-        return int((~broken).sum()) < 2 or not bool((finite | broken).all())
+        apart = finite | ~broken  # an attention mask of 0 and -inf breaks nobody
+        return int(apart.sum()) < 2 or not bool((finite | broken).all())
 
     def _kinds(self) -> tuple[str, ...]:
         """The kinds of poison that fit the batch, besides NAN; a first trial's first pass."""
@@ -120,7 +129,11 @@ class _Trial:
             # on a GPU, an index made from NaN would end the process
             on_gpu = self.passes.session.anchor.is_cuda
             with watch if on_gpu else contextlib.nullcontext():
-                self.judge.clean(BATCHED)
+                written = self.passes.find_written_parameters(
+                    lambda: self.judge.clean(BATCHED), self.book.written
+                )
+            if written:
+                self.judge.forget()
             if self.passes.any_says(watch.from_floats):
                 self.book.unable |= {NAN, LARGE}
             if self.passes.any_says(watch.from_labels):
@@ -135,36 +148,51 @@ class _Trial:
         kinds = self.book.differentiated or self.passes.returned or {BATCHED}
         return [kind for kind in (BATCHED, SCALAR) if kind in kinds]
 
+    def _unused(self, outputs: str) -> bool:
+        """Whether these may be losses that training leaves aside, and takes its own of outputs."""
+        known = self.book.differentiated or self.passes.together is not None
+        return not known and outputs == SCALAR and BATCHED in self.passes.returned
+
     def _plan(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, Poison]]:
         """Which outputs are differentiated and what is poisoned, pass by pass.
 
         A first trial poisons both sides of a split, by NaN and by the other kinds, and deals out
-        every kind; a later one poisons one side.
+        every kind; a later one poisons one side. Every third trial poisons all samples but one:
+        other samples may agree on what one alone decides (``(x > 1).any()``).
         """
-        turn = self.book.turn
-        bits = max(1, (self.at.samples - 1).bit_length())
-        ones = (torch.arange(self.at.samples) >> (turn % bits)) % 2 == 1
-        side, other = (ones, ~ones) if (turn // bits) % 2 == 0 else (~ones, ones)
+        turn, samples = self.book.turn, self.at.samples
         outputs = self._outputs()
+        if not self._whole and turn % 3 == 2:
+            one = torch.arange(samples) == turn % samples
+            yield from ((each, Poison(~one, kinds, turn)) for each in outputs)
+            return
+        halves, bits = turn - turn // 3, max(1, (samples - 1).bit_length())
+        ones = (torch.arange(samples) >> (halves % bits)) % 2 == 1
+        side, other = (ones, ~ones) if (halves // bits) % 2 == 0 else (~ones, ones)
         if not self._whole:
             yield from ((each, Poison(side, kinds, turn)) for each in outputs)
             return
-        for samples in (side, other):
-            yield outputs[-1], Poison(samples, (NAN,))
+        for poisoned in (side, other):
+            yield outputs[-1], Poison(poisoned, (NAN,))
         for place, each in enumerate(outputs):
             dealt, last = 0, place == len(outputs) - 1
-            for number, samples in enumerate([other, side] * len(kinds)):
-                yield each, Poison(samples, kinds, turn + dealt)
-                dealt += int(samples.sum())
+            for number, poisoned in enumerate([other, side] * len(kinds)):
+                yield each, Poison(poisoned, kinds, turn + dealt)
+                dealt += int(poisoned.sum())
                 if not self.passes.any_says(number == 0 or (last and dealt < len(kinds))):
                     break
 
     def _try(self, outputs: str, poison: Poison) -> None:
-        """One pass over a poisoned batch, judged; once more with its lengths where shapes moved."""
+        """One pass over a poisoned batch, judged.
+
+        Where shapes moved, as with lengths, two passes more: one in which lengths stay, and one
+        without random numbers, which shows whether outputs follow lengths.
+        """
         finding = self._found(outputs, poison)
         of_lengths = finding is not None and finding.of_shapes and self._has_lengths()
         if self.passes.any_says(of_lengths):
-            finding = self._found(outputs, poison.with_lengths())
+            follows = self.judge.follows_lengths(outputs, poison)
+            finding = follows or self._found(outputs, poison.with_lengths())
         self._conclude(finding)
 
     def _found(self, outputs: str, poison: Poison) -> Finding | None:
@@ -172,17 +200,16 @@ class _Trial:
         return None if found is None else self.judge.compare(outputs, poison, found)
 
     def _has_lengths(self) -> bool:
-        """Whether the batch has an integer for each sample, which may be a length."""
-        return any(
-            self.at.holds(leaf) and leaf.numel() == self.at.rows and not leaf.is_floating_point()
-            for leaf in leaves_of(self.batch)
-        )
+        """Whether the batch has integers or truths, which lengths may be told by."""
+        whole = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64)
+        return any(self.at.holds(leaf) and leaf.dtype in whole for leaf in leaves_of(self.batch))
 
     def _conclude(self, finding: Finding | None, last: bool = False) -> None:
         """Raise where samples mix; where processes go together, in all of them at the end."""
-        self._finding = self._finding or finding
         if self.passes.together is None:
-            if self._finding is not None:
-                raise NotPerSample(str(self._finding))
-        elif last and self.passes.any_says(self._finding is not None):
+            if finding is not None:
+                raise NotPerSample(str(finding))
+            return
+        self._finding = self._finding or finding
+        if last and self.passes.any_says(self._finding is not None):
             raise NotPerSample(str(self._finding or "another process has found that samples mix"))

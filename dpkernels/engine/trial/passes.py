@@ -14,11 +14,11 @@ from torch import nn
 
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
-from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, output_kind
+from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, TrialBook, output_kind
 from dpkernels.engine.trial.batch_rows import BatchRows
 from dpkernels.engine.trial.fingerprints import Fingerprints
 from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, Twins
-from dpkernels.engine.trial.state import KeptState
+from dpkernels.engine.trial.state import KeptState, parameter_fingerprints
 
 
 class Passes:
@@ -33,13 +33,14 @@ class Passes:
         run: forward pass on a batch; returns the tensors to differentiate (batched or scalar).
         batch: nested arguments of `run`.
         at: where the batch has its samples.
-        unable: kinds of poison that made the model raise an exception; grows.
+        book: what earlier trials have learned.
         together: where processes gather parameters in every pass: whether any of them says yes.
             The processes then make equally many passes.
 
     Attributes:
         state: what the model kept before the first pass.
         returned: kinds of outputs that the model has returned in the passes so far.
+        unwatched: whether an output is no loss, and has no row for each sample.
     """
 
     def __init__(
@@ -48,15 +49,16 @@ class Passes:
         run: Callable[[Any], list[torch.Tensor]],
         batch: Any,
         at: BatchRows,
-        unable: set[str],
+        book: TrialBook,
         together: Callable[[bool], bool] | None = None,
     ):
         self.session, self.batch, self.at = session, batch, at
-        self.unable, self.together = unable, together
-        self.state = KeptState(session.root)
+        self.book, self.together = book, together
+        self.state = KeptState(session.root, book.written if together is None else None)
         self.returned: set[str] = set()
-        #: number of tensors that passed by in the last pass
-        self._seen = 0
+        self.unwatched = False
+        #: number of tensors that passed by in the last pass, at first a guess
+        self._seen = 16
         self._run, self._twins = run, Twins(batch, at)
         self._seed = int(torch.randint(2**31, ()))
         self._devices = devices_of(session.root)
@@ -71,7 +73,8 @@ class Passes:
         """Fingerprints of one pass.
 
         Args:
-            poison: what is done to some samples; None: nothing.
+            poison: what is done to some samples; None: nothing. With NaN, attributes that have not
+                been read so far are NaN too.
             outputs: which outputs are differentiated; BATCHED differentiates a model's losses where
                 the model returns nothing else.
             after: runs a forward pass over the batch poisoned so before, and leaves what it left.
@@ -86,8 +89,11 @@ class Passes:
             if after is not None:
                 session.sink = Fingerprints(self.at.samples, lambda p: "?")
                 self._forward(after)
+            if poison is not None and NAN in poison.kinds:
+                self.state.spoil(self.book.harmless)
             session.sink = found
             returned = self._forward(poison)
+            found.drawn = self._drawn()
             self._watch_outputs(found, returned)
             self._backward(found, returned, poison, outputs)
             if session.anchor.is_cuda:  # a model may work on streams of its own
@@ -105,7 +111,7 @@ class Passes:
         A model may refuse values, indices, or lengths out of order: no finding. The kinds of poison
         that a model has refused are left out from then on.
         """
-        kinds = [kind for kind in poison.kinds if kind not in self.unable]
+        kinds = [kind for kind in poison.kinds if kind not in self.book.unable]
         while kinds or EXCHANGED in poison.kinds:
             now = poison.of(*kinds) if kinds else poison.of(EXCHANGED).with_lengths()
             found = None
@@ -123,8 +129,29 @@ class Passes:
             if not kinds:
                 break
             refused = kinds.pop()
-            self.unable |= {refused} - {EXCHANGED}
+            self.book.unable |= {refused} - {EXCHANGED}
         return None
+
+    def find_written_parameters(self, run: Callable[[], Any], written: set[str]) -> bool:
+        """Whether passes write parameters: their names are added, and are state from now on.
+
+        Args:
+            run: makes a pass over the batch as it is.
+            written: names of parameters; grows.
+        """
+        if self.together is not None:  # parameters are in shards
+            run()
+            return False
+        root = self.session.root
+        before = parameter_fingerprints(root)
+        run()
+        after = parameter_fingerprints(root)
+        found = {name for name in after if not torch.equal(after[name], before[name])}
+        if found - written:
+            written |= found
+            self.state = KeptState(root, written)
+            return True
+        return False
 
     def any_says(self, here: bool) -> bool:
         """Whether any of the processes that go together says yes."""
@@ -142,6 +169,11 @@ class Passes:
         for device in self._devices:
             torch.cuda.default_generators[device].manual_seed(seed)
 
+    def _drawn(self) -> tuple[Any, ...]:
+        """How far torch's generators have come."""
+        on_gpu = [torch.cuda.default_generators[device].get_offset() for device in self._devices]
+        return (bytes(torch.default_generator.get_state().numpy()), *on_gpu)
+
     def _watch_outputs(self, found: Fingerprints, outputs: list[torch.Tensor]) -> None:
         """Show what the model returned for each sample."""
         at = self.at
@@ -151,9 +183,12 @@ class Passes:
                 found.saw("", f"values of output {place}", rows, at.samples)
 
     def _is_batched(self, output: torch.Tensor) -> bool:
-        """Whether an output has the samples on their axis: a hidden state [layers, samples, ...]
-        may have as many layers as there are samples."""
-        return self.at.holds(output) and sum(n == self.at.rows for n in output.shape) == 1
+        """Whether an output has the samples on their axis.
+
+        Not so a hidden state [layers, samples, width] of as many layers as there are samples.
+        """
+        ambiguous = output.ndim == 3 and output.shape[0] == output.shape[1]
+        return self.at.holds(output) and not ambiguous
 
     def _backward(
         self, found: Fingerprints, outputs: list[torch.Tensor], poison: Poison | None, wanted: str
@@ -161,13 +196,16 @@ class Passes:
         trained = [t for t in outputs if t.requires_grad]
         kinds = {output_kind(t, self.at.axis) for t in trained}
         self.returned |= kinds
+        rows = [t for t in trained if output_kind(t, self.at.axis) == BATCHED]
+        self.unwatched |= not all(map(self._is_batched, rows))
         if len(kinds) == 1:
             (wanted,) = kinds
         found.backward = wanted
         self._seed_torch(self._seed + 1)
         chosen = [t for t in trained if output_kind(t, self.at.axis) == wanted]
         if chosen:
-            torch.autograd.backward(chosen, [self._slopes(t, poison) for t in chosen])
+            with _gradients_kept(chosen):
+                torch.autograd.backward(chosen, [self._slopes(t, poison) for t in chosen])
 
     def _slopes(self, output: torch.Tensor, poison: Poison | None) -> torch.Tensor:
         """The gradient of a stand-in loss: a sum over samples, with another slope everywhere.
@@ -182,6 +220,34 @@ class Passes:
             rows = slopes.movedim(self.at.axis, 0).unflatten(0, (self.at.samples, self.at.views))
             rows[poison.samples.to(rows.device)] = torch.nan
         return slopes
+
+
+@contextlib.contextmanager
+def _gradients_kept(outputs: list[torch.Tensor]) -> Iterator[None]:
+    """Give the leaves behind outputs their ``.grad`` back (a prompt of the user's, say)."""
+    kept = [(leaf, leaf.grad) for leaf in _leaves_behind(outputs)]
+    for leaf, _ in kept:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, gradient in kept:
+            leaf.grad = gradient
+
+
+def _leaves_behind(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaves that a backward pass from outputs reaches."""
+    leaves = [t for t in outputs if t.grad_fn is None]
+    queue: list[Any] = [t.grad_fn for t in outputs]
+    seen: set[Any] = {None}
+    while queue:
+        node = queue.pop()
+        if node not in seen:
+            seen.add(node)
+            queue += [below for below, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+    return leaves
 
 
 def devices_of(model: nn.Module) -> list[int]:

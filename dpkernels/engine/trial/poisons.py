@@ -16,7 +16,7 @@ from torch.utils._pytree import (
 
 from dpkernels.engine.capture.argument_copies import argument_copy
 from dpkernels.engine.capture.layer import is_packed, leaves_of
-from dpkernels.engine.trial.batch_rows import BatchRows, owners
+from dpkernels.engine.trial.batch_rows import BatchRows, dense, owners
 
 #: every float of the sample is NaN; in a pass without other poisons, as max(NaN, 1e6) > 10 is
 #: False, so that a NaN would hide a branch on magnitudes
@@ -45,8 +45,8 @@ class Poison:
         turn: the kind with which the deal begins, and how far from one another samples exchanged
             are.
         factor: LARGE values over the batch's largest.
-        keep_lengths: whether a vector of one integer per sample stays: a model may want lengths
-            sorted.
+        keep_lengths: whether integers and truths stay that equal the sample's first or last: a
+            length by itself, a mask of those that count, padding. A model may want lengths sorted.
     """
 
     samples: torch.Tensor
@@ -153,13 +153,18 @@ class Twins:
             return argument_copy(leaf)
         twin = _copied(leaf)
         if deal is not None and at.holds(leaf):
-            rows = twin.detach().movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
+            values = dense(twin.detach())
+            rows = values.movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
             _spoil(rows, deal, is_labels=place in self._labels)
+            if leaf.layout != torch.strided:
+                twin = values.to_sparse(layout=leaf.layout).requires_grad_(leaf.requires_grad)
         return twin
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    """A copy with no graph; where the tensor is no leaf, no leaf: a model may write into it."""
+    copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return copy if tensor.is_leaf else copy.clone()
 
 
 def label_places(batch: Any, at: BatchRows) -> list[int]:
@@ -195,12 +200,12 @@ def _spoil(rows: torch.Tensor, deal: Deal, is_labels: bool) -> None:
         if floats:
             rows[deal.moved] = torch.nan
         return
-    if deal.keep_lengths and rows[0].numel() == 1 and not floats:
-        return
+    lengths = deal.keep_lengths and not floats
+    given = rows.clone() if lengths else rows
     large = deal.turns.get(LARGE) if floats else None
     scale = 1.0 if large is None else _largest(rows)
     rows[deal.moved] = rows[deal.sources]
-    if BLANK in deal.turns:
+    if BLANK in deal.turns and not lengths:
         rows[deal.turns[BLANK]] = 0
     if large is not None:
         values = rows[large].to(torch.promote_types(rows.dtype, torch.float64)) + scale
@@ -210,6 +215,10 @@ def _spoil(rows: torch.Tensor, deal: Deal, is_labels: bool) -> None:
         flat = rows[deal.turns[IGNORED]].flatten(1)
         flat[:, flat.shape[1] // 2 :] = _IGNORE_INDEX
         rows[deal.turns[IGNORED]] = flat.view(-1, *rows.shape[1:])
+    if lengths:
+        still = (given == given[..., :1]) | (given == given[..., -1:])
+        stays = still[deal.moved] | still[deal.sources]
+        rows[deal.moved] = torch.where(stays, given[deal.moved], rows[deal.moved])
 
 
 def _largest(values: torch.Tensor) -> float:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from dpkernels import ops
+
 #: attributes of every module that are no state of a model's own
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward"}
 _CONTAINERS = (list, tuple, dict, set, deque)
-_GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NUMBERS = (bool, int, float, complex, np.generic)
+_NO_STATE = (str, bytes, type, ModuleType, FunctionType, nn.Parameter)
+#: a module's dicts of hooks, which a model may add at its first forward pass
+_HOOKS = tuple(key for key in vars(nn.Module()) if "_hooks" in key and "state_dict" not in key)
 #: how deep containers and objects in attributes are followed
 _DEPTH = 4
 #: containers with more entries are data, and are not followed
@@ -32,23 +40,30 @@ class KeptState:
     """What a model keeps, as it was when this object was made; a trial puts it back.
 
     Tensors, numbers and random number generators in attributes of the model's modules, also inside
-    lists, dicts, sets, deques, tuples, and inside objects that hold a tensor.
+    lists, dicts, sets, deques, tuples, partial functions, and inside objects that keep nothing else
+    or hold a tensor. Of another object the numbers and generators are kept (an average of losses,
+    for a log), and what lies deeper is not: an object may lead to a whole data set.
+
+    Args:
+        root: the model.
+        parameters: names of parameters that count as state, since forward passes write them. One
+            replaced by another parameter counts as well; None: no parameter does.
     """
 
-    def __init__(self, root: nn.Module):
+    def __init__(self, root: nn.Module, parameters: Collection[str] | None = None):
         self.root = root
         self._modules = list(root.modules())
+        self._parameters = parameters
+        self._held = dict(root.named_parameters(remove_duplicate=False))
         #: each container with its content
         self._contents: list[tuple[Any, Any]] = []
-        #: by name: number, or tensor with its version and a copy of its values
+        #: by name, a number or tensor
         self._values: dict[str, Any] = {}
-        self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._copies: dict[int, _Copy] = {}
         self._generators: list[tuple[Any, Any]] = []
-        #: objects that hold no tensor, and are not looked into
-        self._others: list[Any] = []
         for name, value in self._walk(self._note):
             if isinstance(value, torch.Tensor):
-                self._copies.setdefault(id(value), (value, _version(value), value.detach().clone()))
+                self._copies.setdefault(id(value), _Copy(value))
             self._values[name] = value
 
     def put_back(self) -> None:
@@ -56,10 +71,8 @@ class KeptState:
         for container, content in self._contents:
             _fill(container, content)
         with torch.no_grad():
-            for key, (tensor, version, copy) in self._copies.items():
-                if _version(tensor) != version:
-                    tensor.detach().copy_(copy)
-                    self._copies[key] = (tensor, _version(tensor), copy)
+            for copy in self._copies.values():
+                copy.put_back()
         for generator, state in self._generators:
             _set_state(generator, state)
 
@@ -72,12 +85,35 @@ class KeptState:
             was = self._values.get(name)
             if isinstance(value, torch.Tensor):
                 kept = self._copies.get(id(value))
-                as_it_was = was is value and kept is not None and kept[1] == _version(kept[0])
-                if not as_it_was:
+                if was is not value or kept is None or kept.written():
                     found[name] = value.detach().clone()
             elif name not in self._values or not _equal(was, value):
                 found[name] = value
         return found
+
+    def floats(self, names: Iterable[str]) -> set[str]:
+        """Those of some names that :meth:`spoil` can make NaN."""
+        return {
+            name
+            for name in names
+            if (isinstance(value := self._values.get(name), torch.Tensor) and _is_float(value))
+            or (isinstance(value, float) and self._owner(name) is not None)
+        }
+
+    def spoil(self, names: Iterable[str]) -> None:
+        """Make floats that the model keeps NaN; a pass that reads them shows it."""
+        for name in self.floats(names):
+            value = self._values[name]
+            if isinstance(value, torch.Tensor):
+                value.detach().fill_(torch.nan)
+            else:
+                self._owner(name).__dict__[name.rpartition(".")[2]] = math.nan
+
+    def _owner(self, name: str) -> nn.Module | None:
+        """The module that has an attribute of this name."""
+        module, _, key = name.rpartition(".")
+        owner = dict(self.root.named_modules()).get(module)
+        return owner if owner is not None and key in vars(owner) else None
 
     def _untouched(self) -> bool:
         """Whether every container holds the very objects that it held, and no tensor was written.
@@ -87,8 +123,7 @@ class KeptState:
         return (
             _are_same(list(self.root.modules()), self._modules)
             and all(_holds(container, content) for container, content in self._contents)
-            and all(_version(tensor) == version for tensor, version, _ in self._copies.values())
-            and not any(map(_holds_tensors, self._others))
+            and not any(copy.written() for copy in self._copies.values())
         )
 
     def marks(self) -> dict[str, Mark]:
@@ -102,21 +137,77 @@ class KeptState:
     def _note(self, container: Any) -> None:
         if isinstance(container, _GENERATORS):
             self._generators.append((container, _state_of(container)))
-        elif isinstance(container, (np.ndarray, *_CONTAINERS)):
-            self._contents.append((container, _content(container)))
         else:
-            self._others.append(container)
+            self._contents.append((container, _content(container)))
 
     def _walk(self, note: Callable[[Any], None]) -> Iterator[tuple[str, Any]]:
-        """Tensors and numbers by name; `note` is called on all else that may change."""
+        """Tensors and numbers by name; `note` is called on every container and generator."""
         seen: set[int] = set()
-        for name, module in self.root.named_modules():
+        modules = dict(self.root.named_modules())
+        seen |= {id(module) for module in modules.values()}
+        while modules:
+            name = next(iter(modules))
+            module = modules.pop(name)
             prefix = f"{name}." if name else ""
             note(vars(module))
+            if self._parameters is not None:
+                note(module._parameters)
+                for key, parameter in module._parameters.items():
+                    path = f"{prefix}{key}"
+                    is_state = path in self._parameters or self._held.get(path) is not parameter
+                    if parameter is not None and is_state:
+                        yield path, parameter
+            for key in _HOOKS:
+                if vars(module).get(key) is not None:
+                    note(vars(module)[key])
             for key, value in list(vars(module).items()):
-                if key not in _MODULES_OWN:
-                    path = prefix if key == "_buffers" else f"{prefix}{key}"
-                    yield from _leaves(path, value, note, seen, _DEPTH)
+                if key in _MODULES_OWN:
+                    continue
+                path = prefix if key == "_buffers" else f"{prefix}{key}"
+                for below, leaf in _leaves(path, value, note, seen, _DEPTH):
+                    if isinstance(leaf, nn.Module):  # in a list, say, unseen by parameters()
+                        inside = leaf.named_modules(prefix=below)
+                        new = {n: m for n, m in inside if m is leaf or id(m) not in seen}
+                        seen |= {id(m) for m in new.values()}
+                        modules |= new
+                    else:
+                        yield below, leaf
+
+
+def parameter_fingerprints(root: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, sums of bit patterns that tell whether a parameter was written: its memory is not
+    copied, as a frozen backbone may be large."""
+    return {
+        name: ops.fingerprint(parameter.detach().reshape(1, -1))[0]
+        for name, parameter in root.named_parameters()
+        if parameter.numel() and parameter.layout == torch.strided
+    }
+
+
+class _Copy:
+    """A tensor, its memory, and a copy of its values.
+
+    What is written through ``tensor.data``, or through an array that shares memory, does not count
+    in the tensor's version: values are compared.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self._memory = tensor, tensor.detach()
+        self._values, self._at = self._memory.clone(), _version(tensor)
+
+    def written(self) -> bool:
+        """Whether the tensor has other values, or other memory."""
+        if self.tensor.layout != torch.strided:  # sparse ones cannot be compared
+            return _version(self.tensor) != self._at
+        moved = self.tensor.data_ptr() != self._memory.data_ptr()
+        return moved or not torch.equal(self.tensor.detach(), self._values)
+
+    def put_back(self) -> None:
+        """Give the tensor its memory and values back."""
+        if self.written():
+            self.tensor.data = self._memory
+            self._memory.copy_(self._values)
+            self._at = _version(self.tensor)
 
 
 def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
@@ -128,23 +219,26 @@ def written(before: Mapping[str, Mark], after: Mapping[str, Mark]) -> set[str]:
     }
 
 
-def is_buffer(root: nn.Module, name: str) -> bool:
-    """Whether a name of :class:`KeptState` is a buffer's."""
+def published_as(root: nn.Module, name: str) -> str | None:
+    """What a name of :class:`KeptState` is in the model's state dict, "buffer" or "parameter"."""
     module, _, key = name.rpartition(".")
     try:
-        return key in root.get_submodule(module)._buffers
+        owner = root.get_submodule(module)
     except AttributeError:
-        return False
+        return None
+    if key in owner._buffers:
+        return "buffer"
+    return "parameter" if key in owner._parameters else None
 
 
 def _leaves(
     path: str, value: Any, note: Callable[[Any], None], seen: set[int], depth: int
 ) -> Iterator[tuple[str, Any]]:
-    """Tensors and numbers in an attribute, by name."""
+    """Tensors, numbers and modules in an attribute, by name."""
     if isinstance(value, _NUMBERS):  # most attributes are
         yield path, value
         return
-    if value is None or isinstance(value, (str, bytes, type, nn.Module, nn.Parameter)):
+    if value is None or isinstance(value, _NO_STATE):
         return
     if isinstance(value, torch.Tensor):
         yield path, value
@@ -152,7 +246,9 @@ def _leaves(
     if depth == 0 or id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, _GENERATORS):
+    if isinstance(value, nn.Module):
+        yield path, value
+    elif isinstance(value, _GENERATORS):
         note(value)
     elif isinstance(value, np.ndarray):
         note(value)
@@ -166,27 +262,41 @@ def _leaves(
             yield from _leaves(f"{dot}{key}", below, note, seen, depth - 1)
     elif isinstance(value, set):
         note(value)
+        yield path, frozenset(value)
     elif isinstance(value, (list, tuple, deque)):
         if not isinstance(value, tuple):
             note(value)
         for place, below in enumerate(value):
             yield from _leaves(f"{path}[{place}]", below, note, seen, depth - 1)
-    elif _holds_tensors(value):
+    elif isinstance(value, partial):
+        yield from _leaves(path, [*value.args, value.keywords], note, seen, depth - 1)
+    elif hasattr(value, "__dict__"):
         note(vars(value))
+        whole = _is_record(value)
         for key, below in list(vars(value).items()):
-            yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
-    else:
-        note(value)
+            if whole or isinstance(below, (*_NUMBERS, *_GENERATORS)):
+                yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
 
 
-def _holds_tensors(value: Any) -> bool:
-    """Whether an object has a tensor among its attributes, or in a list or dict among them."""
-    for below in getattr(value, "__dict__", {}).values():
-        inner = below.values() if isinstance(below, dict) else below
-        several = inner if isinstance(below, (dict, list, tuple, deque)) else [below]
-        if any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several):
-            return True
-    return False
+def _is_record(value: Any) -> bool:
+    """Whether an object keeps data: tensors beside other things, or numbers, containers and text.
+
+    Other objects (a trainer, a logger) lead far from the model.
+    """
+    attributes = vars(value).values()
+    return all(map(_is_plain, attributes)) or any(map(_has_tensor, attributes))
+
+
+def _is_plain(value: Any) -> bool:
+    plain = (torch.Tensor, np.ndarray, str, bytes, type(None), *_NUMBERS, *_CONTAINERS)
+    return isinstance(value, plain)
+
+
+def _has_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or a container that has one."""
+    inner = value.values() if isinstance(value, dict) else value
+    several = inner if isinstance(value, (dict, list, tuple, deque)) else [value]
+    return any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several)
 
 
 def _content(container: Any) -> Any:
@@ -211,10 +321,10 @@ def _are_same(some: Collection[Any], others: Collection[Any]) -> bool:
 
 
 def _fill(container: Any, content: Any) -> None:
+    if _holds(container, content):
+        return
     if isinstance(container, np.ndarray):
         container[...] = content
-    elif _holds(container, content):
-        return
     elif isinstance(container, dict):
         own = _MODULES_OWN if _is_of_module(container) else ()
         for key in [key for key in container if key not in own]:
@@ -230,6 +340,10 @@ def _is_of_module(container: dict[str, Any]) -> bool:
     return isinstance(container, dict) and "_parameters" in container and "_modules" in container
 
 
+def _is_float(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -243,15 +357,15 @@ def _equal(a: Any, b: Any) -> bool:
 def _state_of(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    return (
-        generator.getstate()
-        if isinstance(generator, random.Random)
-        else (generator.bit_generator.state)
-    )
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.bit_generator.state
 
 
 def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
+    if isinstance(generator, (torch.Generator, np.random.RandomState)):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
         generator.setstate(state)

@@ -45,9 +45,6 @@ CHANGES: dict[str, tuple[Callable[[_Keeper], object], str]] = {
     "tensor in an object": (lambda m: m.holder.tensor.add_(1), "holder.tensor"),
     "attribute of an object": (lambda m: setattr(m.holder, "more", 1), "holder.more"),
     "new attribute": (lambda m: setattr(m, "late", torch.ones(1)), "late"),
-}
-#: of objects that held no tensor: seen, not put back
-SEEN: dict[str, tuple[Callable[[_Keeper], object], str]] = {
     "first tensor of an object": (
         lambda m: setattr(m.empty, "tensor", torch.ones(1)),
         "empty.tensor",
@@ -56,6 +53,9 @@ SEEN: dict[str, tuple[Callable[[_Keeper], object], str]] = {
         lambda m: m.empty.several.append(torch.ones(1)),
         "empty.several[0]",
     ),
+}
+#: seen, and not put back
+SEEN: dict[str, tuple[Callable[[_Keeper], object], str]] = {
     "module": (lambda m: m.add_module("late", nn.BatchNorm1d(3)), "late.running_mean"),
 }
 

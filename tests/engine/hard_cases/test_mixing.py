@@ -175,7 +175,7 @@ def test_a_layer_that_sees_other_rows_later_is_tried_again(adjacent: bool) -> No
 
 
 def test_statistics_over_a_quarter_of_the_batch_are_refused() -> None:
-    """They mix nobody in a batch of four samples, which a trial run must not shrink to."""
+    """They mix nobody in a batch of four samples, which a trial must not shrink to."""
 
     def centred_in_quarters(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         hidden = layer(x).unflatten(0, (4, -1))

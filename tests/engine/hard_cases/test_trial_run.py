@@ -225,3 +225,45 @@ def test_a_first_tensor_that_is_not_the_batch_is_refused() -> None:
     output = model(torch.tensor([2.0, 2.0]), x)
     with pytest.raises(ValueError, match="'layer'.*pass the batch as the first tensor"):
         output.square().sum(1).mean().backward()
+
+
+@pytest.mark.parametrize("number", [True, False])
+def test_a_state_that_is_read_only_later_is_found_later(number: bool) -> None:
+    """What is kept and not read is no fault until it is read, which a later trial sees."""
+
+    class Centring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
+            self.centre, self.calls = 0.0, 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.first(x)
+            self.calls += 1
+            output = self.second(hidden - self.centre if self.calls > 5 else hidden)
+            self.centre = hidden.detach().mean().item() if number else hidden.detach().mean(0)
+            return output
+
+    torch.manual_seed(0)
+    x = values(4, 5).float()
+    model = made_private(Centring(), x)[1]
+    for _ in range(7):
+        model(x)
+    with pytest.raises(ValueError, match="attribute 'centre': .* moves the next pass"):
+        model(x)
+
+
+def test_a_decision_on_which_each_half_agrees_is_found() -> None:
+    """Many samples are above 1, so that no half of the batch changes what any() says."""
+
+    def scaled(layers: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        return layers["second"](layers["first"](x) * (2.0 if bool((x > 1).any()) else 1.0))
+
+    torch.manual_seed(0)
+    x = torch.rand(16, 5)
+    x[3:] += 1.5
+    model = made_private(Call(_two_layers(), scaled), x, trial="every")[1]
+    model(x)
+    model(x)
+    with pytest.raises(ValueError, match="'module.second': the activations of sample . move"):
+        model(x)
