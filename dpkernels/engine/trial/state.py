@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import math
-import operator
-import random
 import weakref
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import partial
-from types import FunctionType, ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from dpkernels import ops
+from dpkernels.engine.trial import attributes
 
-#: attributes of every module that are no state of a model's own
-_MODULES_OWN = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward"}
-_CONTAINERS = (list, tuple, dict, set, deque)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_NUMBERS = (bool, int, float, complex, np.generic)
-_NO_STATE = (str, bytes, type, ModuleType, FunctionType, nn.Parameter)
 #: a module's dicts of hooks, which a model may add at its first forward pass
 _HOOKS = tuple(key for key in vars(nn.Module()) if "_hooks" in key and "state_dict" not in key)
-#: how deep containers and objects in attributes are followed
-_DEPTH = 4
-#: containers with more entries are data, and are not followed
-_LONGEST = 4096
-
-
 #: a tensor, and its version
 Mark = tuple[weakref.ref[torch.Tensor], int]
 
@@ -69,12 +52,12 @@ class KeptState:
     def put_back(self) -> None:
         """Give the model back what it kept."""
         for container, content in self._contents:
-            _fill(container, content)
+            attributes.fill(container, content)
         with torch.no_grad():
             for copy in self._copies.values():
                 copy.put_back()
         for generator, state in self._generators:
-            _set_state(generator, state)
+            attributes.set_state(generator, state)
 
     def changed(self) -> dict[str, Any]:
         """By name, the tensors (detached copies) and numbers that are not as they were."""
@@ -87,7 +70,7 @@ class KeptState:
                 kept = self._copies.get(id(value))
                 if was is not value or kept is None or kept.written():
                     found[name] = value.detach().clone()
-            elif name not in self._values or not _equal(was, value):
+            elif name not in self._values or not attributes.equal(was, value):
                 found[name] = value
         return found
 
@@ -121,8 +104,8 @@ class KeptState:
         Most passes touch nothing, and looking at what containers hold by name takes longer.
         """
         return (
-            _are_same(list(self.root.modules()), self._modules)
-            and all(_holds(container, content) for container, content in self._contents)
+            attributes.are_same(list(self.root.modules()), self._modules)
+            and all(attributes.holds(container, content) for container, content in self._contents)
             and not any(copy.written() for copy in self._copies.values())
         )
 
@@ -135,10 +118,10 @@ class KeptState:
         }
 
     def _note(self, container: Any) -> None:
-        if isinstance(container, _GENERATORS):
-            self._generators.append((container, _state_of(container)))
+        if isinstance(container, attributes.GENERATORS):
+            self._generators.append((container, attributes.state_of(container)))
         else:
-            self._contents.append((container, _content(container)))
+            self._contents.append((container, attributes.content_of(container)))
 
     def _walk(self, note: Callable[[Any], None]) -> Iterator[tuple[str, Any]]:
         """Tensors and numbers by name; `note` is called on every container and generator."""
@@ -161,10 +144,10 @@ class KeptState:
                 if vars(module).get(key) is not None:
                     note(vars(module)[key])
             for key, value in list(vars(module).items()):
-                if key in _MODULES_OWN:
+                if key in attributes.MODULES_OWN:
                     continue
                 path = prefix if key == "_buffers" else f"{prefix}{key}"
-                for below, leaf in _leaves(path, value, note, seen, _DEPTH):
+                for below, leaf in attributes.leaves(path, value, note, seen):
                     if isinstance(leaf, nn.Module):  # in a list, say, unseen by parameters()
                         inside = leaf.named_modules(prefix=below)
                         new = {n: m for n, m in inside if m is leaf or id(m) not in seen}
@@ -231,143 +214,9 @@ def published_as(root: nn.Module, name: str) -> str | None:
     return "parameter" if key in owner._parameters else None
 
 
-def _leaves(
-    path: str, value: Any, note: Callable[[Any], None], seen: set[int], depth: int
-) -> Iterator[tuple[str, Any]]:
-    """Tensors, numbers and modules in an attribute, by name."""
-    if isinstance(value, _NUMBERS):  # most attributes are
-        yield path, value
-        return
-    if value is None or isinstance(value, _NO_STATE):
-        return
-    if isinstance(value, torch.Tensor):
-        yield path, value
-        return
-    if depth == 0 or id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        yield path, value
-    elif isinstance(value, _GENERATORS):
-        note(value)
-    elif isinstance(value, np.ndarray):
-        note(value)
-        yield path, value.copy()
-    elif isinstance(value, _CONTAINERS) and len(value) > _LONGEST:
-        return
-    elif isinstance(value, dict):
-        note(value)
-        dot = path if not path or path.endswith(".") else f"{path}."
-        for key, below in list(value.items()):
-            yield from _leaves(f"{dot}{key}", below, note, seen, depth - 1)
-    elif isinstance(value, set):
-        note(value)
-        yield path, frozenset(value)
-    elif isinstance(value, (list, tuple, deque)):
-        if not isinstance(value, tuple):
-            note(value)
-        for place, below in enumerate(value):
-            yield from _leaves(f"{path}[{place}]", below, note, seen, depth - 1)
-    elif isinstance(value, partial):
-        yield from _leaves(path, [*value.args, value.keywords], note, seen, depth - 1)
-    elif _is_record(value):
-        note(vars(value))
-        for key, below in list(vars(value).items()):
-            yield from _leaves(f"{path}.{key}", below, note, seen, depth - 1)
-
-
-def _is_record(value: Any) -> bool:
-    """Whether an object keeps data: tensors beside other things, or numbers, containers and text.
-
-    Other objects (a trainer, a logger) lead far from the model, and are not followed.
-    """
-    attributes = getattr(value, "__dict__", None)
-    if attributes is None:
-        return False
-    return all(map(_is_plain, attributes.values())) or any(map(_has_tensor, attributes.values()))
-
-
-def _is_plain(value: Any) -> bool:
-    plain = (torch.Tensor, np.ndarray, str, bytes, type(None))
-    return isinstance(value, (*plain, *_NUMBERS, *_CONTAINERS, *_GENERATORS))
-
-
-def _has_tensor(value: Any) -> bool:
-    """Whether a value is a tensor, or a container that has one."""
-    inner = value.values() if isinstance(value, dict) else value
-    several = inner if isinstance(value, (dict, list, tuple, deque)) else [value]
-    return any(isinstance(one, (torch.Tensor, np.ndarray)) for one in several)
-
-
-def _content(container: Any) -> Any:
-    """What a container holds, to be filled in again by :func:`_fill`."""
-    if isinstance(container, np.ndarray):
-        return container.copy()
-    return dict(container) if isinstance(container, dict) else list(container)
-
-
-def _holds(container: Any, content: Any) -> bool:
-    """Whether a container holds this content, in the same order."""
-    if isinstance(container, np.ndarray):
-        return _equal(container, content)
-    if isinstance(container, dict) and not _are_same(container.values(), content.values()):
-        return False
-    return _are_same(container, content)
-
-
-def _are_same(some: Collection[Any], others: Collection[Any]) -> bool:
-    """Whether two collections have the very same objects, in the same order."""
-    return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def _fill(container: Any, content: Any) -> None:
-    if _holds(container, content):
-        return
-    if isinstance(container, np.ndarray):
-        container[...] = content
-    elif isinstance(container, dict):
-        own = _MODULES_OWN if _is_of_module(container) else ()
-        for key in [key for key in container if key not in own]:
-            del container[key]
-        container.update({key: value for key, value in content.items() if key not in own})
-    else:
-        container.clear()
-        (container.update if isinstance(container, set) else container.extend)(content)
-
-
-def _is_of_module(container: dict[str, Any]) -> bool:
-    """Whether a dict is the ``__dict__`` of a module."""
-    return isinstance(container, dict) and "_parameters" in container and "_modules" in container
-
-
 def _is_float(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return type(a) is type(b) and np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
-    return a is b or bool(a == b)
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state()
-    return generator.bit_generator.state
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, (torch.Generator, np.random.RandomState)):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.bit_generator.state = state

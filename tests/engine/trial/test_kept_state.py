@@ -223,3 +223,13 @@ def test_names_of_buffers() -> None:
     assert published_as(model, "buffer") == published_as(model, "below.mean") == "buffer"
     for name in ("tensor", "list[0]", "below.tensor", "dict.a", "nowhere.at.all"):
         assert published_as(model, name) != "buffer"
+
+
+def test_what_a_module_has_from_torch_is_left_alone() -> None:
+    model = Keeper()
+    state = KeptState(model)
+    model.eval()
+    assert state.changed() == {}
+    model.number = 2.5
+    state.put_back()
+    assert (model.number, model.training) == (1.5, False)
