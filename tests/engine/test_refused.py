@@ -91,6 +91,10 @@ def test_bad_input_is_named() -> None:
         private(model, dataset, max_grad_norm=0.0)
     with pytest.raises(ValueError, match="views_per_sample=0"):
         private(model, dataset, views_per_sample=0)
+    with pytest.raises(ValueError, match="trial='sometimes': expected one of 'doubling', 'first'"):
+        private(model, dataset, trial="sometimes")
+    with pytest.raises(ValueError, match="trial: only grad_sample_mode='fused' takes it"):
+        private(model, dataset, trial="off", grad_sample_mode="hooks")
     with pytest.raises(ValueError, match="grad_sample_mode='nonsense'.*'fused'.*ghost"):
         private(model, dataset, grad_sample_mode="nonsense")
     with pytest.raises(ValueError, match="clipping='nonsense'"):

@@ -74,6 +74,11 @@ def refuse_mixing(
     return told
 
 
+def indices_abort(session: Session) -> bool:
+    """Whether an index out of range, as one made from NaN, ends the process: on a GPU."""
+    return session.anchor.is_cuda
+
+
 class _Trial:
     """One trial of one batch."""
 
@@ -126,9 +131,8 @@ class _Trial:
         labels = label_places(self.batch, self.at)
         if self._whole:
             watch = IndexWatch([leaves_of(self.batch)[place] for place in labels])
-            # on a GPU, an index made from NaN would end the process
-            on_gpu = self.passes.session.anchor.is_cuda
-            with watch if on_gpu else contextlib.nullcontext():
+            aborts = indices_abort(self.passes.session)
+            with watch if aborts else contextlib.nullcontext():
                 written = self.passes.find_written_parameters(
                     lambda: self.judge.clean(BATCHED), self.book.written
                 )

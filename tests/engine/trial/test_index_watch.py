@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from dpkernels import ops
+from dpkernels.engine.trial import mixing
 from dpkernels.engine.trial.index_watch import IndexWatch
+from dpkernels.engine.trial.poisons import LARGE, NAN
 from dpkernels.ops.fingerprints import reference
+from tests.engine.support import Call, cnn, made_private
 
 LOGITS = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(0, 5, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -87,3 +92,48 @@ def test_what_stays_in_range_or_makes_no_integers(program: Callable[[], object])
     Fingerprints, which a trial takes of every layer, make no integers that a model could use.
     """
     assert not watched(program).from_floats
+
+
+class Words(nn.Module):
+    """Returns its loss; ids are indices, labels are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.embedding(ids))
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        each = F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+        return (each.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
+
+
+class Quantised(nn.Module):
+    """Looks up what the floats of its input say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding((x.sigmoid() * 8).long()).mean(1))
+
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("build", "batch", "unable"), [
+    (cnn, (IMAGES,), set()),
+    (Quantised, (IMAGES.flatten(1),), {NAN, LARGE}),
+    (Words, (LABELS, LABELS.clone()), set()),
+    (Words, {"labels": LABELS.clone(), "ids": LABELS}, set()),
+    (lambda: Call(Words(), lambda m, ids: m(ids, ids)), (LABELS,), set()),
+])  # fmt: skip
+def test_a_trial_leaves_out_what_would_end_a_process_on_a_gpu(
+    build: Callable[[], nn.Module], batch: Any, unable: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixing, "indices_abort", lambda session: True)
+    _, model, _, _ = made_private(build(), IMAGES)
+    model(**batch) if isinstance(batch, dict) else model(*batch)
+    assert model.session.trials.turn == 1
+    assert model.session.trials.unable == unable
