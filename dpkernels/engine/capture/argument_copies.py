@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -31,21 +32,30 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, kept: list[Any]):
+    def __init__(
+        self, stream: io.BytesIO, kept: list[Any], change: Callable[[torch.Tensor], None] | None
+    ):
         super().__init__(stream)
-        self.kept = kept
+        self.kept, self.change = kept, change
 
     def persistent_load(self, number: int) -> Any:
         one = self.kept[number]
         if isinstance(one, _SHARED):
             return one
-        return one.detach().clone().requires_grad_(one.requires_grad)
+        copy = one.detach().clone()
+        if self.change is not None:
+            self.change(copy)
+        return copy.requires_grad_(one.requires_grad)
 
 
-def argument_copy(value: Any) -> Any:
+def argument_copy(value: Any, change: Callable[[torch.Tensor], None] | None = None) -> Any:
     """A copy of an argument that is no tensor, such as a cache that grows as the model runs.
 
     The copy holds copies of tensors, and shares modules. What cannot be copied stays itself.
+
+    Args:
+        value: the argument.
+        change: called on the copy of every tensor in it.
     """
     if isinstance(value, (*_PLAIN, *_SHARED)):
         return value
@@ -53,6 +63,6 @@ def argument_copy(value: Any) -> Any:
     try:
         pickler = _Pickler(stream)
         pickler.dump(value)
-        return _Unpickler(io.BytesIO(stream.getvalue()), pickler.kept).load()
+        return _Unpickler(io.BytesIO(stream.getvalue()), pickler.kept, change).load()
     except Exception:  # an object may refuse in any way
         return value

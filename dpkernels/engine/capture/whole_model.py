@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import SequenceKey, keystr, tree_flatten_with_path, tree_map
 
@@ -26,7 +27,8 @@ _SQUARE = (
 )
 _LIST = (
     "model: its first tensor stands in a list, and the tensor's own axis is taken for the samples; "
-    "if every tensor of the list is one sample, pass torch.stack(list), one tensor [samples, ...]"
+    "if every tensor of the list is one sample, pass torch.stack(list), one tensor [samples, ...], "
+    "and call each layer once on the whole batch"
 )
 
 
@@ -130,7 +132,8 @@ class WholeModelForward(CapturedForward):
                 return leaf.shape[axis]
         raise NotPerSample(
             f"{type(self.module).__name__}: none of the forward pass's arguments is a tensor with "
-            f"a sample axis {axis}, so the batch size is unknown; pass the batch as a tensor"
+            f"a sample axis {axis}, so the batch size is unknown; pass the batch as a tensor "
+            "(model(**batch) where it is a mapping)"
         )
 
     def _one_blank_sample(self, leaf: Any) -> Any:
@@ -172,15 +175,26 @@ def _fields(record: Any) -> list[tuple[str, Any]]:
     return [(f.name, getattr(record, f.name)) for f in fields(record) if f.init]
 
 
-def _returned(output: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an output, those in dataclasses and PackedSequences too."""
+def _returned(output: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    """The tensors in an output, also inside objects and containers that PyTorch's pytrees lack."""
     for leaf in leaves_of(output):
         if isinstance(leaf, PackedSequence):
             yield leaf.data
         elif isinstance(leaf, torch.Tensor):
             yield leaf
-        elif _is_record(leaf):
-            yield from _returned([value for _, value in _fields(leaf)])
+        elif depth:
+            yield from _returned(_inside(leaf), depth - 1)
+
+
+def _inside(leaf: Any) -> list[Any]:
+    """What an object or container holds that is no pytree."""
+    if isinstance(leaf, (str, bytes, type, nn.Module)):
+        return []
+    if isinstance(leaf, Mapping):
+        return list(leaf.values())
+    if isinstance(leaf, (list, tuple, set, frozenset)):
+        return list(leaf)
+    return list(getattr(leaf, "__dict__", {}).values())
 
 
 class _OutputHook:

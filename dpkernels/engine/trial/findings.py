@@ -32,8 +32,9 @@ class Kind(Enum):
     STATISTICS = (
         "Statistics over the batch, or another sample's values, enter the layer's input: a mean, "
         "maximum, quantile or sort over the sample axis, a condition on one, a roll, a padding "
-        "that follows the longest sample. Take statistics of each sample by itself (GroupNorm or "
-        "LayerNorm, x / x.flatten(1).amax(1)), or constants chosen before training"
+        "that follows the longest sample. Take statistics of each sample by itself (GroupNorm, "
+        "LayerNorm, x / x.abs().amax(dim=tuple(range(1, x.ndim)), keepdim=True)), or constants "
+        "chosen before training"
     )
     ROWS = (
         "Rows of the layer's first axis are not the samples: its input is the same whatever the "
@@ -51,14 +52,15 @@ class Kind(Enum):
     BACKWARD = (
         "The backward pass couples samples, the forward pass does not: a hook that bounds or "
         "centres the batch's gradient, or an autograd.Function that normalises over rows. Bound "
-        "each sample's gradient by itself (g.flatten(1).norm(dim=1)), or drop the hook: clipping "
-        "bounds what every sample can do"
+        "each sample's gradient by itself (torch.linalg.vector_norm(g, "
+        "dim=tuple(range(1, g.ndim)), keepdim=True)), or drop the hook: clipping bounds what every "
+        "sample can do"
     )
     OUTPUT = (
         "The model returns a tensor that has no row for each sample, and in which samples meet (a "
         "mean or a product over the batch, a softmax over all samples' tokens), or its backward "
         "pass couples samples by a hook. Return outputs [batch, ...], each row of one sample, and "
-        "take means over samples in the loss"
+        "take means over samples in the loss; .detach() what is only looked at"
     )
     BRANCH = (
         "The model branches on its batch: a condition on all samples decides for each. Decide for "
@@ -70,8 +72,8 @@ class Kind(Enum):
         "beginning), or keep what does not depend on the data"
     )
     BUFFER = (
-        "Do not update it in training (put its module in eval mode), or keep statistics of what "
-        "is public"
+        "Do not update it in training (put its module in eval mode after every model.train()), or "
+        "keep statistics of what is public"
     )
     CRITERION = (
         "The criterion couples samples (batch-wide Dice, weighted or ignore_index mean, a "

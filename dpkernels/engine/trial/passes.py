@@ -161,7 +161,8 @@ class Passes:
         self._seed_torch(self._seed)
         random.seed(self._seed)
         np.random.seed(self._seed)  # noqa: NPY002 - models use it
-        return self._run(self._twins.poisoned(poison))
+        returned = self._run(self._twins.poisoned(poison))
+        return [t for t in returned if t.layout == torch.strided and not t.is_nested]
 
     def _seed_torch(self, seed: int) -> None:
         """Seed the generators that :func:`nothing_stays` restores (torch.manual_seed: all)."""

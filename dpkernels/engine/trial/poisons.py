@@ -150,15 +150,21 @@ class Twins:
                 _spoil(data.detach()[:, None], deal.steps(leaf), is_labels=False)
             return PackedSequence(data, *leaf[1:])
         if not isinstance(leaf, torch.Tensor):
-            return argument_copy(leaf)
+            return argument_copy(leaf, lambda tensor: self._spoil_rows(tensor, deal))
         twin = _copied(leaf)
         if deal is not None and at.holds(leaf):
             values = dense(twin.detach())
-            rows = values.movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
-            _spoil(rows, deal, is_labels=place in self._labels)
+            self._spoil_rows(values, deal, is_labels=place in self._labels)
             if leaf.layout != torch.strided:
                 twin = values.to_sparse(layout=leaf.layout).requires_grad_(leaf.requires_grad)
         return twin
+
+    def _spoil_rows(self, values: torch.Tensor, deal: Deal | None, is_labels: bool = False) -> None:
+        """Poison a tensor in place, if it is batched."""
+        at = self._at
+        if deal is not None and at.holds(values):
+            rows = values.movedim(at.axis, 0).unflatten(0, (at.samples, at.views))
+            _spoil(rows, deal, is_labels)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -193,7 +199,7 @@ def _is_whole(leaf: torch.Tensor) -> bool:
 
 def _spoil(rows: torch.Tensor, deal: Deal, is_labels: bool) -> None:
     """Poison a tensor in place, [rows of the deal, ...]."""
-    if not rows.numel():
+    if not rows.numel() or rows.layout != torch.strided:
         return
     floats = rows.is_floating_point() or rows.is_complex()
     if NAN in deal.turns:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,3 +269,48 @@ def test_a_decision_on_which_each_half_agrees_is_found() -> None:
     model(x)
     with pytest.raises(ValueError, match="'module.second': the activations of sample . move"):
         model(x)
+
+
+class OwnDict(dict[str, torch.Tensor]):
+    """No pytree."""
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda output: SimpleNamespace(output=output),
+    lambda output: UserDict(output=output),
+    lambda output: OwnDict(output=output),
+    lambda output: [SimpleNamespace(inner={"output": output})],
+])  # fmt: skip
+def test_outputs_in_objects_of_any_class_are_watched(wrap: Callable[[object], object]) -> None:
+    torch.manual_seed(0)
+    x = values(4, 5).float()
+    mixing = Call(nn.Linear(5, 3), lambda layer, x: wrap(layer(x) - layer(x).mean(0)))
+    with pytest.raises(ValueError, match=r"values of output 0 of sample \d move"):
+        made_private(mixing, x)[1](x)
+    made_private(Call(nn.Linear(5, 3), lambda layer, x: wrap(layer(x))), x)[1](x)
+
+
+def test_arguments_in_objects_of_any_class_are_poisoned() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor, more: OwnDict) -> torch.Tensor:
+            return self.layer(x * more["weight"].mean())
+
+    torch.manual_seed(0)
+    x, more = values(4, 5).float(), OwnDict(weight=torch.rand(4))
+    kept = more["weight"].clone()
+    model = made_private(Weighted(), x)[1]
+    with pytest.raises(ValueError, match="'layer': the activations"):
+        model(x, more)
+    assert torch.equal(more["weight"], kept)
+
+
+def test_sparse_outputs_are_no_obstacle() -> None:
+    x = values(4, 5).float()
+    net = Call(nn.Linear(5, 3), lambda layer, x: (layer(x), layer(x).detach().to_sparse()))
+    _, model, optimizer, _ = made_private(net, x)
+    squared_loss(model, (x,)).backward()
+    optimizer.step()
