@@ -20,6 +20,9 @@ from dpkernels.engine.trial.fingerprints import Fingerprints
 from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, Twins
 from dpkernels.engine.trial.state import KeptState, parameter_fingerprints
 
+#: pieces in which slopes are made, so that no second tensor of an output's size is
+_PIECES = 16
+
 
 class Passes:
     """Passes over one batch, which all draw the same random numbers, of torch, numpy and Python.
@@ -216,7 +219,9 @@ class Passes:
         """
         if output_kind(output, self.at.axis) == SCALAR:
             return torch.ones_like(output)
-        slopes = torch.rand_like(output).add_(output.detach().nan_to_num(0.0, 0.0, 0.0))
+        slopes = torch.rand_like(output)
+        for part, values in zip(slopes.chunk(_PIECES), output.detach().chunk(_PIECES)):
+            part.add_(values.nan_to_num(0.0, 0.0, 0.0))
         if poison is not None and poison.kinds == (NAN,) and self._is_batched(output):
             rows = slopes.movedim(self.at.axis, 0).unflatten(0, (self.at.samples, self.at.views))
             rows[poison.samples.to(rows.device)] = torch.nan
