@@ -58,7 +58,7 @@ _GPT2 = cases.Case(
     partial(cases.tokens, 8000, 64, 8),
 )
 #: of `steps`, one network of each kind: others of the kind cost alike, and some take minutes
-_OF_STEPS = (
+OF_STEPS = (
     "unet3d-48-b2",
     "monai-unet-64-b4",
     "encoder-t128-d256-b8",
@@ -71,7 +71,7 @@ _OF_STEPS = (
 CASES = {
     case.name: case
     for case in (
-        *(case for case in cases.find([], "cpu") if case.name in _OF_STEPS),
+        *(case for case in cases.find([], "cpu") if case.name in OF_STEPS),
         cases.encoder(64, 64, 2, 8),
         _GPT2,
         *BATCHES,
