@@ -38,8 +38,9 @@ class OwnParametersForward(UnitForward):
         self._layouts: dict[tuple[Any, ...], dict[int, int]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        slots = [] if self.session.open_sink is None else self.slots(_owners(self.module))
-        if not slots or self.axis != 0:
+        sink = self.session.open_sink
+        slots = [] if sink is None else self.slots(_owners(self.module))
+        if sink is None or not slots or self.axis != 0:
             return super().__call__(*args, **kwargs)
         call = self._take_apart(args, kwargs)
         kind = call.kind
@@ -48,6 +49,7 @@ class OwnParametersForward(UnitForward):
         layouts = self._layouts.get(kind, {})
         if any(id(p) not in layouts for _, _, p in slots):
             return super().__call__(*args, **kwargs)
+        self.show(sink, call)
         repeats = call.rows // call.samples
         expanded = [
             (m, n, self._expanded(p, call.samples, repeats, layouts[id(p)]))

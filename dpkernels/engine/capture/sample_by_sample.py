@@ -30,7 +30,7 @@ from dpkernels.engine.capture.layer import (
     swapped,
 )
 from dpkernels.engine.capture.refusals import NotPerSample
-from dpkernels.engine.capture.session import Session
+from dpkernels.engine.capture.session import Session, Sink
 from dpkernels.layers.operands import StoredOperand
 from dpkernels.layers.sequence import sample_axes
 
@@ -120,9 +120,7 @@ class UnitForward(CapturedForward):
         if not slots:
             return self.original(*args, **kwargs)
         call = self._take_apart(args, kwargs)
-        for leaf, axis in zip(call.leaves, call.axes):
-            if axis is not None:
-                sink.saw(self.name, "activations", leaf.movedim(axis, 0), call.samples)
+        self.show(sink, call)
         parameters = {id(p): self._per_sample(p, call.samples) for _, _, p in slots}
         outputs, others, spec = self._outputs(call, slots, parameters)
         vectorised = self._vectorised
@@ -131,6 +129,12 @@ class UnitForward(CapturedForward):
             outputs, others, spec = self._outputs(call, slots, parameters)
         merged = (_merge(t, axis) for t, axis in zip(outputs, axes))
         return tree_unflatten([next(merged) if o is None else o[0] for o in others], spec)
+
+    def show(self, sink: Sink, call: UnitCall) -> None:
+        """Show the batched arguments of a call to the sink."""
+        for leaf, axis in zip(call.leaves, call.axes):
+            if axis is not None:
+                sink.saw(self.name, "activations", leaf.movedim(axis, 0), call.samples)
 
     def _outputs(
         self, call: UnitCall, slots: list[Slot], parameters: dict[int, torch.Tensor]
