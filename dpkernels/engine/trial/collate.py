@@ -11,20 +11,19 @@ all rows but one must be found again, bit for bit, whole across all tensors of t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dpkernels.engine.capture.refusals import NotPerSample
+from dpkernels.engine.trial import random_numbers
 from dpkernels.engine.trial.collated import (
     RECORDS,
     Collated,
@@ -64,7 +63,7 @@ def refuse_mixing_collate(data_loader: DataLoader, batch_first: bool = True) -> 
         return
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
         return
-    with _own_random_numbers():
+    with random_numbers.kept():
         try:
             trial = _Trial(_records_of(dataset), collate, 0 if batch_first else 1)
             trial.run()
@@ -136,7 +135,8 @@ class _Trial:
         layout = Layout([base, *exchanged], four, self._axis)
         for place, other in enumerate(exchanged):
             self._compare(layout, base, other, place)
-        draws = base.drawn != _drawn(0)
+        random_numbers.seed_all(0)
+        draws = base.drawn != random_numbers.states()
         for seed in range(1, _SEEDS) if draws else ():
             place = seed % RECORDS
             base = self._collated(batch, seed)
@@ -153,9 +153,9 @@ class _Trial:
         with _CompactCopies():
             copies = [copy.deepcopy(record) for record in records]
         collate = copy.copy(self._collate)  # what it sets on itself, the loader's own does not get
-        _drawn(seed)
+        random_numbers.seed_all(seed)
         batch = collate(copies)
-        return Collated(batch, _states())
+        return Collated(batch, random_numbers.states())
 
     def _compare(self, layout: Layout, base: Collated, other: Collated, exchanged: int) -> None:
         """Note what moved between two batches.
@@ -193,7 +193,7 @@ class _Trial:
 
 def _records_of(dataset: Any) -> list[Any]:
     """Three or four records, the same at every call; ValueError where there are fewer."""
-    _drawn(0)
+    random_numbers.seed_all(0)
     places = random.Random(0).sample(range(len(dataset)), min(RECORDS + 1, len(dataset)))
     if len(places) < RECORDS:
         raise ValueError(f"dataset: has {len(places)} records; expected at least {RECORDS}")
@@ -227,30 +227,3 @@ def _name_of(collate: Any) -> str:
         collate = collate.func
     named = collate if hasattr(collate, "__qualname__") else type(collate)
     return f"{named.__module__}.{named.__qualname__}"
-
-
-@contextlib.contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """Restore the state of torch's (CPU), numpy's and Python's generators afterwards."""
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - datasets use it
-    try:
-        with torch.random.fork_rng([]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002
-
-
-def _drawn(seed: int) -> tuple[Any, ...]:
-    """Seed the generators; what they hold then. No CUDA generator is touched."""
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    return _states()
-
-
-def _states() -> tuple[Any, ...]:
-    """What the generators hold, to be compared."""
-    arrays: Any = np.random.get_state()  # noqa: NPY002
-    drawn = torch.get_rng_state().numpy().tobytes(), random.getstate(), arrays[1].tobytes()
-    return *drawn, *arrays[2:]

@@ -185,8 +185,15 @@ class Comparison:
         """Whether the passes went apart, or a watched sample moved."""
         return self.parting is not None or bool(self.moved.any())
 
+    def said_of(self, place: int, poison: Poison) -> str:
+        """A clause on the first sample that moved in a tensor."""
+        sample = int(self.moved[place].nonzero()[0])
+        return f"the {self.seen[place].kind} of sample {sample} move when {poison} replaced"
+
     def first_moved(self) -> int | None:
-        """The place of the first tensor that moved."""
+        """The place of the first tensor that moved; None where passes went apart, too."""
+        if self.parting is not None:
+            return None
         places = self.moved.any(1).nonzero().flatten()
         return int(places[0]) if len(places) else None
 
@@ -197,7 +204,8 @@ class Comparison:
         with a row for each sample stay, but for what kernels of other shapes round. Outputs of
         passes that drew other random numbers, such as a dropout's of other shapes, tell nothing.
         """
-        if self.same_shapes or self._first.drawn != self._second.drawn:
+        alike = self.parting is not None or self.same_shapes
+        if alike or self._first.drawn != self._second.drawn:
             return None
         for place, (a, b) in enumerate(zip(self._first.seen, self._second.seen)):
             is_output = a.kind.startswith("values of output") and a.shape == b.shape

@@ -89,11 +89,10 @@ class Judge:
         """The finding that a tensor moved."""
         output = compared.output_beside_lengths()
         place = place if output is None else output
-        seen, sample = compared.seen[place], int(compared.moved[place].nonzero()[0])
+        seen = compared.seen[place]
         if self.passes.together is None and self._repeated(outputs).differs():
             what = f"the {seen.kind} differ between two passes that ought to be equal"
             return Finding(seen.where, what, Kind.UNREPEATABLE)
-        what = f"the {seen.kind} of sample {sample} move when {poison} replaced"
         kept = self._read_now(outputs, poison)
         if kept is not None:
             return kept
@@ -116,7 +115,7 @@ class Judge:
                 self.book.axes[seen.layer, seen.kind] = axis
                 kind = Kind.ROWS
         of_shapes = output is None and not compared.same_shapes
-        return Finding(seen.where, what, kind, of_shapes)
+        return Finding(seen.where, compared.said_of(place, poison), kind, of_shapes)
 
     def follows_lengths(self, outputs: str, poison: Poison) -> Finding | None:
         """The finding that outputs follow the longest sample, by passes that draw nothing."""
@@ -126,12 +125,10 @@ class Judge:
         if found is None:
             return None
         compared = Comparison(clean, found, ~poison.samples)
-        place = None if compared.parting is not None else compared.output_beside_lengths()
+        place = compared.output_beside_lengths()
         if place is None:
             return None
-        sample = int(compared.moved[place].nonzero()[0])
-        what = f"the {compared.seen[place].kind} of sample {sample} move when {poison} replaced"
-        return Finding("model", what, Kind.STATISTICS)
+        return Finding("model", compared.said_of(place, poison), Kind.STATISTICS)
 
     def _the_other_way(self, outputs: str, poison: Poison) -> Finding | None:
         """The finding that watched samples enter poisoned ones in the forward pass.
@@ -145,7 +142,7 @@ class Judge:
             if found is None:
                 continue
             compared = Comparison(self.clean(outputs), found, poison.samples)
-            place = None if compared.parting is not None else compared.first_moved()
+            place = compared.first_moved()
             if place is not None and not compared.seen[place].backward:
                 return self._explained(outputs, other.of(kind), compared, place)
         return None

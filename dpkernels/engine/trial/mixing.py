@@ -133,9 +133,7 @@ class _Trial:
             watch = IndexWatch([leaves_of(self.batch)[place] for place in labels])
             aborts = indices_abort(self.passes.session)
             with watch if aborts else contextlib.nullcontext():
-                written = self.passes.find_written_parameters(
-                    lambda: self.judge.clean(BATCHED), self.book.written
-                )
+                written = self.passes.find_written_parameters(lambda: self.judge.clean(BATCHED))
             if written:
                 self.judge.forget()
             if self.passes.any_says(watch.from_floats):

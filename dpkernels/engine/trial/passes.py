@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from dpkernels.engine.capture.refusals import NotPerSample
 from dpkernels.engine.capture.session import Session
 from dpkernels.engine.capture.trial_book import BATCHED, SCALAR, TrialBook, output_kind
+from dpkernels.engine.trial import random_numbers
 from dpkernels.engine.trial.batch_rows import BatchRows
 from dpkernels.engine.trial.fingerprints import Fingerprints
 from dpkernels.engine.trial.poisons import EXCHANGED, NAN, Poison, Twins
@@ -135,12 +134,11 @@ class Passes:
             self.book.unable |= {refused} - {EXCHANGED}
         return None
 
-    def find_written_parameters(self, run: Callable[[], Any], written: set[str]) -> bool:
-        """Whether passes write parameters: their names are added, and are state from now on.
+    def find_written_parameters(self, run: Callable[[], Any]) -> bool:
+        """Whether a pass writes parameters that none wrote so far: they are state from now on.
 
         Args:
             run: makes a pass over the batch as it is.
-            written: names of parameters; grows.
         """
         if self.together is not None:  # parameters are in shards
             run()
@@ -150,28 +148,20 @@ class Passes:
         run()
         after = parameter_fingerprints(root)
         found = {name for name in after if not torch.equal(after[name], before[name])}
-        if found - written:
-            written |= found
-            self.state = KeptState(root, written)
-            return True
-        return False
+        new = found - self.book.written
+        if new:
+            self.book.written |= new
+            self.state = KeptState(root, self.book.written)
+        return bool(new)
 
     def any_says(self, here: bool) -> bool:
         """Whether any of the processes that go together says yes."""
         return here if self.together is None else self.together(here)
 
     def _forward(self, poison: Poison | None) -> list[torch.Tensor]:
-        self._seed_torch(self._seed)
-        random.seed(self._seed)
-        np.random.seed(self._seed)  # noqa: NPY002 - models use it
+        random_numbers.seed_all(self._seed, self._devices)
         returned = self._run(self._twins.poisoned(poison))
         return [t for t in returned if t.layout == torch.strided and not t.is_nested]
-
-    def _seed_torch(self, seed: int) -> None:
-        """Seed the generators that :func:`nothing_stays` restores (torch.manual_seed: all)."""
-        torch.default_generator.manual_seed(seed)
-        for device in self._devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
 
     def _drawn(self) -> tuple[Any, ...]:
         """How far torch's generators have come."""
@@ -205,7 +195,7 @@ class Passes:
         if len(kinds) == 1:
             (wanted,) = kinds
         found.backward = wanted
-        self._seed_torch(self._seed + 1)
+        random_numbers.seed_torch(self._seed + 1, self._devices)
         chosen = [t for t in trained if output_kind(t, self.at.axis) == wanted]
         if chosen:
             with _gradients_kept(chosen):
@@ -263,17 +253,11 @@ def devices_of(model: nn.Module) -> list[int]:
 
 @contextlib.contextmanager
 def nothing_stays(model: nn.Module) -> Iterator[None]:
-    """Restore the state of torch's, numpy's and Python's generators; look for no anomaly."""
-    devices = devices_of(model)
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with (
-            torch.random.fork_rng(devices),
-            torch.autograd.set_detect_anomaly(False),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # of numbers that are not finite
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002
+    """Restore what random number generators hold; look for no anomaly, and warn of nothing."""
+    with (
+        random_numbers.kept(devices_of(model)),
+        torch.autograd.set_detect_anomaly(False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of numbers that are not finite
+        yield
