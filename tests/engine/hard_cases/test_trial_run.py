@@ -314,3 +314,51 @@ def test_sparse_outputs_are_no_obstacle() -> None:
     _, model, optimizer, _ = made_private(net, x)
     squared_loss(model, (x,)).backward()
     optimizer.step()
+
+
+def test_a_share_as_small_as_rounding_is_found_without_nan() -> None:
+    """A thousand times a sample's values move the others by less than the tolerance."""
+
+    def mixed(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return layer(x - 1e-8 * x.mean(0, keepdim=True).nan_to_num())
+
+    torch.manual_seed(0)
+    x = values(16, 5).float()
+    with pytest.raises(ValueError, match=r"'module': the activations of sample \d+ move"):
+        made_private(Call(nn.Linear(5, 3), mixed), x)[1](x)
+
+
+@pytest.mark.parametrize("to", [0, 1])
+def test_integers_are_tried_in_both_directions_at_once(to: int) -> None:
+    """Every other sample takes something of its neighbour, and gives nothing back."""
+
+    def neighbours(layers: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        hidden = layers["table"](x).mean(1)
+        taken = torch.zeros_like(hidden)
+        taken[to::2] = hidden[1 - to :: 2]
+        return layers["head"](hidden + taken.detach())
+
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"table": nn.Embedding(11, 4), "head": nn.Linear(4, 3)})
+    with pytest.raises(ValueError, match=rf"'module.head': the activations of sample {to} move"):
+        made_private(Call(net, neighbours), ids(8, 5), trial="first")[1](ids(8, 5))
+
+
+class LanguageModel(nn.Module):
+    """Returns its loss, a mean over the tokens that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, 4), nn.Linear(4, 11)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.embedding(x))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_a_mean_over_tokens_is_refused_before_the_first_padding_comes() -> None:
+    torch.manual_seed(0)
+    x = ids(8, 6)
+    model = made_private(LanguageModel(), x, trial="first")[1]
+    with pytest.raises(ValueError, match="The model's own loss couples samples"):
+        model(x, x.roll(-1, 1)).backward()
